@@ -1,0 +1,202 @@
+"""LAMB: layer-wise adaptive moments (You et al. 2019, arXiv:1904.00962)."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from lightning_lars.optim.layerwise import (
+    LayerwiseOptimizer,
+    check_non_negative,
+    check_none_or_positive,
+    is_number,
+    require,
+    subtract,
+)
+from lightning_lars.optim.norms import Tensors, accumulation_dtype, layer_norms
+from lightning_lars.optim.trust_ratio import trust_ratio
+
+
+class LAMB(LayerwiseOptimizer):
+    """Adam in which every layer moves by a share of its own weights.
+
+    For each layer, with weights ``w``, gradient ``g`` and its step number ``t``::
+
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g * g
+        m_hat = m / (1 - beta1 ** t),  v_hat = v / (1 - beta2 ** t)
+        u = m_hat / (sqrt(v_hat) + eps) + weight_decay * w
+        trust_ratio = min(|w|, max_weight_norm) / (|u| + trust_eps)
+        w = w - lr * trust_ratio * u
+
+    You et al. 2019, Algorithm 2, with phi as ``min(|w|, max_weight_norm)``, which is ``|w|`` by default.
+    Departure from the paper: where ``|w|`` or ``|u|`` is 0, the ratio is 1 before ``trust_clip``.
+
+    A group with ``layer_adaptation=False`` has ratio 1 throughout and is :class:`torch.optim.AdamW`.
+
+    Args:
+        params: Parameters, ``(name, parameter)`` pairs, or groups of either as dicts.
+        lr: Learning rate, at least 0; a number or a one-element tensor. The step of a layer relative to
+            its weights.
+        betas: Share of ``m`` and of ``v`` that is kept in a step, each in [0, 1).
+        eps: Added to ``sqrt(v_hat)``, at least 0.
+        weight_decay: Decay of the weights, at least 0.
+        bias_correction: Whether ``m`` and ``v`` are corrected for their start at 0; without it
+            ``m_hat = m`` and ``v_hat = v``.
+        grad_averaging: Whether ``g`` enters ``m`` times ``1 - beta1``; without it, in full.
+        decoupled_weight_decay: Whether ``w = (1 - lr * weight_decay) * w`` comes first, and no decay
+            enters ``u``.
+        trust_clip: A number above 0 caps the trust ratio; a pair ``(low, high)`` keeps it between the
+            two; None leaves it.
+        max_weight_norm: Bound, above 0, on the weight norm in the trust ratio (10 in some versions).
+        trust_eps: Added to ``|u|``, at least 0.
+        max_grad_norm: Bound, above 0, on the norm over all gradients of all groups. Gradients that are
+            not finite do not count.
+        maximize: Whether to climb instead of descend.
+        fused: None or False; this version has no fused implementation.
+
+    Raises:
+        ValueError: If an argument, here or in a group, breaks its rule.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lars import LAMB
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> optimizer = LAMB([("w", w)], lr=0.1, weight_decay=0.0)
+        >>> w.grad = torch.tensor([0.0, 1000.0])  # of any scale: the step is 0.1 * |w|
+        >>> optimizer.step()
+        >>> print(w.data, optimizer.trust_ratios()["w"])
+        tensor([3.0000, 3.5000]) tensor(5.0000)
+    """
+
+    state_keys = frozenset({"step", "exp_avg", "exp_avg_sq"})
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        *,
+        bias_correction: bool = True,
+        grad_averaging: bool = True,
+        decoupled_weight_decay: bool = False,
+        trust_clip: float | tuple[float, float] | None = None,
+        max_weight_norm: float | None = None,
+        trust_eps: float = 0.0,
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "bias_correction": bias_correction,
+            "grad_averaging": grad_averaging,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "trust_clip": trust_clip,
+            "max_weight_norm": max_weight_norm,
+            "trust_eps": trust_eps,
+            "max_grad_norm": max_grad_norm,
+            "maximize": maximize,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        super()._check_group(group)
+        betas = group["betas"]
+        holds = _is_pair(betas) and all(0 <= beta < 1 for beta in betas)
+        require("betas", "two numbers in [0, 1)", betas, holds)
+        check_non_negative("eps", group["eps"])
+        check_non_negative("trust_eps", group["trust_eps"])
+        check_none_or_positive("max_weight_norm", group["max_weight_norm"])
+        trust_clip = group["trust_clip"]
+        if _is_pair(trust_clip):
+            low, high = trust_clip
+            holds = 0 <= low <= high and high > 0
+        else:
+            holds = trust_clip is None or (is_number(trust_clip) and trust_clip > 0)
+        rule = "None, a number above 0, or a pair (low, high) with 0 <= low <= high and high > 0"
+        require("trust_clip", rule, trust_clip, holds)
+
+    def _update(
+        self,
+        weights: list[Tensor],
+        grads: Tensors,
+        states: list[dict[str, Any]],
+        lr: float | Tensor,
+        group: Mapping[str, Any],
+    ) -> Tensor | None:
+        weight_decay = group["weight_decay"]
+        if group["decoupled_weight_decay"]:
+            torch._foreach_mul_(weights, 1 - lr * weight_decay)
+            weight_decay = 0.0
+        u = _adam_direction(weights, grads, states, group)
+        if weight_decay != 0:
+            torch._foreach_add_(u, weights, alpha=weight_decay)
+        if not group["layer_adaptation"]:
+            subtract(weights, u, lr)
+            return None
+
+        weight_norm = layer_norms(weights)
+        if group["max_weight_norm"] is not None:
+            weight_norm = weight_norm.clamp(max=group["max_weight_norm"])
+        ratios = trust_ratio(weight_norm, layer_norms(u), eps=group["trust_eps"])
+        if group["trust_clip"] is not None:
+            trust_clip = group["trust_clip"]
+            low, high = trust_clip if _is_pair(trust_clip) else (0.0, trust_clip)
+            ratios = ratios.clamp(low, high)
+        subtract(weights, torch._foreach_mul(u, ratios.unbind()), lr)
+        return ratios
+
+
+def _adam_direction(
+    weights: list[Tensor],
+    grads: Tensors,
+    states: Sequence[dict[str, Any]],
+    group: Mapping[str, Any],
+) -> Tensors:
+    """Advance ``m`` and ``v`` and return ``m_hat / (sqrt(v_hat) + eps)``, a new tensor for each layer."""
+    for state, w in zip(states, weights, strict=True):
+        if "exp_avg" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=w.device)
+            state["exp_avg"] = torch.zeros_like(w)
+            state["exp_avg_sq"] = torch.zeros_like(w)
+    t = [state["step"] for state in states]
+    m = [state["exp_avg"] for state in states]
+    v = [state["exp_avg_sq"] for state in states]
+    beta1, beta2 = group["betas"]
+
+    torch._foreach_add_(t, 1.0)
+    torch._foreach_mul_(m, beta1)
+    torch._foreach_add_(m, grads, alpha=1 - beta1 if group["grad_averaging"] else 1.0)
+    torch._foreach_mul_(v, beta2)
+    torch._foreach_addcmul_(v, grads, grads, value=1 - beta2)
+
+    denominator = torch._foreach_sqrt(v)
+    if group["bias_correction"]:
+        steps = torch.stack(t).to(accumulation_dtype(weights[0]))
+        correction1 = _one_minus_power(beta1, steps)
+        correction2 = _one_minus_power(beta2, steps)
+        torch._foreach_div_(denominator, correction2.sqrt().unbind())
+    torch._foreach_add_(denominator, group["eps"])
+    u = torch._foreach_div(m, denominator)
+    if group["bias_correction"]:
+        torch._foreach_div_(u, correction1.unbind())
+    return u
+
+
+def _one_minus_power(beta: float, steps: Tensor) -> Tensor:
+    # 1 - beta ** steps loses four digits of float32 where beta is near 1; this does not.
+    return -torch.expm1(steps * (math.log(beta) if beta > 0 else -math.inf))
+
+
+def _is_pair(value: object) -> TypeGuard[tuple[float, float]]:
+    """Tell whether the value is two numbers, in a tuple or, as YAML gives them, in a list."""
+    return isinstance(value, tuple | list) and len(value) == 2 and all(map(is_number, value))

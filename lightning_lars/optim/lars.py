@@ -1,0 +1,219 @@
+"""LARS: layer-wise adaptive rate scaling (You, Gitman and Ginsburg 2017, arXiv:1708.03888)."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_lars.optim.layerwise import (
+    LayerwiseOptimizer,
+    check_non_negative,
+    is_number,
+    require,
+    subtract,
+)
+from lightning_lars.optim.norms import Tensors, layer_norms
+from lightning_lars.optim.trust_ratio import trust_ratio
+
+DENOMINATORS = ("gradient", "decayed_gradient", "momentum")
+
+
+class LARS(LayerwiseOptimizer):
+    """SGD with momentum in which every layer has a learning rate of its own.
+
+    For each layer, with weights ``w`` and gradient ``g``::
+
+        trust_ratio = trust_coefficient * |w| / (|g| + weight_decay * |w| + eps)
+        u = trust_ratio * (g + weight_decay * w)
+        v = momentum * v + (1 - dampening) * u
+        w = w - lr * (u + momentum * v  if nesterov else  v)
+
+    You et al. 2017, Algorithm 1, with eta for ``trust_coefficient``, beta for ``weight_decay`` and
+    lambda for the trust ratio. Departures from the paper:
+
+    - ``lr`` multiplies ``v`` when it is applied, as in :class:`torch.optim.SGD`, not inside ``v``. The two
+      differ while ``lr`` changes; ``lr_in_momentum=True`` gives the paper's form.
+    - The first ``v`` is ``u`` without dampening, as in :class:`torch.optim.SGD`.
+    - Where ``|w|`` or the denominator without ``eps`` is 0, the ratio is 1 before ``trust_clip``.
+
+    A group with ``layer_adaptation=False`` has ratio 1 throughout and is :class:`torch.optim.SGD`.
+
+    Args:
+        params: Parameters, ``(name, parameter)`` pairs, or groups of either as dicts.
+        lr: Learning rate, at least 0; a number or a one-element tensor. With the default
+            ``trust_coefficient``, good values are about a thousand times those of ``torch.optim.SGD``.
+        momentum: Share of ``v`` that is kept in a step, in [0, 1).
+        weight_decay: L2 penalty, at least 0.
+        dampening: Share of ``u`` that is kept out of ``v``, in [0, 1).
+        nesterov: Whether to look ahead along ``v``; needs momentum.
+        trust_coefficient: The ratio of a layer's step to its weights at ``lr=1``, above 0.
+        eps: Added to the denominator, at least 0.
+        denominator: What ``|w|`` is divided by. ``"gradient"``: as above. ``"decayed_gradient"``:
+            ``|g + weight_decay * w| + eps`` (SimCLR, BYOL, Barlow Twins, optax). ``"momentum"``: momentum
+            runs first, on ``g + weight_decay * w``; its direction ``d``, Nesterov's included, is then
+            applied as ``w = w - lr * trust_coefficient * |w| / (|d| + eps) * d``.
+        trust_clip: A number above 0 caps the trust ratio. ``"larc"`` makes it
+            ``min(trust_ratio / lr, 1)``, so that no layer moves faster than ``lr``. None: no clip.
+        lr_in_momentum: Whether ``v = momentum * v + (1 - dampening) * lr * u`` and ``w = w - v``.
+        decoupled_weight_decay: Whether ``w = (1 - lr * weight_decay) * w`` comes first, and no decay
+            enters ``g`` or the trust ratio.
+        max_grad_norm: Bound, above 0, on the norm over all gradients of all groups. Gradients that are
+            not finite do not count.
+        maximize: Whether to climb instead of descend.
+        fused: None or False; this version has no fused implementation.
+
+    Raises:
+        ValueError: If an argument, here or in a group, breaks its rule.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lars import LARS
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> optimizer = LARS([("w", w)], lr=1.0, trust_coefficient=0.1)
+        >>> for _ in range(2):
+        ...     w.grad = torch.tensor([0.0, 1000.0])  # of any scale: the step is 0.1 * |w|
+        ...     optimizer.step()
+        ...     print(w.data, optimizer.trust_ratios()["w"])
+        tensor([3.0000, 3.5000]) tensor(0.0005)
+        tensor([3.0000, 2.5890]) tensor(0.0005)
+    """
+
+    state_keys = frozenset({"momentum_buffer"})
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1.0,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        trust_coefficient: float = 1e-3,
+        eps: float = 1e-8,
+        denominator: Literal["gradient", "decayed_gradient", "momentum"] = "gradient",
+        trust_clip: float | Literal["larc"] | None = None,
+        lr_in_momentum: bool = False,
+        decoupled_weight_decay: bool = False,
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "dampening": dampening,
+            "nesterov": nesterov,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+            "denominator": denominator,
+            "trust_clip": trust_clip,
+            "lr_in_momentum": lr_in_momentum,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "max_grad_norm": max_grad_norm,
+            "maximize": maximize,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        super()._check_group(group)
+        momentum, dampening = group["momentum"], group["dampening"]
+        require("momentum", "in [0, 1)", momentum, is_number(momentum) and 0 <= momentum < 1)
+        require("dampening", "in [0, 1)", dampening, is_number(dampening) and 0 <= dampening < 1)
+        check_non_negative("eps", group["eps"])
+        coefficient = group["trust_coefficient"]
+        holds = is_number(coefficient) and 0 < coefficient < math.inf
+        require("trust_coefficient", "above 0 and finite", coefficient, holds)
+        denominator = group["denominator"]
+        require("denominator", f"one of {DENOMINATORS}", denominator, denominator in DENOMINATORS)
+        trust_clip = group["trust_clip"]
+        holds = trust_clip > 0 if is_number(trust_clip) else trust_clip in (None, "larc")
+        require("trust_clip", 'None, "larc" or a number above 0', trust_clip, holds)
+
+        nesterov, lr_in_momentum = group["nesterov"], group["lr_in_momentum"]
+        if momentum == 0:
+            rule = "False without momentum (set momentum above 0)"
+            require("nesterov", rule, nesterov, not nesterov)
+            require("lr_in_momentum", rule, lr_in_momentum, not lr_in_momentum)
+            require("dampening", "0 without momentum (set momentum above 0)", dampening, dampening == 0)
+        if denominator == "momentum":
+            rule = 'False with denominator="momentum", where lr would cancel out of the step'
+            require("lr_in_momentum", rule, lr_in_momentum, not lr_in_momentum)
+
+    def _update(
+        self,
+        weights: list[Tensor],
+        grads: Tensors,
+        states: list[dict[str, Any]],
+        lr: float | Tensor,
+        group: Mapping[str, Any],
+    ) -> Tensor | None:
+        weight_decay = group["weight_decay"]
+        if group["decoupled_weight_decay"]:
+            torch._foreach_mul_(weights, 1 - lr * weight_decay)
+            weight_decay = 0.0
+        u = grads if weight_decay == 0 else torch._foreach_add(grads, weights, alpha=weight_decay)
+        if not group["layer_adaptation"]:
+            self._descend(weights, u, states, lr, group)
+            return None
+
+        weight_norm = layer_norms(weights)
+        if group["denominator"] == "momentum":
+            direction = self._momentum(u, states, group)
+            ratios = self._trust_ratio(weight_norm, layer_norms(direction), lr, group)
+            subtract(weights, torch._foreach_mul(direction, ratios.unbind()), lr)
+            return ratios
+        if group["denominator"] == "decayed_gradient":
+            denominator = layer_norms(u)
+        else:
+            denominator = layer_norms(grads) + weight_decay * weight_norm
+        ratios = self._trust_ratio(weight_norm, denominator, lr, group)
+        u = torch._foreach_mul(u, ratios.unbind())
+        self._descend(weights, u, states, lr, group)
+        return ratios
+
+    @staticmethod
+    def _trust_ratio(
+        weight_norm: Tensor, denominator: Tensor, lr: float | Tensor, group: Mapping[str, Any]
+    ) -> Tensor:
+        ratios = trust_ratio(
+            weight_norm, denominator, trust_coefficient=group["trust_coefficient"], eps=group["eps"]
+        )
+        if group["trust_clip"] == "larc":
+            ratios = (ratios / lr).clamp(max=1)
+        elif group["trust_clip"] is not None:
+            ratios = ratios.clamp(max=group["trust_clip"])
+        return ratios
+
+    def _descend(
+        self,
+        weights: list[Tensor],
+        u: Tensors,
+        states: list[dict[str, Any]],
+        lr: float | Tensor,
+        group: Mapping[str, Any],
+    ) -> None:
+        if group["lr_in_momentum"]:
+            u, lr = torch._foreach_mul(u, lr), 1.0
+        subtract(weights, self._momentum(u, states, group), lr)
+
+    @staticmethod
+    def _momentum(u: Tensors, states: list[dict[str, Any]], group: Mapping[str, Any]) -> Tensors:
+        """Advance ``v`` and return the direction: ``u + momentum * v`` if nesterov else ``v``."""
+        momentum = group["momentum"]
+        if momentum == 0:
+            return u
+        going = [i for i, state in enumerate(states) if state.get("momentum_buffer") is not None]
+        if going:
+            v = [states[i]["momentum_buffer"] for i in going]
+            torch._foreach_mul_(v, momentum)
+            torch._foreach_add_(v, [u[i] for i in going], alpha=1 - group["dampening"])
+        for state, first in zip(states, u, strict=True):
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = first.clone()
+        v = [state["momentum_buffer"] for state in states]
+        return torch._foreach_add(u, v, alpha=momentum) if group["nesterov"] else v
