@@ -1,0 +1,326 @@
+"""Which layers are excluded, on architectures with traps."""
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from lightning_lars import (
+    DEFAULT_EXCLUDED,
+    LAMB,
+    LARS,
+    build_optimizer,
+    explain_param_groups,
+    param_groups,
+)
+
+
+def names(module, **options):
+    return {group["name"]: [name for name, _ in group["params"]] for group in param_groups(module, **options)}
+
+
+class OwnRMSNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+
+class PreNormBlock(nn.Module):
+    """A block around a normalization: its own parameter is no norm's."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.position = nn.Parameter(torch.zeros(2, 4))
+
+
+class NormalizedLinear(nn.Linear):
+    """Normalizes its weight, not its input."""
+
+
+class WeightNormLinear(nn.Linear):
+    """Reparametrizes its weight."""
+
+
+class WindowAttention(nn.Module):
+    """As in Swin: a table of biases to look up, and a bias of its own in the projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(9, 2))
+        self.q_bias = nn.Parameter(torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm1d(4),
+        nn.BatchNorm3d(4),
+        nn.SyncBatchNorm(4),
+        nn.InstanceNorm2d(4, affine=True),
+        nn.GroupNorm(2, 4),
+        nn.LayerNorm(4),
+        nn.RMSNorm(4),
+        nn.LazyBatchNorm2d(),
+        OwnRMSNorm(),
+        type("LayerNorm2d", (OwnRMSNorm,), {})(),
+        type("batch_norm", (OwnRMSNorm,), {})(),
+        type("LayerNormalization", (OwnRMSNorm,), {})(),
+        type("EvoNorm2dS0", (OwnRMSNorm,), {})(),
+        type("FilterResponse", (nn.BatchNorm2d,), {})(4),
+    ],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_every_parameter_of_a_norm_is_excluded(norm):
+    expected = [f"0.{name}" for name, _ in norm.named_parameters()]
+    assert expected
+    assert names(nn.Sequential(norm)) == {"excluded": expected}
+
+
+@pytest.mark.parametrize("module", [NormalizedLinear(4, 4), WeightNormLinear(4, 4)])
+def test_a_layer_that_normalizes_its_weight_is_no_norm(module):
+    assert names(module) == {"adapted": ["weight"], "excluded": ["bias"]}
+
+
+def test_a_block_named_after_its_norm_keeps_its_own_parameters_adapted():
+    assert names(PreNormBlock()) == {"adapted": ["position"], "excluded": ["norm.weight", "norm.bias"]}
+
+
+def test_biases_of_recurrent_layers_are_excluded():
+    groups = names(nn.Sequential(nn.GRU(3, 4, bidirectional=True), nn.LSTMCell(3, 4)))
+    assert groups["adapted"] == [
+        "0.weight_ih_l0",
+        "0.weight_hh_l0",
+        "0.weight_ih_l0_reverse",
+        "0.weight_hh_l0_reverse",
+        "1.weight_ih",
+        "1.weight_hh",
+    ]
+    assert len(groups["excluded"]) == 6
+
+
+def test_biases_of_attention_are_excluded():
+    attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+    assert names(attention) == {
+        "adapted": ["in_proj_weight", "out_proj.weight"],
+        "excluded": ["in_proj_bias", "bias_k", "bias_v", "out_proj.bias"],
+    }
+
+
+def test_a_table_of_biases_is_adapted_and_a_query_bias_is_not():
+    assert names(WindowAttention()) == {"adapted": ["relative_position_bias_table"], "excluded": ["q_bias"]}
+
+
+def test_a_convolution_whose_name_contains_bn_is_adapted():
+    module = nn.ModuleDict({"bnk": nn.Conv2d(1, 2, 3), "embed_bn": nn.Linear(2, 2, bias=False)})
+    assert names(module) == {"adapted": ["bnk.weight", "embed_bn.weight"], "excluded": ["bnk.bias"]}
+
+
+def test_vectors_and_scalars_of_ordinary_modules_are_adapted():
+    """The shape decides nothing: a shard of a matrix is a vector too."""
+    module = nn.Sequential(nn.PReLU(), nn.Linear(3, 1, bias=False))
+    module.register_parameter("temperature", nn.Parameter(torch.tensor(1.0)))
+    assert names(module) == {"adapted": ["temperature", "0.weight", "1.weight"]}
+
+
+def test_a_tied_weight_stands_once_under_its_first_name():
+    module = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "head": nn.Linear(4, 5)})
+    module["head"].weight = module["embedding"].weight
+    assert names(module) == {"adapted": ["embedding.weight"], "excluded": ["head.bias"]}
+
+
+def test_a_tied_weight_is_excluded_under_any_of_its_names():
+    module = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "head": nn.Linear(4, 5)})
+    module["head"].weight = module["embedding"].weight
+    groups = names(module, exclude=("head.weight",))
+    assert groups == {"excluded": ["embedding.weight", "head.bias"]}
+
+
+def test_a_module_used_twice_stands_once():
+    layer = nn.Linear(2, 2)
+    assert names(nn.Sequential(layer, layer)) == {"adapted": ["0.weight"], "excluded": ["0.bias"]}
+
+
+def test_frozen_parameters_are_left_out():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[0].requires_grad_(False)
+    assert names(module) == {"adapted": ["1.weight"], "excluded": ["1.bias"]}
+
+
+def test_a_parametrized_layer_counts_as_what_it_is():
+    module = nn.Sequential(
+        parametrizations.weight_norm(nn.Linear(2, 2)),
+        parametrizations.weight_norm(nn.LayerNorm(2), "bias"),
+        parametrizations.spectral_norm(nn.Linear(2, 2), "weight"),
+    )
+    assert names(module) == {
+        "adapted": [
+            "0.parametrizations.weight.original0",
+            "0.parametrizations.weight.original1",
+            "2.parametrizations.weight.original",
+        ],
+        "excluded": [
+            "0.bias",
+            "1.weight",
+            "1.parametrizations.bias.original0",
+            "1.parametrizations.bias.original1",
+            "2.bias",
+        ],
+    }
+
+
+def test_a_parametrized_bias_is_a_bias():
+    class Positive(nn.Module):
+        def forward(self, x):
+            return x.abs()
+
+    module = nn.Linear(2, 2)
+    nn.utils.parametrize.register_parametrization(module, "bias", Positive())
+    assert names(module) == {"adapted": ["weight"], "excluded": ["parametrizations.bias.original"]}
+
+
+def test_lazy_parameters_are_grouped_before_they_have_a_shape_and_train_afterwards():
+    module = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d())
+    groups = names(module)
+    assert groups == {"adapted": ["0.weight"], "excluded": ["0.bias", "1.weight", "1.bias"]}
+    optimizer = build_optimizer(module, LARS, lr=1.0)
+    module(torch.randn(4, 5)).pow(2).sum().backward()
+    before = module[0].weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(module[0].weight, before)
+
+
+def test_prefixes_of_wrappers_are_no_part_of_a_name():
+    class FSDPLike(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self._fsdp_wrapped_module = module
+
+    module = nn.Sequential(torch.compile(nn.Linear(2, 2)), FSDPLike(nn.LayerNorm(2)))
+    assert names(module) == {"adapted": ["0.weight"], "excluded": ["0.bias", "1.weight", "1.bias"]}
+
+
+def test_every_trainable_parameter_stands_in_one_group_once():
+    module = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 3, enable_nested_tensor=False)
+    grouped = [parameter for group in param_groups(module) for _, parameter in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == set(module.parameters())
+
+
+def test_the_excluded_group_is_neither_adapted_nor_decayed():
+    groups = param_groups(nn.Linear(2, 2))
+    assert [{k: v for k, v in group.items() if k != "params"} for group in groups] == [
+        {"name": "adapted"},
+        {"name": "excluded", "layer_adaptation": False, "weight_decay": 0.0},
+    ]
+
+
+def test_biases_can_stay_adapted():
+    assert names(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), exclude_bias=False) == {
+        "adapted": ["0.weight", "0.bias"],
+        "excluded": ["1.weight", "1.bias"],
+    }
+
+
+@pytest.mark.parametrize(
+    "exclude",
+    [
+        nn.Embedding,
+        (nn.Embedding,),
+        "embedding.*",
+        ["embedding.weight"],
+        lambda name, parameter, owner: isinstance(owner, nn.Embedding) and parameter.ndim == 2,
+    ],
+    ids=["type", "types", "pattern", "patterns", "predicate"],
+)
+def test_exclude_takes_types_patterns_and_predicates(exclude):
+    module = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "norm": nn.LayerNorm(4)})
+    assert names(module, exclude=exclude) == {
+        "adapted": ["norm.weight"],
+        "excluded": ["embedding.weight", "norm.bias"],
+    }
+
+
+def test_exclude_adds_to_the_default():
+    module = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "norm": nn.LayerNorm(4)})
+    groups = names(module, exclude=(*DEFAULT_EXCLUDED, "embedding.*"))
+    assert groups == {"excluded": ["embedding.weight", "norm.weight", "norm.bias"]}
+
+
+def test_a_pattern_that_matches_nothing_raises_and_names_the_closest():
+    with pytest.raises(ValueError, match=r"got 'norm'.*closest names are \['norm.bias', 'norm.weight'\]"):
+        param_groups(nn.ModuleDict({"norm": nn.LayerNorm(4)}), exclude="norm")
+
+
+def test_an_exclusion_of_another_kind_raises():
+    with pytest.raises(TypeError, match=r"exclude must hold module types, patterns .* got 3"):
+        param_groups(nn.Linear(2, 2), exclude=[3])
+
+
+@pytest.mark.parametrize("module", [nn.ReLU(), nn.Linear(2, 2).requires_grad_(False)])
+def test_a_module_without_trainable_parameters_raises(module):
+    with pytest.raises(ValueError, match="module must have at least one parameter with requires_grad=True"):
+        param_groups(module)
+
+
+def test_the_table_names_every_parameter_with_the_rule_that_decided():
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), OwnRMSNorm(), nn.LazyLinear(2, bias=False))
+    module[0].weight.requires_grad_(False)
+    table = explain_param_groups(module, exclude=(*DEFAULT_EXCLUDED, "3.*"))
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert rows == [
+        ("0.weight", "(2, 1, 3, 3)", "Conv2d", "frozen", "requires_grad=False"),
+        ("0.bias", "(2,)", "Conv2d", "excluded", "bias"),
+        ("1.weight", "(2,)", "BatchNorm2d", "excluded", "NormBase"),
+        ("1.bias", "(2,)", "BatchNorm2d", "excluded", "NormBase"),
+        ("2.scale", "(4,)", "OwnRMSNorm", "excluded", "named_norm"),
+        ("3.weight", "lazy", "LazyLinear", "excluded", "'3.*'"),
+    ]
+    console = Console(record=True, width=100)
+    console.print(table)
+    assert "OwnRMSNorm" in console.export_text()
+
+
+@pytest.mark.parametrize("optimizer", [LARS, LAMB, torch.optim.SGD, torch.optim.AdamW])
+def test_build_optimizer_takes_any_optimizer_class(optimizer):
+    module = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    built = build_optimizer(module, optimizer, lr=0.5, weight_decay=0.1)
+    assert type(built) is optimizer
+    adapted, excluded = built.param_groups
+    assert (adapted["param_names"], adapted["lr"], adapted["weight_decay"]) == (["0.weight"], 0.5, 0.1)
+    assert (excluded["param_names"][0], excluded["lr"], excluded["weight_decay"]) == ("0.bias", 0.5, 0.0)
+
+
+def test_build_optimizer_takes_a_callable():
+    built = build_optimizer(nn.Linear(2, 2), lambda groups: LARS(groups, lr=0.5))
+    assert [group["layer_adaptation"] for group in built.param_groups] == [True, False]
+
+
+@pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5)], ids=["float", "tensor"])
+def test_excluded_lr_scale_multiplies_the_rate_of_the_excluded_group_alone(lr):
+    built = build_optimizer(nn.Linear(2, 2), LARS, lr=lr, excluded_lr_scale=0.5)
+    assert [float(group["lr"]) for group in built.param_groups] == [0.5, 0.25]
+    assert float(lr) == 0.5
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf")])
+def test_an_excluded_lr_scale_out_of_range_raises(scale):
+    with pytest.raises(ValueError, match=f"excluded_lr_scale must be above 0 and finite, got {scale}"):
+        build_optimizer(nn.Linear(2, 2), LARS, excluded_lr_scale=scale)
+
+
+def test_an_excluded_lr_scale_without_effect_raises():
+    with pytest.raises(ValueError, match=r"excluded_lr_scale must be 1.0 where no parameter is excluded"):
+        build_optimizer(nn.Linear(2, 2, bias=False), LARS, excluded_lr_scale=0.5)
+
+
+@pytest.mark.parametrize("optimizer", ["LARS", None, 3])
+def test_an_optimizer_that_cannot_be_called_raises(optimizer):
+    with pytest.raises(TypeError, match="optimizer must be an optimizer class or a callable"):
+        build_optimizer(nn.Linear(2, 2), optimizer)
+
+
+def test_a_callable_that_returns_no_optimizer_raises():
+    with pytest.raises(TypeError, match=r"optimizer must return a torch\.optim\.Optimizer, got 7"):
+        build_optimizer(nn.Linear(2, 2), lambda groups: 7)
