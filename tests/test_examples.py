@@ -1,0 +1,75 @@
+"""The examples are run as a user would run them."""
+
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+def run(tmp_path, script, *arguments):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "examples" / script), *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+
+
+def accuracy(result):
+    assert result.returncode == 0, result.stderr
+    (percent,) = re.findall(r"Test accuracy: ([\d.]+)%", result.stdout)
+    return float(percent)
+
+
+def columns(tmp_path):
+    (log,) = tmp_path.glob("logs/*/version_0/metrics.csv")
+    with log.open() as file:
+        return set(next(csv.reader(file)))
+
+
+def test_the_main_job_trains_prints_its_groups_and_logs_the_trust_ratios(tmp_path):
+    result = run(tmp_path, "train.py")
+    assert accuracy(result) > 95
+    for name in ("net.0.weight", "adapted", "BatchNorm2d", "excluded", "Epoch 14/14"):
+        assert name in result.stdout, result.stdout
+    layers = {f"trust_ratio/net.{index}.weight" for index in (0, 3, 6, 11)}
+    assert columns(tmp_path) >= layers | {"trust_ratio/min", "trust_ratio/median", "trust_ratio/max", "loss"}
+
+
+@pytest.mark.parametrize("optimizer", ["lamb", "sgd", "adamw"])
+def test_the_other_optimizers_train_too(tmp_path, optimizer):
+    assert accuracy(run(tmp_path, "train.py", "--optimizer", optimizer)) > 95
+    assert ("trust_ratio/min" in columns(tmp_path)) == (optimizer == "lamb")
+
+
+@pytest.mark.skipif(
+    not FASHION_MNIST.exists(), reason="the Debian package dataset-fashion-mnist is not installed"
+)
+def test_fashion_mnist_trains(tmp_path):
+    assert accuracy(run(tmp_path, "train.py", "--dataset", "fashion-mnist", "--epochs", "1")) > 70
+
+
+def test_missing_images_name_the_command_that_installs_them(tmp_path):
+    result = run(tmp_path, "train.py", "--dataset", "fashion-mnist", "--data-dir", str(tmp_path))
+    assert result.returncode == 1
+    assert "apt-get install dataset-fashion-mnist" in result.stderr
+
+
+def test_arguments_of_the_trainer_reach_it(tmp_path):
+    arguments = ["--strategy", "ddp", "--devices", "2", "--accelerator", "cpu", "--epochs", "2"]
+    result = run(tmp_path, "train.py", *arguments, "--batch-size", "64", "--precision", "bf16-mixed")
+    assert accuracy(result) > 10
+    assert "world_size: 2" in result.stderr or "2 processes" in result.stderr, result.stderr
+    assert "bfloat16 Automatic Mixed Precision" in result.stderr
+
+
+def test_plain_torch_lowers_the_loss(tmp_path):
+    losses = re.findall(r"loss ([\d.]+)", run(tmp_path, "plain_torch.py").stdout)
+    assert len(losses) == 6
+    assert float(losses[-1]) < 0.1 * float(losses[0])

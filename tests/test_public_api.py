@@ -1,0 +1,81 @@
+"""The public names, and the arrows between the rooms."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_lars
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lightning_lars"
+
+
+def imports(path):
+    """Every module that a file imports, as dotted names."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def test_all_holds_the_public_names():
+    public = {
+        name
+        for name, value in vars(lightning_lars).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert sorted(public) == lightning_lars.__all__
+
+
+@pytest.mark.parametrize("name", [n for n in lightning_lars.__all__ if callable(getattr(lightning_lars, n))])
+def test_every_public_name_has_an_example(name):
+    assert ">>>" in inspect.getdoc(getattr(lightning_lars, name))
+
+
+@pytest.mark.parametrize(
+    ("path", "refused"),
+    [("optim/lars.py", 1), ("param_groups.py", 1), ("mixin.py", 0), ("callbacks/a.py", 0)],
+)
+def test_the_linter_refuses_lightning_below_the_doors(path, refused):
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ruff",
+            "check",
+            "--select=TID251",
+            "--stdin-filename",
+            str(PACKAGE / path),
+            "-",
+        ],
+        input="import lightning.pytorch\n\nprint(lightning.pytorch)\n",
+        text=True,
+        capture_output=True,
+        cwd=ROOT,
+    )
+    assert run.returncode == refused, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("callbacks/[!_]*.py")), ids=lambda path: path.stem)
+def test_callbacks_know_neither_each_other_nor_the_doors(path):
+    assert not [
+        name
+        for name in imports(path)
+        if name.startswith(("lightning_lars.callbacks", "lightning_lars.mixin"))
+    ]
+
+
+def test_lars_and_lamb_do_not_know_each_other():
+    assert "lightning_lars.optim.lamb" not in imports(PACKAGE / "optim/lars.py")
+    assert "lightning_lars.optim.lars" not in imports(PACKAGE / "optim/lamb.py")
+
+
+def test_the_optimizers_know_nothing_above_them():
+    for path in PACKAGE.glob("optim/**/*.py"):
+        ours = [name for name in imports(path) if name.startswith("lightning")]
+        assert all(name.startswith("lightning_lars.optim") for name in ours), path
