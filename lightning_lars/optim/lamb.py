@@ -152,7 +152,8 @@ class LAMB(LayerwiseOptimizer):
             trust_clip = group["trust_clip"]
             low, high = trust_clip if _is_pair(trust_clip) else (0.0, trust_clip)
             ratios = ratios.clamp(low, high)
-        subtract(weights, torch._foreach_mul(u, ratios.unbind()), lr)
+        torch._foreach_mul_(u, ratios.unbind())
+        subtract(weights, u, lr)
         return ratios
 
 

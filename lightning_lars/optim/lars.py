@@ -164,15 +164,18 @@ class LARS(LayerwiseOptimizer):
         weight_norm = layer_norms(weights)
         if group["denominator"] == "momentum":
             direction = self._momentum(u, states, group)
-            ratios = self._trust_ratio(weight_norm, layer_norms(direction), lr, group)
+            ratios = self._trust_ratio(weight_norm, layer_norms(direction), lr, group).to(weights[0].dtype)
             subtract(weights, torch._foreach_mul(direction, ratios.unbind()), lr)
             return ratios
         if group["denominator"] == "decayed_gradient":
             denominator = layer_norms(u)
         else:
             denominator = layer_norms(grads) + weight_decay * weight_norm
-        ratios = self._trust_ratio(weight_norm, denominator, lr, group)
-        u = torch._foreach_mul(u, ratios.unbind())
+        ratios = self._trust_ratio(weight_norm, denominator, lr, group).to(weights[0].dtype)
+        if weight_decay == 0:  # u are the gradients, which are read-only
+            u = torch._foreach_mul(u, ratios.unbind())
+        else:
+            torch._foreach_mul_(u, ratios.unbind())
         self._descend(weights, u, states, lr, group)
         return ratios
 

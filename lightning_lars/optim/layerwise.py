@@ -110,12 +110,11 @@ class LayerwiseOptimizer(Optimizer, ABC):
             if group["maximize"]:
                 gradients = torch._foreach_neg(gradients)
             if gradient_scale is not None:
-                gradients = torch._foreach_mul(
-                    gradients, gradient_scale.to(params[0].device, non_blocking=True)
-                )
+                scale = gradient_scale.to(params[0].device, dtype, non_blocking=True)
+                gradients = torch._foreach_mul(gradients, scale)
             lr = group["lr"]
             if isinstance(lr, Tensor):
-                lr = lr.to(params[0].device, non_blocking=True).reshape(())
+                lr = lr.to(params[0].device, dtype, non_blocking=True).reshape(())
             ratios = self._update(weights, gradients, [self.state[p] for p in params], lr, group)
             if dtype != params[0].dtype:
                 torch._foreach_copy_(params, weights)
@@ -146,18 +145,14 @@ class LayerwiseOptimizer(Optimizer, ABC):
                 or given twice, or a name stands for two parameters. No group has been added then.
         """
         group = dict(param_group)
-        if not isinstance(group["params"], Tensor | set):
+        if isinstance(group["params"], Tensor):
+            group["params"] = [group["params"]]
+        if not isinstance(group["params"], set):
             group["params"] = list(group["params"])
             self._check_params(group["params"])
         merged = {**self.defaults, **group}
         self._check_group(merged)
-        for other in self.param_groups[:1]:
-            require(
-                "max_grad_norm",
-                f"the same in every group ({other['max_grad_norm']}), as it bounds the norm over all of them",
-                merged["max_grad_norm"],
-                merged["max_grad_norm"] == other["max_grad_norm"],
-            )
+        _check_one_max_grad_norm([*self.param_groups, merged])
         super().add_param_group(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -188,7 +183,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
                 if key == "step":
                     self.state[p][key] = torch.as_tensor(value, dtype=torch.float32).to(p.device, copy=True)
                 elif isinstance(value, Tensor):
-                    self.state[p][key] = value.to(device=p.device, dtype=dtype)
+                    self.state[p][key] = value.to(p.device, dtype, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -205,6 +200,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
         groups = [_adapt_group(g, own) for g, own in zip(groups, self.param_groups, strict=True)]
         for group in groups:
             self._check_group(group)
+        _check_one_max_grad_norm(groups)
         for saved_id, p in self._saved_ids(groups):
             for key, value in saved["state"].get(saved_id, {}).items():
                 if key not in self.state_keys:
@@ -297,6 +293,12 @@ class LayerwiseOptimizer(Optimizer, ABC):
         norm_of_all = torch.linalg.vector_norm(norm_of_each.where(norm_of_each.isfinite(), 0))
         scale: Tensor = (max_grad_norm / norm_of_all).clamp(max=1)
         return scale
+
+
+def _check_one_max_grad_norm(groups: Sequence[Mapping[str, Any]]) -> None:
+    first, last = groups[0]["max_grad_norm"], groups[-1]["max_grad_norm"]
+    rule = f"the same in every group ({first!r}), as it bounds the norm over all of them"
+    require("max_grad_norm", rule, last, last == first)
 
 
 def _adapt_group(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

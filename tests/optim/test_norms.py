@@ -1,0 +1,43 @@
+"""Norms of layers: exact where half precision overflows and float32 sums lose digits."""
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from lightning_lars import LAMB, LARS
+from lightning_lars.optim.norms import layer_norms
+
+
+def test_the_norm_of_a_float16_layer_may_exceed_what_float16_can_hold():
+    norm = layer_norms([torch.full((1000,), 6e4, dtype=torch.float16)])
+    torch.testing.assert_close(norm, torch.full((1,), 6e4 * 1000**0.5), check_dtype=False)
+
+
+def test_the_norm_of_sixteen_million_equal_numbers_is_accurate():
+    norm = layer_norms([torch.full((2**24,), 0.1)])
+    expected = torch.tensor(0.1).double() * 2**12
+    torch.testing.assert_close(norm[0], expected, rtol=1e-6, atol=0.0, check_dtype=False)
+
+
+def test_the_norms_come_in_the_order_of_the_layers():
+    norms = layer_norms([torch.tensor(-2.0), torch.tensor([[3.0, 4.0]]), torch.empty(0), torch.zeros(2)])
+    torch.testing.assert_close(norms, torch.tensor([2.0, 5.0, 0.0, 0.0]), check_dtype=False)
+
+
+@pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
+def test_the_ratio_of_a_float16_layer_is_finite_where_its_norm_overflows(optimizer_class):
+    p = Parameter(torch.full((1000,), 3e4, dtype=torch.float16))
+    p.grad = torch.full_like(p, 6e4)
+    optimizer = optimizer_class([("w", p)], lr=1e-3, weight_decay=0.0)
+    optimizer.step()
+    assert 0.0 < optimizer.trust_ratios()["w"] < torch.inf
+    assert p.isfinite().all()
+
+
+def test_max_grad_norm_bounds_a_gradient_whose_norm_float16_cannot_hold():
+    p = Parameter(torch.ones(1000, dtype=torch.float16))
+    p.grad = torch.full_like(p, 6e4)
+    optimizer = LARS([{"params": [p], "layer_adaptation": False}], lr=1.0, momentum=0.0, max_grad_norm=1.0)
+    optimizer.step()
+    expected = torch.ones(1000) - 1000**-0.5
+    torch.testing.assert_close(p.detach(), expected.half(), rtol=0.0, atol=2**-11)
