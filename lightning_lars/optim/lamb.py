@@ -7,14 +7,13 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from lightning_lars.optim.layerwise import (
-    LayerwiseOptimizer,
+from lightning_lars.optim.arguments import (
     check_non_negative,
     check_none_or_positive,
     is_number,
     require,
-    subtract,
 )
+from lightning_lars.optim.layerwise import LayerwiseOptimizer, subtract
 from lightning_lars.optim.norms import Tensors, accumulation_dtype, layer_norms
 from lightning_lars.optim.trust_ratio import trust_ratio
 

@@ -7,13 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_lars.optim.layerwise import (
-    LayerwiseOptimizer,
-    check_non_negative,
-    is_number,
-    require,
-    subtract,
-)
+from lightning_lars.optim.arguments import check_non_negative, is_number, require
+from lightning_lars.optim.layerwise import LayerwiseOptimizer, subtract
 from lightning_lars.optim.norms import Tensors, layer_norms
 from lightning_lars.optim.trust_ratio import trust_ratio
 

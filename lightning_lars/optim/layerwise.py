@@ -4,18 +4,20 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from numbers import Real
-from typing import Any, ClassVar, NamedTuple, TypeGuard, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_lars.optim.arguments import (
+    check_non_negative,
+    check_none_or_positive,
+    is_number,
+    require,
+)
+from lightning_lars.optim.checkpoint import adapt_state_dict, restore_dtypes
 from lightning_lars.optim.norms import Tensors, is_sharded, layer_norms
-
-# torch.optim keeps these in its groups: a choice of implementation, or (AdamW's decoupled decay) a name
-# that means something else here. A checkpoint of theirs must not switch ours.
-_FOREIGN_KEYS = ("foreach", "fused", "capturable", "differentiable", "amsgrad", "decoupled_weight_decay")
 
 
 class Layers(NamedTuple):
@@ -151,8 +153,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
             group["params"] = list(group["params"])
             self._check_params(group["params"])
         merged = {**self.defaults, **group}
-        self._check_group(merged)
-        _check_one_max_grad_norm([*self.param_groups, merged])
+        self._check_groups([*self.param_groups, merged])
         super().add_param_group(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -167,7 +168,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
         adapted: dict[str, Any] = {}
 
         def adapt(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            adapted.update(self._adapt_state_dict(saved))
+            adapted.update(adapt_state_dict(saved, self.param_groups, self.state_keys, self._check_groups))
             return adapted
 
         # Registered last, it sees what the hooks of the caller made of the state dict.
@@ -176,48 +177,18 @@ class LayerwiseOptimizer(Optimizer, ABC):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        # torch casts what it loads to the dtype of the parameter and leaves `step` where it was.
-        for saved_id, p in self._saved_ids(adapted["param_groups"]):
-            dtype = torch.promote_types(p.dtype, torch.float32)
-            for key, value in adapted["state"].get(saved_id, {}).items():
-                if key == "step":
-                    self.state[p][key] = torch.as_tensor(value, dtype=torch.float32).to(p.device, copy=True)
-                elif isinstance(value, Tensor):
-                    self.state[p][key] = value.to(p.device, dtype, copy=True)
+        restore_dtypes(self.state, adapted, self.param_groups)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._last_trust_ratios = []
 
-    def _adapt_state_dict(self, saved: dict[str, Any]) -> dict[str, Any]:
-        groups = saved["param_groups"]
-        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            raise ValueError(
-                "state_dict must have the parameter groups of the optimizer, with "
-                f"{[len(g['params']) for g in self.param_groups]} parameters, got groups of "
-                f"{[len(g['params']) for g in groups]}: build both with the same param_groups"
-            )
-        groups = [_adapt_group(g, own) for g, own in zip(groups, self.param_groups, strict=True)]
+    def _check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         for group in groups:
             self._check_group(group)
-        _check_one_max_grad_norm(groups)
-        for saved_id, p in self._saved_ids(groups):
-            for key, value in saved["state"].get(saved_id, {}).items():
-                if key not in self.state_keys:
-                    raise ValueError(
-                        f"state_dict must hold no other state than {sorted(self.state_keys)} "
-                        f"for {type(self).__name__}, got {key!r}: it is another optimizer's"
-                    )
-                if isinstance(value, Tensor) and key != "step" and value.shape != p.shape:
-                    raise ValueError(
-                        f"state_dict must hold {key!r} in the shape of its parameter {tuple(p.shape)}, "
-                        f"got {tuple(value.shape)}: it is another module's"
-                    )
-        return {**saved, "param_groups": groups}
-
-    def _saved_ids(self, saved_groups: Sequence[Mapping[str, Any]]) -> Iterable[tuple[int, Tensor]]:
-        saved_ids = chain.from_iterable(group["params"] for group in saved_groups)
-        return zip(saved_ids, chain.from_iterable(g["params"] for g in self.param_groups), strict=True)
+        first, last = groups[0]["max_grad_norm"], groups[-1]["max_grad_norm"]
+        rule = f"the same in every group ({first!r}), as it bounds the norm over all of them"
+        require("max_grad_norm", rule, last, last == first)
 
     def _named_params(self, group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
         if "param_names" in group:
@@ -295,43 +266,9 @@ class LayerwiseOptimizer(Optimizer, ABC):
         return scale
 
 
-def _check_one_max_grad_norm(groups: Sequence[Mapping[str, Any]]) -> None:
-    first, last = groups[0]["max_grad_norm"], groups[-1]["max_grad_norm"]
-    rule = f"the same in every group ({first!r}), as it bounds the norm over all of them"
-    require("max_grad_norm", rule, last, last == first)
-
-
-def _adapt_group(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    if "layer_adaptation" not in saved:
-        saved = {key: value for key, value in saved.items() if key not in _FOREIGN_KEYS}
-    kept = {key: value for key, value in own.items() if key not in ("params", "param_names")}
-    return {**kept, **saved, "fused": own["fused"]}
-
-
 def subtract(weights: list[Tensor], direction: Tensors, lr: float | Tensor) -> None:
     """Apply ``w = w - lr * direction``, with the roundings of ``torch.optim.SGD``."""
     if isinstance(lr, Tensor):
         torch._foreach_sub_(weights, torch._foreach_mul(direction, lr))
     else:
         torch._foreach_add_(weights, direction, alpha=-lr)
-
-
-def require(argument: str, rule: str, value: object, holds: bool) -> None:
-    """Raise ValueError naming the argument, its rule and its value unless the rule holds."""
-    if not holds:
-        raise ValueError(f"{argument} must be {rule}, got {value!r}")
-
-
-def check_non_negative(argument: str, value: float) -> None:
-    """Raise ValueError unless the value is at least 0 and finite."""
-    require(argument, "at least 0 and finite", value, is_number(value) and 0 <= value < math.inf)
-
-
-def check_none_or_positive(argument: str, value: float | None) -> None:
-    """Raise ValueError unless the value is None or above 0."""
-    require(argument, "None or above 0", value, value is None or (is_number(value) and value > 0))
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Tell whether the value is a real number, which True and False are not meant as."""
-    return isinstance(value, Real) and not isinstance(value, bool)

@@ -1,0 +1,80 @@
+"""State dicts, of these optimizers and of torch.optim's, made to fit."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# torch.optim keeps these in its groups: a choice of implementation, or (AdamW's decoupled decay) a name
+# that means something else here. A checkpoint of theirs must not switch ours.
+_FOREIGN_KEYS = ("foreach", "fused", "capturable", "differentiable", "amsgrad", "decoupled_weight_decay")
+
+
+def adapt_state_dict(
+    saved: dict[str, Any],
+    own_groups: Sequence[Mapping[str, Any]],
+    state_keys: Set[str],
+    check_groups: Callable[[Sequence[Mapping[str, Any]]], None],
+) -> dict[str, Any]:
+    """Return a state dict whose groups have every key, or raise before anything is loaded.
+
+    Hyperparameters that it does not name, and ``fused``, get the value that they have in the optimizer.
+
+    Raises:
+        ValueError: If groups, hyperparameters or state do not fit the optimizer.
+    """
+    groups = saved["param_groups"]
+    sizes, own_sizes = ([len(group["params"]) for group in each] for each in (groups, own_groups))
+    if sizes != own_sizes:
+        raise ValueError(
+            f"state_dict must have the parameter groups of the optimizer, with {own_sizes} parameters, "
+            f"got groups of {sizes}: build both with the same param_groups"
+        )
+    groups = [_adapt_group(group, own) for group, own in zip(groups, own_groups, strict=True)]
+    check_groups(groups)
+    for saved_id, p in pair_params(groups, own_groups):
+        for key, value in saved["state"].get(saved_id, {}).items():
+            if key not in state_keys:
+                raise ValueError(
+                    f"state_dict must hold no other state than {sorted(state_keys)}, got {key!r}: "
+                    "it is another optimizer's"
+                )
+            if isinstance(value, Tensor) and key != "step" and value.shape != p.shape:
+                raise ValueError(
+                    f"state_dict must hold {key!r} in the shape of its parameter {tuple(p.shape)}, "
+                    f"got {tuple(value.shape)}: it is another module's"
+                )
+    return {**saved, "param_groups": groups}
+
+
+def restore_dtypes(
+    state: dict[Tensor, Any], saved: Mapping[str, Any], own_groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Put the saved state back in float32 or wider, on the device of its parameter.
+
+    torch has cast it to the dtype of the parameter, and left ``step`` where it was.
+    """
+    for saved_id, p in pair_params(saved["param_groups"], own_groups):
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        for key, value in saved["state"].get(saved_id, {}).items():
+            if key == "step":
+                state[p][key] = torch.as_tensor(value, dtype=torch.float32).to(p.device, copy=True)
+            elif isinstance(value, Tensor):
+                state[p][key] = value.to(p.device, dtype, copy=True)
+
+
+def pair_params(
+    saved_groups: Iterable[Mapping[str, Any]], own_groups: Iterable[Mapping[str, Any]]
+) -> Iterable[tuple[Any, Tensor]]:
+    """Pair the parameters' numbers in a state dict with the parameters."""
+    saved_ids = chain.from_iterable(group["params"] for group in saved_groups)
+    return zip(saved_ids, chain.from_iterable(group["params"] for group in own_groups), strict=True)
+
+
+def _adapt_group(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    if "layer_adaptation" not in saved:
+        saved = {key: value for key, value in saved.items() if key not in _FOREIGN_KEYS}
+    kept = {key: value for key, value in own.items() if key not in ("params", "param_names")}
+    return {**kept, **saved, "fused": own["fused"]}
