@@ -1,22 +1,26 @@
 """Which layers are adapted and decayed, by module introspection."""
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
+from lightning_lars.optim.arguments import is_number
+
 Predicate = Callable[[str, nn.Parameter, nn.Module], bool]
 """Called with the name of a parameter, the parameter, and the module that owns it."""
 
-Exclusion = type[nn.Module] | str | Predicate
+Exclusion = type[nn.Module] | Predicate | str
 """A module type, an fnmatch pattern over parameter names, or a predicate."""
 
 # What torch.compile, FSDP1 and activation checkpointing put into the names of what they wrap.
@@ -26,15 +30,31 @@ _WRAPPER_PREFIX = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wra
 # NormalizedLinear, nor the reparametrizations WeightNorm and SpectralNorm, which normalize no activation.
 _NORM_WORD = re.compile(r"(?<!Weight)(?<!Spectral)(Norm|norm|NORM)(alization)?(?![a-z])")
 
+# What has weights to adapt, whatever its name says of norms: LinearNorm(nn.Linear), or in one piece with a
+# norm, LayerNormMLP.
+_WEIGHTED = (
+    nn.Bilinear,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.Linear,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    _ConvNd,
+)
+_WEIGHTED_WORD = re.compile(r"Attention|Cell|Conv|Embedding|FFN|FeedForward|GRU|Linear|LSTM|MLP|Mlp|Proj|RNN")
+
 
 def named_norm(name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
     """Tell whether the owner is a normalization layer by the name of its type.
 
     A module with submodules that own parameters is a block around a normalization (``PreNormBlock``), not
-    one itself.
+    one itself; nor is one that the name or the base class calls a linear layer, a convolution and the like.
     """
-    contains_layers = any(True for child in owner.children() for _ in child.parameters())
-    return bool(_NORM_WORD.search(type(owner).__name__)) and not contains_layers
+    called = type(owner).__name__
+    if not _NORM_WORD.search(called) or _WEIGHTED_WORD.search(called) or isinstance(owner, _WEIGHTED):
+        return False
+    return not any(True for child in owner.children() for _ in child.parameters())
 
 
 # _NormBase is the one ancestor of the batch, sync-batch and instance norms and their lazy forms.
@@ -57,7 +77,9 @@ class _Alias(NamedTuple):
     owner: nn.Module
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
+    """A parameter, the group that it belongs to if it is trained, and the rule that decided."""
+
     name: str
     parameter: nn.Parameter
     owner: nn.Module
@@ -98,9 +120,10 @@ def param_groups(
         adapted ['0.weight']
         excluded ['0.bias', '1.weight', '1.bias']
     """
-    layers = _classify(module, exclude, exclude_bias)
+    layers = classify(module, exclude, exclude_bias)
+    trained = [layer for layer in layers if layer.parameter.requires_grad]
     named = {
-        group: [(layer.name, layer.parameter) for layer in layers if layer.group == group]
+        group: [(layer.name, layer.parameter) for layer in trained if layer.group == group]
         for group in ("adapted", "excluded")
     }
     if not any(named.values()):
@@ -150,10 +173,12 @@ def explain_param_groups(
         └──────────┴────────┴───────────┴──────────┴───────────┘
     """
     table = Table("Name", "Shape", "Module", "Group", "Rule")
-    for layer in _classify(module, exclude, exclude_bias):
+    for layer in classify(module, exclude, exclude_bias):
         shape = "lazy" if is_lazy(layer.parameter) else str(tuple(layer.parameter.shape))
-        style = None if layer.group == "adapted" else "dim"
-        table.add_row(layer.name, shape, type(layer.owner).__name__, layer.group, layer.rule, style=style)
+        trained = layer.parameter.requires_grad
+        group, rule = (layer.group, layer.rule) if trained else ("frozen", "requires_grad=False")
+        style = None if group == "adapted" else "dim"
+        table.add_row(layer.name, shape, type(layer.owner).__name__, group, rule, style=style)
     return table
 
 
@@ -175,7 +200,7 @@ def build_optimizer(
         exclude: As for :func:`param_groups`.
         exclude_bias: As for :func:`param_groups`.
         excluded_lr_scale: Factor, above 0, on the learning rate of the excluded group (Barlow Twins:
-            0.024).
+            0.024). Lost to schedulers that set one rate for all groups, as ``OneCycleLR(max_lr=1.0)`` does.
         **optimizer_kwargs: Handed to ``optimizer``.
 
     Returns:
@@ -193,11 +218,7 @@ def build_optimizer(
         >>> [(group["name"], group["lr"]) for group in optimizer.param_groups]
         [('adapted', 0.2), ('excluded', 0.1)]
     """
-    if not 0 < excluded_lr_scale < float("inf"):
-        raise ValueError(
-            f"excluded_lr_scale must be above 0 and finite, got {excluded_lr_scale!r}: "
-            "to keep parameters as they are, use requires_grad_(False)"
-        )
+    check_excluded_lr_scale(excluded_lr_scale)
     if not callable(optimizer):
         raise TypeError(
             "optimizer must be an optimizer class or a callable that takes parameter groups, "
@@ -207,6 +228,10 @@ def build_optimizer(
     built = optimizer(groups, **optimizer_kwargs)
     if not isinstance(built, Optimizer):
         raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {built!r} from {optimizer!r}")
+    for group in built.param_groups:
+        if isinstance(group["lr"], Tensor):
+            # A scheduler writes into the tensor of each group: one that is shared would be scaled twice.
+            group["lr"] = group["lr"].clone()
     if excluded_lr_scale != 1.0:
         excluded = [group for group in built.param_groups if group.get("name") == "excluded"]
         if not excluded:
@@ -219,22 +244,47 @@ def build_optimizer(
     return built
 
 
-def _classify(
-    module: nn.Module, exclude: Exclusion | Iterable[Exclusion], exclude_bias: bool
-) -> list[_Layer]:
-    exclusions = [exclude] if isinstance(exclude, str) or callable(exclude) else list(exclude)
+def check_excluded_lr_scale(excluded_lr_scale: float) -> None:
+    """Raise ValueError unless the factor is above 0 and finite."""
+    if not is_number(excluded_lr_scale) or not 0 < excluded_lr_scale < math.inf:
+        raise ValueError(
+            f"excluded_lr_scale must be above 0 and finite, got {excluded_lr_scale!r}: "
+            "to keep parameters as they are, use requires_grad_(False)"
+        )
+
+
+def check_holds_parameters(optimizer: Optimizer, module: nn.Module) -> None:
+    """Raise if an optimizer would train nothing of a module.
+
+    So it is with one that was built before ``configure_model`` or a strategy replaced the parameters.
+
+    Raises:
+        ValueError: If no parameter of the optimizer is one of the module.
+    """
+    of_module = set(module.parameters())
+    if not any(p in of_module for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            f"optimizer must hold parameters of the module, got {type(optimizer).__name__} with none of "
+            f"{type(module).__name__}: it was built before they were replaced (configure_model, FSDP2, "
+            "tensor parallel). Build it in configure_optimizers, or use LargeBatchCLI, which builds it late"
+        )
+
+
+def classify(module: nn.Module, exclude: Exclusion | Iterable[Exclusion], exclude_bias: bool) -> list[Layer]:
+    """Say of every parameter, frozen ones too, whether it is ``"adapted"`` or ``"excluded"``, and why."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {module!r}: pass the model itself")
+    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
+        exclude = [exclude]
+    exclusions: list[Exclusion] = list(exclude)
     aliases = _aliases(module)
     _check_exclusions(exclusions, [alias.name for named in aliases.values() for alias in named])
     layers = []
     for parameter, named in aliases.items():
-        name, _, owner = named[0]
-        if not parameter.requires_grad:
-            layers.append(_Layer(name, parameter, owner, "frozen", "requires_grad=False"))
-            continue
         # A tied parameter is excluded where any of its owners would exclude it.
         rules = [rule for alias in named if (rule := _rule(alias, parameter, exclusions, exclude_bias))]
         group, rule = ("excluded", rules[0]) if rules else ("adapted", "")
-        layers.append(_Layer(name, parameter, owner, group, rule))
+        layers.append(Layer(named[0].name, parameter, named[0].owner, group, rule))
     return layers
 
 
@@ -263,12 +313,15 @@ def _check_exclusions(exclusions: Iterable[Exclusion], names: list[str]) -> None
                     f"exclude must hold patterns that match a whole parameter name, got {exclusion!r}, which "
                     f"matches none: the closest names are {closest}, and '*' stands for any part of a name"
                 )
-        elif not callable(exclusion) or (
-            isinstance(exclusion, type) and not issubclass(exclusion, nn.Module)
+        elif (
+            not callable(exclusion)
+            or isinstance(exclusion, nn.Module)
+            or (isinstance(exclusion, type) and not issubclass(exclusion, nn.Module))
         ):
             raise TypeError(
                 "exclude must hold module types, patterns over parameter names, or predicates "
-                f"(name, parameter, owner) -> bool, got {exclusion!r}"
+                f"(name, parameter, owner) -> bool, got {exclusion!r}: a module in it is meant by its type, "
+                "or by a pattern such as 'head.*'"
             )
 
 

@@ -78,9 +78,23 @@ def test_every_parameter_of_a_norm_is_excluded(norm):
     assert names(nn.Sequential(norm)) == {"excluded": expected}
 
 
-@pytest.mark.parametrize("module", [NormalizedLinear(4, 4), WeightNormLinear(4, 4)])
+@pytest.mark.parametrize(
+    "module",
+    [
+        NormalizedLinear(4, 4),
+        WeightNormLinear(4, 4),
+        type("LinearNorm", (nn.Linear,), {})(4, 4),
+        type("ConvNorm", (nn.Conv2d,), {})(4, 4, 3),
+    ],
+    ids=lambda module: type(module).__name__,
+)
 def test_a_layer_that_normalizes_its_weight_is_no_norm(module):
     assert names(module) == {"adapted": ["weight"], "excluded": ["bias"]}
+
+
+@pytest.mark.parametrize("called", ["LayerNormLinear", "LayerNormMLP", "RMSNormAttention"])
+def test_a_norm_in_one_piece_with_a_layer_is_no_norm(called):
+    assert names(type(called, (OwnRMSNorm,), {})()) == {"adapted": ["scale"]}
 
 
 def test_a_block_named_after_its_norm_keeps_its_own_parameters_adapted():
@@ -253,9 +267,15 @@ def test_a_pattern_that_matches_nothing_raises_and_names_the_closest():
         param_groups(nn.ModuleDict({"norm": nn.LayerNorm(4)}), exclude="norm")
 
 
-def test_an_exclusion_of_another_kind_raises():
-    with pytest.raises(TypeError, match=r"exclude must hold module types, patterns .* got 3"):
-        param_groups(nn.Linear(2, 2), exclude=[3])
+@pytest.mark.parametrize("exclude", [[3], 3, None, nn.Linear(2, 2), torch.Tensor])
+def test_an_exclusion_of_another_kind_raises(exclude):
+    with pytest.raises(TypeError, match=r"exclude must hold module types, patterns .* got "):
+        param_groups(nn.Linear(2, 2), exclude=exclude)
+
+
+def test_parameters_instead_of_a_module_raise():
+    with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module, got .*: pass the model itself"):
+        param_groups(nn.Linear(2, 2).parameters())
 
 
 @pytest.mark.parametrize("module", [nn.ReLU(), nn.Linear(2, 2).requires_grad_(False)])
@@ -302,11 +322,12 @@ def test_excluded_lr_scale_multiplies_the_rate_of_the_excluded_group_alone(lr):
     built = build_optimizer(nn.Linear(2, 2), LARS, lr=lr, excluded_lr_scale=0.5)
     assert [float(group["lr"]) for group in built.param_groups] == [0.5, 0.25]
     assert float(lr) == 0.5
+    assert built.param_groups[0]["lr"] is not built.param_groups[1]["lr"]
 
 
-@pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf"), None, "a", True])
 def test_an_excluded_lr_scale_out_of_range_raises(scale):
-    with pytest.raises(ValueError, match=f"excluded_lr_scale must be above 0 and finite, got {scale}"):
+    with pytest.raises(ValueError, match=f"excluded_lr_scale must be above 0 and finite, got {scale!r}"):
         build_optimizer(nn.Linear(2, 2), LARS, excluded_lr_scale=scale)
 
 

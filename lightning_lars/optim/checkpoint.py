@@ -1,5 +1,6 @@
 """State dicts, of these optimizers and of torch.optim's, made to fit."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from itertools import chain
 from typing import Any
@@ -32,15 +33,17 @@ def adapt_state_dict(
             f"state_dict must have the parameter groups of the optimizer, with {own_sizes} parameters, "
             f"got groups of {sizes}: build both with the same param_groups"
         )
+    _warn_of_momentum(groups, own_groups, saved["state"])
     groups = [_adapt_group(group, own) for group, own in zip(groups, own_groups, strict=True)]
     check_groups(groups)
     for saved_id, p in pair_params(groups, own_groups):
-        for key, value in saved["state"].get(saved_id, {}).items():
-            if key not in state_keys:
-                raise ValueError(
-                    f"state_dict must hold no other state than {sorted(state_keys)}, got {key!r}: "
-                    "it is another optimizer's"
-                )
+        state = saved["state"].get(saved_id, {})
+        if state and state.keys() != state_keys:
+            raise ValueError(
+                f"state_dict must hold {sorted(state_keys)} for a parameter, got {sorted(state)}: "
+                "it is another optimizer's"
+            )
+        for key, value in state.items():
             if isinstance(value, Tensor) and key != "step" and value.shape != p.shape:
                 raise ValueError(
                     f"state_dict must hold {key!r} in the shape of its parameter {tuple(p.shape)}, "
@@ -73,8 +76,34 @@ def pair_params(
     return zip(saved_ids, chain.from_iterable(group["params"] for group in own_groups), strict=True)
 
 
+def _is_foreign(saved: Mapping[str, Any]) -> bool:
+    return "trust_clip" not in saved  # which only LARS and LAMB have
+
+
+def _warn_of_momentum(
+    groups: Sequence[Mapping[str, Any]], own_groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]
+) -> None:
+    for group, own in zip(groups, own_groups, strict=True):
+        scales_momentum = own["layer_adaptation"] and own.get("denominator") not in (None, "momentum")
+        buffers = [state.get(saved_id, {}).get("momentum_buffer") for saved_id in group["params"]]
+        if _is_foreign(group) and scales_momentum and any(buffer is not None for buffer in buffers):
+            warnings.warn(
+                "The state dict is SGD's, with its learning rate, and a momentum that no trust ratio has "
+                "scaled: under a rate for LARS it would throw the weights far off until it has faded. Raise "
+                'lr in small steps, or leave the momentum behind with state_dict["state"] = {}',
+                stacklevel=5,
+            )
+            return
+
+
 def _adapt_group(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    if "layer_adaptation" not in saved:
-        saved = {key: value for key, value in saved.items() if key not in _FOREIGN_KEYS}
+    if _is_foreign(saved):
+        for key in {"momentum", "betas"} & own.keys():
+            if key not in saved:
+                raise ValueError(
+                    f"state_dict must have {key!r} in its groups, got {sorted(saved)}: "
+                    "it is another optimizer's"
+                )
+        saved = {key: value for key, value in saved.items() if key in own and key not in _FOREIGN_KEYS}
     kept = {key: value for key, value in own.items() if key not in ("params", "param_names")}
     return {**kept, **saved, "fused": own["fused"]}

@@ -71,6 +71,13 @@ class LAMB(LayerwiseOptimizer):
     """
 
     state_keys = frozenset({"step", "exp_avg", "exp_avg_sq"})
+    switches = (
+        "bias_correction",
+        "grad_averaging",
+        "decoupled_weight_decay",
+        "maximize",
+        "layer_adaptation",
+    )
 
     def __init__(
         self,

@@ -76,6 +76,7 @@ class LARS(LayerwiseOptimizer):
     """
 
     state_keys = frozenset({"momentum_buffer"})
+    switches = ("nesterov", "lr_in_momentum", "decoupled_weight_decay", "maximize", "layer_adaptation")
 
     def __init__(
         self,

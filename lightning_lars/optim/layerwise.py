@@ -19,6 +19,10 @@ from lightning_lars.optim.arguments import (
 from lightning_lars.optim.checkpoint import adapt_state_dict, restore_dtypes
 from lightning_lars.optim.norms import Tensors, is_sharded, layer_norms
 
+# How many elements are worked on at once. Their updates exist at the same time, for weights of half precision
+# beside a float32 copy: 256 MiB of scratch for four tensors of this size.
+_ELEMENTS_AT_ONCE = 2**24
+
 
 class Layers(NamedTuple):
     """Layers of one group that share a device and a dtype, with their gradients."""
@@ -38,11 +42,19 @@ class LayerwiseOptimizer(Optimizer, ABC):
     state_keys: ClassVar[frozenset[str]]
     """What the optimizer keeps for each layer, under torch's own names."""
 
+    switches: ClassVar[tuple[str, ...]]
+    """The hyperparameters that are True or False."""
+
     # For each call of `_update` in the last step: its layers and their ratios, shape (layers,).
     _last_trust_ratios: list[tuple[list[Tensor], Tensor]]
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         self._last_trust_ratios = []
+        if isinstance(params, Mapping) or not isinstance(params, Iterable):
+            raise TypeError(
+                f"params must be an iterable of parameters, named parameters or groups, got {params!r}: "
+                "pass model.parameters(), param_groups(model), or a list with your group"
+            )
         if not isinstance(params, Tensor):
             params = list(params)
             if not params:
@@ -72,6 +84,8 @@ class LayerwiseOptimizer(Optimizer, ABC):
         require("lr", "at least 0 and finite", lr, holds)
         check_non_negative("weight_decay", group["weight_decay"])
         check_none_or_positive("max_grad_norm", group["max_grad_norm"])
+        for argument in self.switches:
+            require(argument, "True or False", group[argument], isinstance(group[argument], bool))
         require(
             "fused",
             "None or False (there is no fused implementation in this version)",
@@ -137,6 +151,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
             names[p]: ratio
             for params, ratios in self._last_trust_ratios
             for p, ratio in zip(params, ratios.unbind(), strict=True)
+            if p in names
         }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -146,14 +161,17 @@ class LayerwiseOptimizer(Optimizer, ABC):
             ValueError: If a hyperparameter breaks its rule, a parameter is complex, integer, not a leaf
                 or given twice, or a name stands for two parameters. No group has been added then.
         """
-        group = dict(param_group)
+        if not isinstance(param_group, Mapping) or "params" not in param_group:
+            raise TypeError(f'param_group must be a dict with "params", got {param_group!r}')
+        group = {**self.defaults, **param_group}
         if isinstance(group["params"], Tensor):
             group["params"] = [group["params"]]
         if not isinstance(group["params"], set):
-            group["params"] = list(group["params"])
-            self._check_params(group["params"])
-        merged = {**self.defaults, **group}
-        self._check_groups([*self.param_groups, merged])
+            group["params"] = self._check_params(list(group["params"]))
+        if any(group["lr"] is other["lr"] for other in self.param_groups if isinstance(other["lr"], Tensor)):
+            # Schedulers write into the tensor of each group: one that is shared would be scaled twice.
+            group["lr"] = group["lr"].clone()
+        self._check_groups([*self.param_groups, group])
         super().add_param_group(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -186,9 +204,10 @@ class LayerwiseOptimizer(Optimizer, ABC):
     def _check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         for group in groups:
             self._check_group(group)
-        first, last = groups[0]["max_grad_norm"], groups[-1]["max_grad_norm"]
+        first = groups[0]["max_grad_norm"]
         rule = f"the same in every group ({first!r}), as it bounds the norm over all of them"
-        require("max_grad_norm", rule, last, last == first)
+        for group in groups:
+            require("max_grad_norm", rule, group["max_grad_norm"], group["max_grad_norm"] == first)
 
     def _named_params(self, group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
         if "param_names" in group:
@@ -200,11 +219,16 @@ class LayerwiseOptimizer(Optimizer, ABC):
             before += len(other["params"])
         return ((str(before + i), p) for i, p in enumerate(group["params"]))
 
-    def _check_params(self, params: Sequence[Any]) -> None:
+    def _check_params(self, params: list[Any]) -> list[Any]:
+        """Return the parameters, named by their number if they are not where the other groups' are."""
+        if any("param_names" in group for group in self.param_groups):
+            before = sum(len(group["params"]) for group in self.param_groups)
+            if all(isinstance(p, Tensor) for p in params):
+                params = [(str(before + index), p) for index, p in enumerate(params)]
         seen = set(chain.from_iterable(group["params"] for group in self.param_groups))
         seen_names = set(chain.from_iterable(group.get("param_names", ()) for group in self.param_groups))
         for index, entry in enumerate(params):
-            name, p = entry if isinstance(entry, tuple) else (None, entry)
+            name, p = entry if isinstance(entry, tuple) and len(entry) == 2 else (None, entry)
             if not isinstance(p, Tensor):
                 raise TypeError(f"params must be tensors or (name, tensor) pairs, got {p!r} at {index}")
             label = f"parameter {index if name is None else name!r}"
@@ -224,10 +248,12 @@ class LayerwiseOptimizer(Optimizer, ABC):
                 )
             seen.add(p)
             seen_names.add(name)
+        return params
 
     def _layers(self, group: dict[str, Any]) -> Iterable[Layers]:
-        """Sort the layers that have a gradient by device and dtype."""
-        buckets: dict[tuple[torch.device, torch.dtype], Layers] = {}
+        """Sort the layers that have a gradient by device and dtype, and into parts of bounded size."""
+        buckets: dict[tuple[torch.device, torch.dtype, int], Layers] = {}
+        elements: dict[tuple[torch.device, torch.dtype], int] = {}
         for i, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
@@ -242,7 +268,9 @@ class LayerwiseOptimizer(Optimizer, ABC):
                     f"{self._label(group, i)} is sharded (FSDP, tensor parallel), "
                     "which this version cannot reduce: train with strategy='ddp'"
                 )
-            layers = buckets.setdefault((p.device, p.dtype), Layers(group, [], []))
+            kind = (p.device, p.dtype)
+            elements[kind] = elements.get(kind, 0) + p.numel()
+            layers = buckets.setdefault((*kind, elements[kind] // _ELEMENTS_AT_ONCE), Layers(group, [], []))
             layers.params.append(p)
             layers.grads.append(p.grad)
         return buckets.values()

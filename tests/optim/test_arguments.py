@@ -162,7 +162,7 @@ BAD_GROUPS = {
     "other max_grad_norm": lambda own: {"params": [("new", w())], "max_grad_norm": 3.0},
     "taken parameter": lambda own: {"params": [("new", own["scale"])]},
     "taken name": lambda own: {"params": [("scale", w())]},
-    "without names": lambda own: {"params": [w()]},
+    "some names": lambda own: {"params": [("new", w()), w()]},
     "complex": lambda own: {"params": [("new", w()), ("other", torch.zeros(2, dtype=torch.complex64))]},
     "a number": lambda own: {"params": [("new", w()), ("other", 1.0)]},
     "a set": lambda own: {"params": {w()}},
@@ -199,3 +199,42 @@ def test_a_legal_lr_is_kept_as_it_was_given(optimizer_class, lr):
 @pytest.mark.parametrize("fused", [None, False])
 def test_fused_may_be_absent_or_off(optimizer_class, fused):
     assert optimizer_class([w()], fused=fused).param_groups[0]["fused"] is fused
+
+
+@both
+def test_a_group_without_names_gets_numbers_where_the_others_have_names(optimizer_class):
+    """As Lightning's BaseFinetuning adds what it unfreezes."""
+    params, late = layers(), w()
+    optimizer = optimizer_class(params.items())
+    optimizer.add_param_group({"params": [late]})
+    assert optimizer.param_groups[1]["param_names"] == [str(len(params))]
+    late.grad = torch.ones_like(late)
+    optimizer.step()
+    assert list(optimizer.trust_ratios()) == [str(len(params))]
+
+
+@both
+@pytest.mark.parametrize("value", ["no", "False", None, 1])
+def test_a_switch_that_is_neither_true_nor_false_is_refused(optimizer_class, value):
+    for switch in optimizer_class.switches:
+        with pytest.raises(ValueError, match=f"{switch} must be True or False, got {value!r}"):
+            optimizer_class([{"params": [w()], switch: value}])
+
+
+@both
+@pytest.mark.parametrize(
+    "params", [torch.nn.Linear(2, 2), None, 3, {"params": []}, [{"lr": 0.1}]], ids=lambda p: type(p).__name__
+)
+def test_what_holds_no_parameters_is_refused_with_what_to_pass(optimizer_class, params):
+    with pytest.raises(TypeError, match=r"pass model\.parameters\(\)|must be a dict with \"params\""):
+        optimizer_class(params)
+
+
+@both
+def test_groups_do_not_share_a_tensor_lr(optimizer_class):
+    """A scheduler multiplies the rate of every group: a shared one twice."""
+    optimizer = optimizer_class([{"params": [w()]}, {"params": [w()]}], lr=torch.tensor(1.0))
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    for _ in range(3):
+        scheduler.step(1.0)
+    assert [group["lr"].item() for group in optimizer.param_groups] == [0.25, 0.25]

@@ -1,0 +1,107 @@
+"""Regroups an optimizer that exists, for modules that cannot change."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_lars.callbacks.both_roots import Callback
+from lightning_lars.param_groups import DEFAULT_EXCLUDED, check_holds_parameters, classify
+
+# What torch's schedulers keep for each group, beside what they keep in it.
+_PER_GROUP = (
+    "base_lrs",
+    "_last_lr",
+    "lr_lambdas",
+    "min_lrs",
+    "max_lrs",
+    "base_momentums",
+    "max_momentums",
+)
+
+
+class ExcludeNormAndBias(Callback):
+    """Takes norms and biases out of the adaptation and the weight decay of the Trainer's optimizers.
+
+    For optimizers that were built over bare ``parameters()``, as by ``LightningCLI --optimizer LARS``. Splits
+    every group into what :func:`~lightning_lars.param_groups.param_groups` calls adapted and excluded, and
+    leaves the learning rates and their schedulers as they are.
+
+    Args:
+        exclude: fnmatch patterns over parameter names, to be excluded beside the normalization layers.
+        exclude_bias: Whether biases are excluded too.
+
+    Raises:
+        ValueError: At the start of training, if a pattern matches no parameter name, or an optimizer holds
+            none of the module's parameters.
+        MisconfigurationException: At the start of training, if a strategy has wrapped the optimizer.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> from lightning_lars import ExcludeNormAndBias
+        >>> trainer = Trainer(callbacks=[ExcludeNormAndBias()], accelerator="cpu")
+    """
+
+    def __init__(self, exclude: Sequence[str] = (), exclude_bias: bool = True) -> None:
+        self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+        self.exclude_bias = exclude_bias
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Before a checkpoint is restored, whose optimizer was regrouped too.
+        layers = classify(pl_module, (*DEFAULT_EXCLUDED, *self.exclude), self.exclude_bias)
+        names = {layer.parameter: layer.name for layer in layers}
+        excluded = {layer.parameter for layer in layers if layer.group == "excluded"}
+        for optimizer in trainer.optimizers:
+            if not isinstance(optimizer, Optimizer):
+                raise MisconfigurationException(
+                    f"ExcludeNormAndBias cannot regroup {type(optimizer).__name__}, which a strategy has put "
+                    "around the optimizer: call build_optimizer in configure_optimizers"
+                )
+            check_holds_parameters(optimizer, pl_module)
+            groups = [part for group in optimizer.param_groups for part in _split(group, excluded, names)]
+            origins = [origin for origin, _ in groups]
+            if len(groups) == len(optimizer.param_groups):
+                rank_zero_warn(
+                    f"ExcludeNormAndBias found nothing to split in {type(optimizer).__name__}: "
+                    "its groups are apart already"
+                )
+                continue
+            indices = [next(i for i, g in enumerate(optimizer.param_groups) if g is o) for o in origins]
+            optimizer.param_groups[:] = [part for _, part in groups]
+            for config in trainer.lr_scheduler_configs:
+                if config.scheduler.optimizer is optimizer:
+                    _follow(config.scheduler, indices)
+
+
+def _split(
+    group: dict[str, Any], excluded: set[Any], names: dict[Any, str]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return the parts of a group, each with the group that it came from."""
+    parts = []
+    for part, overrides in (
+        ("adapted", {}),
+        ("excluded", {"layer_adaptation": False, "weight_decay": 0.0}),
+    ):
+        params = [p for p in group["params"] if (p in excluded) == (part == "excluded")]
+        if params:
+            name = f"{group['name']}/{part}" if "name" in group else part
+            param_names = [names[p] for p in params]
+            parts.append(
+                (group, {**group, "params": params, "param_names": param_names, "name": name, **overrides})
+            )
+    return parts
+
+
+def _follow(scheduler: Any, indices: Sequence[int]) -> None:
+    """Give every new group what the scheduler kept for the group that it came from."""
+    for attribute in _PER_GROUP:
+        kept = getattr(scheduler, attribute, None)
+        if isinstance(kept, list) and len(kept) == max(indices) + 1:
+            setattr(scheduler, attribute, [kept[index] for index in indices])
+    for inner in getattr(scheduler, "_schedulers", ()):
+        _follow(inner, indices)
