@@ -1,6 +1,12 @@
 """LARS and LAMB for PyTorch Lightning: train with large batches, and see every layer's trust ratio."""
 
-from lightning_lars.callbacks import TrustRatioMonitor
+from lightning_lars.batch_size import effective_batch_size
+from lightning_lars.callbacks import (
+    BatchSizeScaling,
+    ExcludeNormAndBias,
+    LearningRateWarmup,
+    TrustRatioMonitor,
+)
 from lightning_lars.mixin import LargeBatchMixin
 from lightning_lars.optim import LAMB, LARS
 from lightning_lars.param_groups import (
@@ -9,14 +15,20 @@ from lightning_lars.param_groups import (
     explain_param_groups,
     param_groups,
 )
+from lightning_lars.schedules import WarmupDecayLR
 
 __all__ = [
     "DEFAULT_EXCLUDED",
     "LAMB",
     "LARS",
+    "BatchSizeScaling",
+    "ExcludeNormAndBias",
     "LargeBatchMixin",
+    "LearningRateWarmup",
     "TrustRatioMonitor",
+    "WarmupDecayLR",
     "build_optimizer",
+    "effective_batch_size",
     "explain_param_groups",
     "param_groups",
 ]

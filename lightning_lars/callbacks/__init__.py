@@ -1,5 +1,8 @@
 """What is registered on a Trainer."""
 
+from lightning_lars.callbacks.batch_size_scaling import BatchSizeScaling
+from lightning_lars.callbacks.exclude_norm_and_bias import ExcludeNormAndBias
+from lightning_lars.callbacks.learning_rate_warmup import LearningRateWarmup
 from lightning_lars.callbacks.trust_ratio_monitor import TrustRatioMonitor
 
-__all__ = ["TrustRatioMonitor"]
+__all__ = ["BatchSizeScaling", "ExcludeNormAndBias", "LearningRateWarmup", "TrustRatioMonitor"]

@@ -62,7 +62,7 @@ class ExcludeNormAndBias(Callback):
                     f"ExcludeNormAndBias cannot regroup {type(optimizer).__name__}, which a strategy has put "
                     "around the optimizer: call build_optimizer in configure_optimizers"
                 )
-            check_holds_parameters(optimizer, pl_module)
+            check_holds_parameters(optimizer, trainer.model or pl_module)
             groups = [part for group in optimizer.param_groups for part in _split(group, excluded, names)]
             origins = [origin for origin, _ in groups]
             if len(groups) == len(optimizer.param_groups):

@@ -6,10 +6,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
+
+from lightning_lars.callbacks.both_roots import Callback
+from lightning_lars.param_groups import check_holds_parameters
 
 
 @runtime_checkable
@@ -26,10 +29,12 @@ class HasTrustRatios(Protocol):
 
 
 class TrustRatioMonitor(Callback):
-    """Logs trust ratios to every logger of the Trainer, every ``log_every_n_steps`` optimizer steps.
+    """Logs trust ratios to every logger of the Trainer, whenever Lightning logs (``log_every_n_steps``).
 
     What is logged are the ratios that the last step used, so steps that a gradient scaler skipped leave
     nothing. They come to the host in one transfer when they are logged, and not at all in between.
+    Lightning counts optimizer steps, or batches in manual optimization, where an optimizer that has not
+    stepped since the last log is left out.
 
     ======================  ===========================================================
     Key                     Value
@@ -42,7 +47,7 @@ class TrustRatioMonitor(Callback):
 
     With several optimizers (manual optimization) the keys are ``trust_ratio/OPTIMIZER/...``, numbered as
     ``LearningRateMonitor`` does: ``LARS``, ``LARS-1``. Minimum, median and maximum are also in
-    ``trainer.callback_metrics``.
+    ``trainer.callback_metrics``, from the first log on.
 
     Raises:
         MisconfigurationException: At the start of training, if the Trainer has no logger, or no optimizer
@@ -74,9 +79,11 @@ class TrustRatioMonitor(Callback):
                 f"{[type(optimizer).__name__ for optimizer in trainer.optimizers]}: "
                 "use LARS or LAMB in configure_optimizers or leave the callback out"
             )
+        for optimizer in optimizers:
+            check_holds_parameters(optimizer, trainer.model or pl_module)
         self._optimizers = _by_prefix(optimizers)
-        for prefix, optimizer in self._optimizers.items():
-            hook = optimizer.register_step_post_hook(lambda *_, p=prefix: self._stepped.add(p))
+        for prefix, watched in self._optimizers.items():
+            hook = watched.register_step_post_hook(lambda *_, p=prefix: self._stepped.add(p))
             self._hooks.append(hook)
 
     @override
@@ -88,7 +95,10 @@ class TrustRatioMonitor(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics({**ratios, **summary}, step=step)
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in summary.items()})
-        self._stepped.clear()
+            self._stepped.clear()
+        elif pl_module.automatic_optimization:
+            # Lightning asks for logs on every batch that is accumulated for a step; the step is in the last.
+            self._stepped.clear()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

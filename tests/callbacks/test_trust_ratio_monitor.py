@@ -188,6 +188,34 @@ def test_two_optimizers_are_told_apart(tmp_path):
     assert [any("LARS-1" in key for key in rows[batch]) for batch in range(8)] == [False, True] * 4
 
 
+def test_an_optimizer_that_rarely_steps_is_logged_with_its_last_step(tmp_path):
+    class Rare(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.net = nn.Linear(4, 2)
+
+        def configure_optimizers(self):
+            return build_optimizer(self.net, LARS, lr=1.0)
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            self.manual_backward(self.net(batch).pow(2).mean())
+            if batch_idx % 3 == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        train_dataloader = Boring.train_dataloader
+
+    logger, spy = CSVLogger(tmp_path), Spy()
+    trainer(tmp_path, logger=logger, log_every_n_steps=2, callbacks=[spy, TrustRatioMonitor()]).fit(Rare())
+    rows = logged(logger)
+    assert sorted(rows) == [1, 3, 7]
+    assert [row["trust_ratio/weight"] for row in rows.values()] == [
+        spy.ratios[step]["weight"] for step in range(3)
+    ]
+
+
 def test_a_second_fit_logs_every_step_once(tmp_path):
     monitor, logger = TrustRatioMonitor(), CSVLogger(tmp_path)
     fit = trainer(tmp_path, logger=logger, log_every_n_steps=1, callbacks=[monitor])

@@ -1,0 +1,178 @@
+"""Scales the learning rate with the batch size."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning_utilities.core.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from lightning_lars.batch_size import (
+    ScalingRule,
+    accumulated_batches,
+    check_batch_size,
+    data_parallel_replicas,
+    effective_batch_size,
+    per_device_batch_size,
+    scale_adam,
+    scaling_exponent,
+    scaling_factor,
+)
+from lightning_lars.callbacks.both_roots import Callback
+from lightning_lars.callbacks.learning_rate_owner import LearningRateOwner
+
+
+class BatchSizeScaling(Callback):
+    """Multiplies the learning rate of every step by what a rule makes of the effective batch size.
+
+    ::
+
+        effective batch size = per-device batch size * data-parallel replicas * accumulated batches
+        lr in the step = lr of the schedule * scaling_factor(effective batch size, base_batch_size, rule)
+
+    ``group["lr"]`` is what the scheduler says throughout, except inside the step and where
+    ``LearningRateMonitor`` looks; so a checkpoint resumed on another number of devices is scaled anew.
+    Follows a ``GradientAccumulationScheduler``. Says in the log what it found and did.
+
+    Args:
+        base_batch_size: Effective batch size that the learning rate belongs to, above 0.
+        rule: ``"linear"``, ``"sqrt"``, ``"none"``, or an exponent, as in
+            :func:`~lightning_lars.batch_size.scaling_factor`. ``"adam_sqrt"``: the square root that also
+            moves ``betas`` and ``eps``, as in :func:`~lightning_lars.batch_size.scale_adam`.
+        batch_size: Per-device batch size. None reads it from the train loader, or, where that does not tell
+            it, from the first batch; before that, a ``LearningRateMonitor`` shows the plain rate.
+
+    Raises:
+        ValueError: If an argument breaks its rule; at the first batch, if one of several train loaders does
+            not tell its batch size.
+        MisconfigurationException: At the start of training, if there are two of these callbacks, or a
+            ``LearningRateFinder``, which finds a rate for the batch size at hand; or if ``"adam_sqrt"``
+            meets an optimizer without ``betas`` and ``eps``, or a batch too large for it; at the first
+            batch, if that does not tell its size either.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> from lightning_lars import BatchSizeScaling
+        >>> trainer = Trainer(callbacks=[BatchSizeScaling(rule="sqrt")], accelerator="cpu", logger=False)
+    """
+
+    def __init__(
+        self,
+        base_batch_size: int = 256,
+        rule: ScalingRule | float = "linear",
+        batch_size: int | None = None,
+    ) -> None:
+        check_batch_size("base_batch_size", base_batch_size)
+        if batch_size is not None:
+            check_batch_size("batch_size", batch_size)
+        scaling_exponent(rule)
+        self.base_batch_size = base_batch_size
+        self.rule = rule
+        self.batch_size = batch_size
+        self._first_batch_size: int | None = None
+        self._said: str | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        LearningRateOwner.of(trainer, self)
+        for callback in cast(Any, trainer).callbacks:
+            if any(base.__name__ == "LearningRateFinder" for base in type(callback).__mro__):
+                raise MisconfigurationException(
+                    "BatchSizeScaling and LearningRateFinder exclude each other: the rate that is found "
+                    "belongs to the batch size at hand. Find it first, in a run with base_batch_size samples"
+                )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._first_batch_size = self._said = None
+        if self.rule == "adam_sqrt":
+            for optimizer in trainer.optimizers:
+                if not all("betas" in group and "eps" in group for group in optimizer.param_groups):
+                    raise MisconfigurationException(
+                        'BatchSizeScaling(rule="adam_sqrt") needs an optimizer with betas and eps, got '
+                        f'{type(optimizer).__name__}: use rule="linear" or "sqrt"'
+                    )
+        owner = LearningRateOwner.of(trainer, self)
+        owner.adjust("batch-size scaling", lambda group, step: self._scaled(trainer, group))
+        self._tell(trainer)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._tell(trainer)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._per_device(trainer) is None or (batch_idx == 0 and self._first_batch_size is not None):
+            if isinstance(trainer.train_dataloader, Mapping | list | tuple):
+                # The batches of several loaders may differ in size: raise what names the one that is silent.
+                per_device_batch_size(trainer)
+            self._first_batch_size = _batch_size_of(batch)
+            self._tell(trainer)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._said = None
+
+    def _per_device(self, trainer: Trainer) -> int | None:
+        """Return the batch size that was given, that the loader tells, or that the first batch had."""
+        if self.batch_size is not None:
+            return self.batch_size
+        try:
+            return per_device_batch_size(trainer)
+        except ValueError:
+            return self._first_batch_size
+
+    def _scaled(self, trainer: Trainer, group: Mapping[str, Any]) -> dict[str, Any]:
+        per_device = self._per_device(trainer)
+        # Before the first batch only a monitor asks.
+        if per_device is None:
+            return {}
+        batch_size = effective_batch_size(trainer, per_device)
+        scaled = {"lr": group["lr"] * scaling_factor(batch_size, self.base_batch_size, self.rule)}
+        if self.rule == "adam_sqrt":
+            ratio = batch_size / self.base_batch_size
+            try:
+                scaled["betas"], scaled["eps"] = scale_adam(group["betas"], group["eps"], ratio)
+            except ValueError as error:
+                raise MisconfigurationException(f"BatchSizeScaling: {error}") from None
+        return scaled
+
+    def _tell(self, trainer: Trainer) -> None:
+        """Say what was found and done, and again when it changes."""
+        per_device = self._per_device(trainer)
+        if per_device is None:
+            return
+        accumulated, replicas = accumulated_batches(trainer), data_parallel_replicas(trainer)
+        batch_size = effective_batch_size(trainer, per_device)
+        factor = scaling_factor(batch_size, self.base_batch_size, self.rule)
+        found = (
+            f"BatchSizeScaling: effective batch size {batch_size} = {per_device} per device x {replicas} "
+            f"replicas x {accumulated} accumulated; {self.rule} from {self.base_batch_size}: "
+            f"learning rate x {factor:.6g}"
+        )
+        if found == self._said:
+            return
+        self._said = found
+        rates = []
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                name = "/".join(filter(None, [type(optimizer).__name__, group.get("name")]))
+                before, after = float(group["lr"]), float(self._scaled(trainer, group)["lr"])
+                rates.append(f"{name} {before:.6g} -> {after:.6g}")
+        rank_zero_info(f"{found} ({', '.join(rates)}).")
+
+
+def _batch_size_of(batch: Any) -> int:
+    try:
+        return extract_batch_size(batch)
+    except (MisconfigurationException, RecursionError) as error:
+        raise MisconfigurationException(
+            "BatchSizeScaling finds a batch size neither in the train loader nor in the first batch, "
+            f"a {type(batch).__name__}: pass batch_size"
+        ) from error

@@ -1,0 +1,126 @@
+"""Warms up the learning rate of a training that has a schedule already, or none."""
+
+import math
+from typing import Any, Literal, cast
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from lightning_lars.callbacks.both_roots import Callback
+from lightning_lars.callbacks.learning_rate_owner import LearningRateOwner
+from lightning_lars.schedules import constant_warmup, cosine_warmup, exponential_warmup, linear_warmup
+from lightning_lars.training_length import steps_of_epochs, total_steps
+
+_SHAPES = {
+    "constant": constant_warmup,
+    "linear": linear_warmup,
+    "exponential": exponential_warmup,
+    "cosine": cosine_warmup,
+}
+
+
+class LearningRateWarmup(Callback):
+    """Multiplies the learning rate of every step by a factor that rises to 1.
+
+    Works with any optimizer and any scheduler, or none. ``group["lr"]`` is what the scheduler says
+    throughout, except inside the step and where ``LearningRateMonitor`` looks. What counts are optimizer
+    steps that happened, from 1: not batches, nor steps that a gradient scaler skipped, nor batches without
+    a loss. A resumed run goes on where it stopped.
+
+    Args:
+        warmup_steps: Optimizer steps until the factor is 1, at least 1. One of the three is to be given.
+        warmup_epochs: The same in epochs, above 0; parts of an epoch are fine.
+        warmup_fraction: The same as a share of all steps of the training, in (0, 1].
+        shape: The curve, as in :mod:`lightning_lars.schedules`.
+        start_factor: Where the curve comes from, in [0, 1]. None stands for 0 where the shape leaves 0 by
+            itself (linear, cosine).
+
+    Raises:
+        ValueError: If an argument breaks its rule.
+        MisconfigurationException: At the start of training, if the warmup is longer than the training, if
+            epochs or shares of an endless loader are asked for, or if there are two warmups.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> from lightning_lars import LearningRateWarmup
+        >>> trainer = Trainer(callbacks=[LearningRateWarmup(warmup_epochs=5)], accelerator="cpu")
+    """
+
+    def __init__(
+        self,
+        warmup_steps: int | None = None,
+        warmup_epochs: float | None = None,
+        warmup_fraction: float | None = None,
+        shape: Literal["constant", "linear", "exponential", "cosine"] = "linear",
+        start_factor: float | None = None,
+    ) -> None:
+        lengths = {
+            "warmup_steps": warmup_steps,
+            "warmup_epochs": warmup_epochs,
+            "warmup_fraction": warmup_fraction,
+        }
+        given = {name: value for name, value in lengths.items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"One of {list(lengths)} must be given, got {given or 'none'}")
+        if warmup_steps is not None and (type(warmup_steps) is not int or warmup_steps < 1):
+            raise ValueError(f"warmup_steps must be a whole number above 0, got {warmup_steps!r}")
+        if warmup_epochs is not None and not 0 < warmup_epochs < math.inf:
+            raise ValueError(f"warmup_epochs must be above 0 and finite, got {warmup_epochs!r}")
+        if warmup_fraction is not None and not 0 < warmup_fraction <= 1:
+            raise ValueError(f"warmup_fraction must be in (0, 1], got {warmup_fraction!r}")
+        if shape not in _SHAPES:
+            raise ValueError(f"shape must be one of {tuple(_SHAPES)}, got {shape!r}")
+        if start_factor is not None and not 0 <= start_factor <= 1:
+            raise ValueError(f"start_factor must be in [0, 1], got {start_factor!r}")
+        if not start_factor and shape in ("constant", "exponential"):
+            raise ValueError(
+                f"start_factor must be above 0 with shape={shape!r}, got {start_factor!r}: the weights would "
+                "not move; 0.1 is a usual value"
+            )
+        self.warmup_steps = warmup_steps
+        self.warmup_epochs = warmup_epochs
+        self.warmup_fraction = warmup_fraction
+        self.shape = shape
+        self.start_factor = start_factor or 0.0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            LearningRateOwner.of(trainer, self)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        total = total_steps(trainer)
+        warmup_steps = self._length(trainer, total)
+        # A fast_dev_run tries the code, not the length; manual optimization steps as often as it likes.
+        counts = pl_module.automatic_optimization and not cast(Any, trainer).fast_dev_run
+        if warmup_steps > total and counts:
+            raise MisconfigurationException(
+                f"LearningRateWarmup would take {warmup_steps} of the {total:.0f} optimizer steps of the "
+                "training: shorten the warmup or train longer"
+            )
+        curve, start_factor = _SHAPES[self.shape], self.start_factor
+        LearningRateOwner.of(trainer, self).adjust(
+            "warmup", lambda group, step: {"lr": group["lr"] * curve(step, warmup_steps, start_factor)}
+        )
+        rank_zero_info(
+            f"LearningRateWarmup: {self.shape}, from {start_factor:g} to 1 times the learning rate in "
+            f"{warmup_steps} optimizer steps."
+        )
+
+    def _length(self, trainer: Trainer, total: float) -> int:
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        if self.warmup_epochs is not None:
+            given, steps = f"warmup_epochs={self.warmup_epochs}", steps_of_epochs(trainer, self.warmup_epochs)
+        else:
+            assert self.warmup_fraction is not None
+            given, steps = f"warmup_fraction={self.warmup_fraction}", self.warmup_fraction * total
+        if math.isinf(steps):
+            raise MisconfigurationException(
+                f"LearningRateWarmup({given}) has no length in steps, as the train loader or the training "
+                "has no end: pass warmup_steps, or set limit_train_batches or max_steps"
+            )
+        return max(1, round(steps))

@@ -1,0 +1,78 @@
+"""How many optimizer steps a Trainer will take, and schedules that are told so."""
+
+import math
+from typing import Any, Literal, cast
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+
+from lightning_lars.batch_size import accumulated_batches
+from lightning_lars.schedules import WarmupDecayLR
+
+
+def steps_of_epochs(trainer: Trainer, epochs: float) -> float:
+    """Return the optimizer steps of the first epochs, a part of one included; ``inf`` if one has no end.
+
+    Follows a ``GradientAccumulationScheduler``. Loads the train loader where that has not happened, so
+    under a distributed strategy every process must call it.
+    """
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
+    if math.isinf(trainer.num_training_batches) or math.isinf(epochs):
+        return math.inf
+    whole = math.floor(epochs)
+    steps = float(sum(_steps_of_epoch(trainer, epoch) for epoch in range(whole)))
+    return steps + (epochs - whole) * _steps_of_epoch(trainer, whole)
+
+
+def total_steps(trainer: Trainer) -> float:
+    """Return the optimizer steps of the whole training; ``inf`` if it has no end.
+
+    Unlike ``trainer.estimated_stepping_batches``, knows of a ``GradientAccumulationScheduler``, and of
+    ``max_steps`` with a loader without end.
+    """
+    max_epochs = math.inf if trainer.max_epochs in (None, -1) else max(1, trainer.max_epochs or 1)
+    steps = steps_of_epochs(trainer, max_epochs)
+    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+
+def _steps_of_epoch(trainer: Trainer, epoch: int) -> int:
+    # Lightning steps on the last batch of an epoch, whatever has been accumulated by then.
+    return math.ceil(trainer.num_training_batches / accumulated_batches(trainer, epoch))
+
+
+def scheduler_config(
+    trainer: Trainer, scheduler: Any, interval: Literal["step", "epoch"] | None = None
+) -> dict[str, Any]:
+    """Return what ``configure_optimizers`` returns for a scheduler, with its length and interval filled in.
+
+    Args:
+        trainer: The Trainer that is fitting.
+        scheduler: Any scheduler. A :class:`~lightning_lars.schedules.WarmupDecayLR` without
+            ``total_steps`` gets those of the training.
+        interval: When the scheduler steps. None stands for what it counts: optimizer steps for
+            ``WarmupDecayLR``, else epochs, as Lightning does.
+
+    Raises:
+        ValueError: If a ``WarmupDecayLR`` is to step once an epoch.
+        MisconfigurationException: If the training has no end from which to fill in ``total_steps``.
+    """
+    counts_steps = isinstance(scheduler, WarmupDecayLR)
+    if counts_steps and interval == "epoch":
+        raise ValueError(
+            'lr_scheduler_interval must be "step" with WarmupDecayLR, which counts steps, got "epoch"'
+        )
+    if counts_steps and scheduler.total_steps is None:
+        steps = total_steps(trainer)
+        if math.isinf(steps):
+            raise MisconfigurationException(
+                "WarmupDecayLR needs total_steps where the training has no end: pass it, or set max_steps, "
+                "or max_epochs and limit_train_batches"
+            )
+        if cast(Any, trainer).fast_dev_run:
+            # A trial of the code, shorter than any schedule.
+            steps = max(steps, max((scheduler.warmup_steps, *scheduler.milestones)) + 1)
+        scheduler.set_total_steps(int(steps))
+    config = {"scheduler": scheduler, "interval": interval or ("step" if counts_steps else "epoch")}
+    # Lightning's own ReduceLROnPlateau names what it watches.
+    return config | ({"monitor": scheduler.monitor} if hasattr(scheduler, "monitor") else {})
