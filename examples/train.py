@@ -3,102 +3,31 @@
     python examples/train.py
     python examples/train.py --dataset fashion-mnist --optimizer lamb --batch-size 1024
 
-Prints which layers are adapted and excluded, logs the trust ratio of every adapted layer, and ends with
-the accuracy on test images.
+Warms up and decays the learning rate, prints which layers are adapted and excluded, logs the trust ratio of
+every adapted layer, and ends with the accuracy on test images.
 """
 
 import argparse
-import gzip
 from functools import partial
 from pathlib import Path
 
 import lightning
-import numpy
 import rich
 import torch
+from classifiers import MixinClassifier
+from images import FASHION_MNIST, digits, fashion_mnist
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics.classification import MulticlassAccuracy
+from torch.utils.data import DataLoader
 
-from lightning_lars import LAMB, LARS, LargeBatchMixin, TrustRatioMonitor, explain_param_groups
-
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
+from lightning_lars import LAMB, LARS, TrustRatioMonitor, WarmupDecayLR, explain_param_groups
 
 OPTIMIZERS = {
-    "lars": partial(LARS, lr=3.0, weight_decay=5e-4),
+    "lars": partial(LARS, lr=6.0, weight_decay=5e-4),
     "lamb": partial(LAMB, lr=0.02, weight_decay=0.01),
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4),
     "adamw": partial(torch.optim.AdamW, lr=0.01, weight_decay=0.01),
 }
-
-
-class Classifier(LargeBatchMixin, lightning.LightningModule):
-    """Three convolutions with batch norm, and a linear head."""
-
-    def __init__(self, image_size: int, width: int = 16, classes: int = 10, **kwargs) -> None:
-        super().__init__(**kwargs)
-        self.save_hyperparameters()
-        self.net = nn.Sequential(
-            *convolution(1, width, stride=image_size // 8),
-            *convolution(width, 2 * width, stride=2),
-            *convolution(2 * width, 4 * width, stride=1),
-            nn.AdaptiveAvgPool2d(4),
-            nn.Flatten(),
-            nn.Linear(64 * width, classes),
-        )
-        self.accuracy = MulticlassAccuracy(classes, average="micro")
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        loss = functional.cross_entropy(self.net(images), labels)
-        self.log("loss", loss, prog_bar=True)
-        return loss
-
-    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        images, labels = batch
-        self.accuracy(self.net(images), labels)
-        self.log("test accuracy", self.accuracy)
-
-
-def convolution(channels_in: int, channels_out: int, stride: int) -> list[nn.Module]:
-    """A convolution that leaves the shift to the norm behind it."""
-    return [
-        nn.Conv2d(channels_in, channels_out, 5, stride, padding=2, bias=False),
-        nn.BatchNorm2d(channels_out),
-        nn.ReLU(),
-    ]
-
-
-def digits() -> tuple[TensorDataset, TensorDataset]:
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, every fifth for testing."""
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16 - 0.3
-    labels = torch.tensor(data.target)
-    test = torch.arange(len(labels)) % 5 == 0
-    return TensorDataset(images[~test], labels[~test]), TensorDataset(images[test], labels[test])
-
-
-def fashion_mnist(data_dir: Path) -> tuple[TensorDataset, TensorDataset]:
-    """The 60,000 and 10,000 images of 28 x 28 pixels."""
-
-    def read(name: str, header: int) -> Tensor:
-        path = data_dir / name
-        if not path.exists():
-            raise SystemExit(
-                f"{path} is missing. Install the images with\n\n    apt-get install dataset-fashion-mnist\n\n"
-                "or name the folder that holds them with --data-dir."
-            )
-        with gzip.open(path) as file:
-            return torch.from_numpy(numpy.frombuffer(file.read(), numpy.uint8, offset=header).copy())
-
-    def split(prefix: str) -> TensorDataset:
-        images = read(f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 1, 28, 28)
-        return TensorDataset(images / 255 - 0.3, read(f"{prefix}-labels-idx1-ubyte.gz", 8).long())
-
-    return split("train"), split("t10k")
 
 
 def main() -> None:
@@ -126,7 +55,13 @@ def main() -> None:
     optimizer = OPTIMIZERS[arguments.optimizer]
     if arguments.lr is not None:
         optimizer = partial(optimizer, lr=arguments.lr)
-    model = Classifier(image_size=train[0][0].shape[-1], optimizer=optimizer)
+    epochs = arguments.epochs or (15 if small else 3)
+    warmup_steps = epochs * (len(train) // batch_size) // 10
+    model = MixinClassifier(
+        image_size=train[0][0].shape[-1],
+        optimizer=optimizer,
+        lr_scheduler=partial(WarmupDecayLR, warmup_steps=warmup_steps),
+    )
     logger = CSVLogger(arguments.log_dir, name=f"{arguments.dataset}-{arguments.optimizer}")
     has_trust_ratios = arguments.optimizer in ("lars", "lamb")
     trainer = lightning.Trainer(
@@ -134,10 +69,10 @@ def main() -> None:
         devices=arguments.devices,
         strategy=arguments.strategy,
         precision=arguments.precision,
-        max_epochs=arguments.epochs or (15 if small else 3),
+        max_epochs=epochs,
         logger=logger,
         log_every_n_steps=5,
-        callbacks=[TrustRatioMonitor()] if has_trust_ratios else [],
+        callbacks=[LearningRateMonitor(), *([TrustRatioMonitor()] if has_trust_ratios else [])],
     )
     if trainer.is_global_zero:
         rich.print(explain_param_groups(model))

@@ -1,22 +1,33 @@
 """The door for those who subclass: a LightningModule's ``configure_optimizers``."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from inspect import isclass, isfunction
-from typing import Any
+from typing import Any, Literal, cast
 
+import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.serialization import add_safe_globals
 
 from lightning_lars.optim import LAMB, LARS
-from lightning_lars.param_groups import DEFAULT_EXCLUDED, Exclusion, build_optimizer
+from lightning_lars.param_groups import DEFAULT_EXCLUDED, build_optimizer, check_excluded_lr_scale
+from lightning_lars.schedules import WarmupDecayLR
+from lightning_lars.training_length import scheduler_config
 
-# What a mixin's saved hyperparameters may hold, so that its checkpoints load with weights_only=True.
-add_safe_globals([partial, LARS, LAMB, *(each for each in DEFAULT_EXCLUDED if callable(each))])
+# What saved hyperparameters hold, so that checkpoints of a mixin load with weights_only=True: optimizers and
+# schedulers, bare or with arguments.
+_BUILDERS = (*vars(torch.optim).values(), *vars(torch.optim.lr_scheduler).values())
+add_safe_globals([partial, LARS, LAMB, WarmupDecayLR])
+add_safe_globals([each for each in _BUILDERS if isclass(each) and issubclass(each, Optimizer | LRScheduler)])
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 """Builds an optimizer from parameter groups: ``LARS``, or ``functools.partial(LARS, lr=3.2)``."""
+
+LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
+"""Builds a scheduler on an optimizer: ``functools.partial(WarmupDecayLR, warmup_steps=500)``."""
 
 
 class LargeBatchMixin:
@@ -27,10 +38,17 @@ class LargeBatchMixin:
 
     Args:
         *args: Handed on to the next class.
-        optimizer: Takes the parameter groups and returns the optimizer: ``LARS``, ``LAMB``, any
-            ``torch.optim`` class, or one with arguments, as ``functools.partial(LARS, lr=3.2)``.
-        exclude: What is neither adapted nor decayed, as for
-            :func:`~lightning_lars.param_groups.param_groups`.
+        optimizer: Takes the parameter groups and returns the optimizer: ``LARS`` (which None stands for),
+            ``LAMB``, any ``torch.optim`` class, or one with arguments, as
+            ``functools.partial(LARS, lr=3.2)``.
+        lr_scheduler: Takes the optimizer and returns a scheduler. A
+            :class:`~lightning_lars.schedules.WarmupDecayLR` without ``total_steps`` gets those of the
+            training, accumulation, ``max_steps`` and all.
+        lr_scheduler_interval: When the scheduler steps. None stands for every optimizer step with
+            ``WarmupDecayLR``, else every epoch.
+        exclude: fnmatch patterns over parameter names, to be excluded beside the normalization layers. For
+            module types and predicates, write a ``configure_optimizers`` that calls
+            :func:`~lightning_lars.param_groups.build_optimizer`.
         exclude_bias: Whether biases are excluded too.
         excluded_lr_scale: Factor, above 0, on the learning rate of what is excluded.
         **kwargs: Handed on to the next class.
@@ -58,23 +76,39 @@ class LargeBatchMixin:
     def __init__(
         self,
         *args: Any,
-        optimizer: OptimizerCallable = LARS,
-        exclude: Exclusion | Iterable[Exclusion] = DEFAULT_EXCLUDED,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler_interval: Literal["step", "epoch"] | None = None,
+        exclude: Sequence[str] = (),
         exclude_bias: bool = True,
         excluded_lr_scale: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if optimizer is None:
+            optimizer = LARS
         if isinstance(optimizer, Optimizer) or not callable(optimizer):
             raise TypeError(
                 "optimizer must be an optimizer class or a callable that takes parameter groups, such as "
                 f"functools.partial(LARS, lr=3.2), got {optimizer!r}"
             )
+        if lr_scheduler is not None and not callable(lr_scheduler):
+            raise TypeError(
+                "lr_scheduler must be a scheduler class or a callable that takes the optimizer, such as "
+                f"functools.partial(WarmupDecayLR, warmup_steps=500), got {lr_scheduler!r}"
+            )
+        if lr_scheduler is None and lr_scheduler_interval is not None:
+            raise ValueError(
+                f"lr_scheduler_interval must be None without an lr_scheduler, got {lr_scheduler_interval!r}"
+            )
         self._build_optimizer = optimizer
-        self._exclude = (exclude,) if isinstance(exclude, str) or callable(exclude) else tuple(exclude)
+        self._build_lr_scheduler = lr_scheduler
+        self._lr_scheduler_interval = lr_scheduler_interval
+        check_excluded_lr_scale(excluded_lr_scale)
+        self._exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         self._exclude_bias = exclude_bias
         self._excluded_lr_scale = excluded_lr_scale
-        used = (optimizer.func if isinstance(optimizer, partial) else optimizer, *self._exclude)
+        used = [each.func if isinstance(each, partial) else each for each in (optimizer, lr_scheduler)]
         add_safe_globals([each for each in used if isclass(each) or isfunction(each)])
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -88,18 +122,27 @@ class LargeBatchMixin:
                 "LightningModule would hide configure_optimizers of the mixin"
             )
 
-    def configure_optimizers(self) -> Optimizer:
-        """Build the optimizer over the module's adapted and excluded layers.
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer over the module's adapted and excluded layers, and its scheduler.
+
+        Returns:
+            The optimizer, or what Lightning takes for one with a scheduler.
 
         Raises:
             ValueError: If no parameter is trainable, or an argument breaks its rule.
             TypeError: If what ``optimizer`` returns is no optimizer.
         """
         assert isinstance(self, nn.Module)
-        return build_optimizer(
+        optimizer = build_optimizer(
             self,
             self._build_optimizer,
-            exclude=self._exclude,
+            exclude=(*DEFAULT_EXCLUDED, *self._exclude),
             exclude_bias=self._exclude_bias,
             excluded_lr_scale=self._excluded_lr_scale,
         )
+        if self._build_lr_scheduler is None:
+            return optimizer
+        scheduler = self._build_lr_scheduler(optimizer)
+        trainer = cast(LightningModule, self).trainer
+        config = scheduler_config(trainer, scheduler, self._lr_scheduler_interval)
+        return {"optimizer": optimizer, "lr_scheduler": config}

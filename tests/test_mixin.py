@@ -1,14 +1,18 @@
 """Subclass the mixin, get an optimizer that knows norms and biases."""
 
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
+from lightning.pytorch.callbacks import BackboneFinetuning
 from torch import nn
 
-from lightning_lars import DEFAULT_EXCLUDED, LAMB, LARS, LargeBatchMixin
+from lightning_lars import LAMB, LARS, LargeBatchMixin
 from tests.boring import Boring, boring, trainer
 
 
@@ -47,7 +51,7 @@ def test_lars_is_the_default():
 
 
 def test_exclusions_are_passed_on():
-    module = boring(exclude=(*DEFAULT_EXCLUDED, "net.2.*"), exclude_bias=False)
+    module = boring(exclude=["net.2.*"], exclude_bias=False)
     assert module.configure_optimizers().param_groups[0]["param_names"] == ["net.0.weight", "net.0.bias"]
 
 
@@ -85,7 +89,7 @@ def test_a_module_of_the_standalone_package_trains(tmp_path):
     assert not torch.equal(before["net.weight"], module.net.weight)
 
 
-@pytest.mark.parametrize("optimizer", ["LARS", LARS([torch.zeros(1, requires_grad=True)]), None])
+@pytest.mark.parametrize("optimizer", ["LARS", LARS([torch.zeros(1, requires_grad=True)]), 3])
 def test_an_optimizer_that_cannot_be_called_raises(optimizer):
     with pytest.raises(
         TypeError, match=r"optimizer must be an optimizer class or a callable .*partial\(LARS"
@@ -119,7 +123,7 @@ def test_an_argument_of_the_next_class_reaches_it():
     "optimizer", [LAMB, partial(LARS, lr=0.5, trust_clip="larc"), partial(torch.optim.AdamW, lr=0.1)]
 )
 def test_load_from_checkpoint_restores_weights_and_hyperparameters(tmp_path, optimizer):
-    module = boring(optimizer, width=5, exclude=(nn.BatchNorm1d, "net.2.*"))
+    module = boring(optimizer, width=5, exclude=("net.2.*",))
     fit = trainer(tmp_path)
     fit.fit(module)
     fit.save_checkpoint(tmp_path / "a.ckpt")
@@ -154,3 +158,35 @@ def test_the_closure_of_lightning_sees_the_trust_ratio(tmp_path):
         trainer(tmp_path, max_steps=1).fit(module)
     assert torch.equal(lars.net[0].bias, sgd.net[0].bias)
     assert not torch.equal(lars.net[0].weight, sgd.net[0].weight)
+
+
+def test_an_excluded_lr_scale_out_of_range_raises_before_the_training():
+    with pytest.raises(ValueError, match="excluded_lr_scale must be above 0 and finite, got -1"):
+        Boring(excluded_lr_scale=-1)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_a_checkpoint_with_a_torch_optimizer_loads_in_a_new_process(tmp_path, name):
+    fit = trainer(tmp_path)
+    fit.fit(boring(partial(getattr(torch.optim, name), lr=0.1)))
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    code = (
+        "from tests.boring import Boring;"
+        f"module = Boring.load_from_checkpoint({str(tmp_path / 'a.ckpt')!r}, weights_only=True);"
+        "print(type(module.configure_optimizers()).__name__)"
+    )
+    root = Path(__file__).parents[1]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert result.stdout == f"{name}\n", result.stderr
+
+
+def test_what_finetuning_unfreezes_joins_the_optimizer(tmp_path):
+    class Backbone(Boring):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.backbone = self.net[0]
+
+    module = Backbone(optimizer=partial(LARS, lr=1.0))
+    unfreeze = BackboneFinetuning(unfreeze_backbone_at_epoch=1, train_bn=False)
+    trainer(tmp_path, max_epochs=2, callbacks=[unfreeze]).fit(module)
+    assert len(module.trainer.optimizers[0].param_groups) == 3

@@ -1,0 +1,12 @@
+"""The CLI whose --optimizer knows norms and biases, under every strategy.
+
+python examples/large_batch_cli.py fit --config examples/large_batch_cli.yaml
+"""
+
+from classifiers import Classifier
+from images import Digits
+
+from lightning_lars.cli import LargeBatchCLI
+
+if __name__ == "__main__":
+    LargeBatchCLI(Classifier, Digits)

@@ -1,0 +1,151 @@
+"""The mixin's schedule, and the length of the training that it is told."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.cli import ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_lars import LAMB, LARS, WarmupDecayLR
+from tests.boring import Boring, trainer
+
+SCHEDULE = partial(WarmupDecayLR, warmup_steps=2)
+
+
+class Rated(Boring):
+    """Keeps the rate of every batch."""
+
+    def __init__(self, **kwargs):
+        torch.manual_seed(0)
+        super().__init__(optimizer=partial(LARS, lr=1.0), **kwargs)
+        self.rates = []
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.rates.append(self.optimizers().optimizer.param_groups[0]["lr"])
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield torch.ones(4)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, 8),
+        ({"max_epochs": 3}, 24),
+        ({"max_steps": 5}, 5),
+        ({"limit_train_batches": 5}, 5),
+        ({"limit_train_batches": 5, "accumulate_grad_batches": 2, "max_epochs": 2}, 6),
+        ({"callbacks": [GradientAccumulationScheduler({1: 4})], "max_epochs": 2}, 10),
+    ],
+    ids=str,
+)
+def test_the_schedule_is_as_long_as_the_training(tmp_path, options, steps):
+    module, fit = Rated(lr_scheduler=SCHEDULE), trainer(tmp_path, **options)
+    fit.fit(module)
+    assert fit.lr_scheduler_configs[0].scheduler.total_steps == steps == fit.global_step
+    assert fit.lr_scheduler_configs[0].interval == "step"
+    assert module.rates[0] == 0.5
+    last = (1 + math.cos(math.pi * (steps - 3) / (steps - 2))) / 2
+    assert module.rates[-1] == pytest.approx(last, rel=1e-12)
+
+
+def test_a_length_that_was_given_stays(tmp_path):
+    fit = trainer(tmp_path)
+    fit.fit(Rated(lr_scheduler=partial(SCHEDULE, total_steps=100)))
+    assert fit.lr_scheduler_configs[0].scheduler.total_steps == 100
+
+
+def test_a_training_without_end_needs_a_length(tmp_path):
+    class EndlessModule(Rated):
+        def train_dataloader(self):
+            return DataLoader(Endless(), batch_size=4)
+
+    with pytest.raises(
+        MisconfigurationException, match="WarmupDecayLR needs total_steps where the training has"
+    ):
+        trainer(tmp_path).fit(EndlessModule(lr_scheduler=SCHEDULE))
+
+
+def test_a_warmup_longer_than_the_training_raises(tmp_path):
+    with pytest.raises(ValueError, match=r"warmup_steps must be below total_steps=8 .* got 8"):
+        trainer(tmp_path).fit(Rated(lr_scheduler=partial(WarmupDecayLR, warmup_steps=8)))
+
+
+def test_fast_dev_run_tries_a_schedule_that_is_longer(tmp_path):
+    module = Rated(lr_scheduler=partial(WarmupDecayLR, warmup_steps=8))
+    trainer(tmp_path, fast_dev_run=2).fit(module)
+    assert module.rates == [1 / 8, 2 / 8]
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(None, 2), ("epoch", 2), ("step", 16)])
+def test_other_schedulers_step_by_the_epoch_unless_told_otherwise(tmp_path, interval, steps):
+    fit = trainer(tmp_path, max_epochs=2)
+    fit.fit(Rated(lr_scheduler=partial(StepLR, step_size=5), lr_scheduler_interval=interval))
+    assert fit.lr_scheduler_configs[0].scheduler.last_epoch == steps
+
+
+def test_a_plateau_names_what_it_watches(tmp_path):
+    fit = trainer(tmp_path)
+    fit.fit(Rated(lr_scheduler=partial(ReduceLROnPlateau, monitor="loss")))
+    assert fit.lr_scheduler_configs[0].monitor == "loss"
+
+
+def test_warmup_decay_by_the_epoch_raises(tmp_path):
+    with pytest.raises(ValueError, match='lr_scheduler_interval must be "step" with WarmupDecayLR'):
+        trainer(tmp_path).fit(Rated(lr_scheduler=SCHEDULE, lr_scheduler_interval="epoch"))
+
+
+def test_an_interval_without_a_scheduler_raises():
+    with pytest.raises(
+        ValueError, match="lr_scheduler_interval must be None without an lr_scheduler, got 'step'"
+    ):
+        Rated(lr_scheduler_interval="step")
+
+
+def test_a_scheduler_that_cannot_be_called_raises():
+    with pytest.raises(TypeError, match="lr_scheduler must be a scheduler class or a callable"):
+        Rated(lr_scheduler="cosine")
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, partial(CosineAnnealingLR, T_max=3)])
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_resumed_schedule_is_the_schedule_that_never_stopped(tmp_path, schedule):
+    class Module(Rated):
+        def __init__(self):
+            super().__init__(lr_scheduler=schedule)
+
+    straight = Module()
+    trainer(tmp_path, max_epochs=2).fit(straight)
+
+    def with_checkpoints(folder):
+        each_epoch = ModelCheckpoint(
+            tmp_path / folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True
+        )
+        return trainer(tmp_path, max_epochs=2, enable_checkpointing=True, callbacks=[each_epoch])
+
+    with_checkpoints("first").fit(Module())
+    resumed = Module()
+    with_checkpoints("second").fit(resumed, ckpt_path=tmp_path / "first" / "epoch=0.ckpt")
+    assert straight.rates[8:] == resumed.rates
+    for name, weight in straight.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+
+
+def test_one_cycle_moves_the_momentum_of_lamb(tmp_path):
+    module = Boring(
+        optimizer=partial(LAMB, lr=0.1),
+        lr_scheduler=partial(WarmupDecayLR, warmup_steps=4, warmup="cosine", decay="one_cycle"),
+    )
+    fit = trainer(tmp_path)
+    fit.fit(module)
+    beta1, beta2 = fit.optimizers[0].param_groups[0]["betas"]
+    assert beta1 == pytest.approx(0.95)
+    assert beta2 == 0.999
