@@ -7,14 +7,10 @@ from lightning_lars.callbacks import (
     LearningRateWarmup,
     TrustRatioMonitor,
 )
+from lightning_lars.introspection import DEFAULT_EXCLUDED
 from lightning_lars.mixin import LargeBatchMixin
 from lightning_lars.optim import LAMB, LARS
-from lightning_lars.param_groups import (
-    DEFAULT_EXCLUDED,
-    build_optimizer,
-    explain_param_groups,
-    param_groups,
-)
+from lightning_lars.param_groups import build_optimizer, explain_param_groups, param_groups
 from lightning_lars.schedules import WarmupDecayLR
 
 __all__ = [

@@ -9,7 +9,8 @@ import pytorch_lightning.cli
 from lightning.pytorch import LightningModule
 from torch.optim import Optimizer
 
-from lightning_lars.param_groups import DEFAULT_EXCLUDED, build_optimizer
+from lightning_lars.introspection import DEFAULT_EXCLUDED
+from lightning_lars.param_groups import build_optimizer
 from lightning_lars.training_length import scheduler_config
 
 _EitherCLI: Any = object

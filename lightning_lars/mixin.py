@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.serialization import add_safe_globals
 
+from lightning_lars.introspection import DEFAULT_EXCLUDED
 from lightning_lars.optim import LAMB, LARS
-from lightning_lars.param_groups import DEFAULT_EXCLUDED, build_optimizer, check_excluded_lr_scale
+from lightning_lars.param_groups import build_optimizer, check_excluded_lr_scale
 from lightning_lars.schedules import WarmupDecayLR
 from lightning_lars.training_length import scheduler_config
 

@@ -1,6 +1,9 @@
 """What the documentation says is run."""
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,3 +31,10 @@ def test_ci_runs_the_test_command_of_the_readme():
     commands = [line for line in (ROOT / "README.md").read_text().splitlines() if line.endswith("-m pytest")]
     assert len(commands) == 1
     assert "grep -m 1 -- '-m pytest$' README.md" in (ROOT / ".ci/run").read_text()
+
+
+def test_the_picture_of_the_schedules_is_drawn_by_its_script(tmp_path):
+    script = shutil.copy(ROOT / "docs/plot_schedules.py", tmp_path)
+    subprocess.run([sys.executable, script], check=True, capture_output=True)
+    drawn, shown = (folder.joinpath("schedules.png").read_bytes() for folder in (tmp_path, ROOT / "docs"))
+    assert drawn[:24] == shown[:24]  # a PNG of the same size

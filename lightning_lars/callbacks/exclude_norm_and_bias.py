@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lars.callbacks.both_roots import Callback
-from lightning_lars.param_groups import DEFAULT_EXCLUDED, check_holds_parameters, classify
+from lightning_lars.introspection import DEFAULT_EXCLUDED, classify
+from lightning_lars.param_groups import check_holds_parameters
 
 # What torch's schedulers keep for each group, beside what they keep in it.
 _PER_GROUP = (
