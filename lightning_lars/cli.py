@@ -112,7 +112,7 @@ class LargeBatchCLI(_LateOptimizer, lightning.pytorch.cli.LightningCLI):
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> from lightning_lars.cli import LargeBatchCLI
         >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        >>> arguments = ["--optimizer=LARS", "--optimizer.lr=0.5", "--seed_everything=0"]
+        >>> arguments = ["--optimizer=lightning_lars.LARS", "--optimizer.lr=0.5", "--seed_everything=0"]
         >>> cli = LargeBatchCLI(BoringModel, trainer_defaults=quiet, args=arguments, run=False)
         >>> for group in cli.model.configure_optimizers().param_groups:
         ...     print(group["name"], group["lr"], group["param_names"])

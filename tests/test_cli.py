@@ -79,10 +79,10 @@ CALLBACKS = ["BatchSizeScaling", "ExcludeNormAndBias", "LearningRateWarmup"]
 HELP = [
     *[("stock_cli.py", "trainer.callbacks", f"lightning_lars.{name}") for name in CALLBACKS],
     ("stock_cli.py", "model", "classifiers.MixinClassifier"),
-    ("stock_cli.py", "optimizer", "LARS"),
-    ("stock_cli.py", "optimizer", "LAMB"),
-    ("large_batch_cli.py", "optimizer", "LARS"),
-    ("large_batch_cli.py", "lr_scheduler", "WarmupDecayLR"),
+    ("stock_cli.py", "optimizer", "lightning_lars.LARS"),
+    ("stock_cli.py", "optimizer", "lightning_lars.LAMB"),
+    ("large_batch_cli.py", "optimizer", "lightning_lars.LARS"),
+    ("large_batch_cli.py", "lr_scheduler", "lightning_lars.WarmupDecayLR"),
 ]
 
 
@@ -129,7 +129,12 @@ def test_the_stock_cli_loses_the_exclusion_and_ours_does_not(tmp_path, monkeypat
         training_step = Boring.training_step
         train_dataloader = Boring.train_dataloader
 
-    arguments = ["--optimizer=LARS", "--optimizer.lr=1.0", "--trainer.fast_dev_run=2", "--seed_everything=0"]
+    arguments = [
+        "--optimizer=lightning_lars.LARS",
+        "--optimizer.lr=1.0",
+        "--trainer.fast_dev_run=2",
+        "--seed_everything=0",
+    ]
     arguments += ["--trainer.accelerator=cpu", "--trainer.callbacks+=lightning_lars.LearningRateWarmup"]
     arguments += ["--trainer.callbacks.warmup_steps=2", "--trainer.enable_progress_bar=false"]
     cli = cli_class(Net, args=arguments, run=False)

@@ -156,7 +156,7 @@ class LAMB(LayerwiseOptimizer):
         ratios = trust_ratio(weight_norm, layer_norms(u), eps=group["trust_eps"])
         if group["trust_clip"] is not None:
             trust_clip = group["trust_clip"]
-            low, high = trust_clip if _is_pair(trust_clip) else (0.0, trust_clip)
+            low, high = trust_clip if type(trust_clip) in (tuple, list) else (0.0, trust_clip)
             ratios = ratios.clamp(low, high)
         torch._foreach_mul_(u, ratios.unbind())
         subtract(weights, u, lr)

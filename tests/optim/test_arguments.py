@@ -237,4 +237,4 @@ def test_groups_do_not_share_a_tensor_lr(optimizer_class):
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
     for _ in range(3):
         scheduler.step(1.0)
-    assert [group["lr"].item() for group in optimizer.param_groups] == [0.25, 0.25]
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.25, 0.25]
