@@ -137,6 +137,10 @@ def per_device_batch_size(trainer: Trainer) -> int:
     Raises:
         ValueError: If a loader does not tell.
     """
+    if cast(Any, trainer).strategy.lightning_module is None:
+        raise ValueError(
+            "trainer must be fitting to tell its batch size, got one that is not: call this in a hook"
+        )
     if trainer.train_dataloader is None:
         trainer.fit_loop.setup_data()
     return sum(_batch_size_of(loader) for loader in _flatten(trainer.train_dataloader))

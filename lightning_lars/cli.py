@@ -1,12 +1,13 @@
 """The door for those who drive everything from a YAML file or the command line."""
 
-from functools import partial, update_wrapper
-from types import MethodType
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch.cli
 import pytorch_lightning.cli
 from lightning.pytorch import LightningModule
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_lars.introspection import DEFAULT_EXCLUDED
@@ -32,8 +33,6 @@ class _LateOptimizer(_EitherCLI):  # type: ignore[misc]
         super().add_core_arguments_to_parser(parser)
         if not self._builds_optimizer:
             return
-        parser.add_optimizer_args((Optimizer,))
-        parser.add_lr_scheduler_args()
         parser.add_argument(
             "--lr_scheduler_interval",
             type=Literal["step", "epoch"] | None,
@@ -59,45 +58,87 @@ class _LateOptimizer(_EitherCLI):  # type: ignore[misc]
             help="Factor on the learning rate of what is excluded.",
         )
 
+    def link_optimizers_and_lr_schedulers(self, parser: Any) -> None:
+        """Add ``--optimizer`` and ``--lr_scheduler`` where ``add_arguments_to_parser`` has not."""
+        if self._builds_optimizer:
+            if not parser._optimizers:
+                parser.add_optimizer_args((Optimizer,))
+            if not parser._lr_schedulers:
+                parser.add_lr_scheduler_args()
+        super().link_optimizers_and_lr_schedulers(parser)
+
     def instantiate_classes(self) -> None:
         """Let the model build its optimizer when it is asked to, after ``configure_model``."""
         super().instantiate_classes()
-        config = self.config_init if self.subcommand is None else self.config_init[self.subcommand]
-        if not self._builds_optimizer or not config.get("optimizer"):
+        if not self._builds_optimizer:
             return
-        method = partial(
-            _configure_optimizers,
-            optimizer=config["optimizer"],
-            lr_scheduler=config.get("lr_scheduler"),
-            lr_scheduler_interval=config["lr_scheduler_interval"],
-            groups=config["param_groups"],
-        )
-        # Lightning looks through a wrapper for the code that overrides its own method.
-        self.model.configure_optimizers = MethodType(
-            update_wrapper(method, _configure_optimizers), self.model
+        parser = self._parser(self.subcommand)
+        config = self.config_init if self.subcommand is None else self.config_init[self.subcommand]
+        optimizer = _class_to_build(parser._optimizers, "optimizer", config)
+        lr_scheduler = _class_to_build(parser._lr_schedulers, "lr_scheduler", config)
+        if not optimizer:
+            if lr_scheduler:
+                rank_zero_warn("--lr_scheduler has no effect without --optimizer")
+            return
+        if not lr_scheduler and config["lr_scheduler_interval"] is not None:
+            rank_zero_warn("--lr_scheduler_interval has no effect without --lr_scheduler")
+        self.model.configure_optimizers = _ConfigureOptimizers(
+            self.model, optimizer, lr_scheduler, config["lr_scheduler_interval"], config["param_groups"]
         )
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "configure_optimizers" in vars(cls):
+            raise TypeError(
+                f"{cls.__name__} must not override configure_optimizers, which takes an optimizer that was "
+                "built early: override that of the module, or pass auto_configure_optimizers=False"
+            )
 
-def _configure_optimizers(
-    module: LightningModule,
-    *,
-    optimizer: Any,
-    lr_scheduler: Any,
-    lr_scheduler_interval: Literal["step", "epoch"] | None,
-    groups: Any,
-) -> Any:
-    built = build_optimizer(
-        module,
-        partial(lightning.pytorch.cli.instantiate_class, init=optimizer),
-        exclude=(*DEFAULT_EXCLUDED, *groups["exclude"]),
-        exclude_bias=groups["exclude_bias"],
-        excluded_lr_scale=groups["excluded_lr_scale"],
-    )
-    if not lr_scheduler:
-        return built
-    scheduler = lightning.pytorch.cli.instantiate_class(built, lr_scheduler)
-    config = scheduler_config(module.trainer, scheduler, lr_scheduler_interval)
-    return {"optimizer": built, "lr_scheduler": config}
+
+class _ConfigureOptimizers:
+    """Takes the place of a model's ``configure_optimizers``, and goes with it to other processes."""
+
+    def __init__(
+        self,
+        module: LightningModule,
+        optimizer: Any,
+        lr_scheduler: Any,
+        lr_scheduler_interval: Literal["step", "epoch"] | None,
+        groups: Any,
+    ) -> None:
+        self.module = module
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_scheduler_interval = lr_scheduler_interval
+        self.groups = groups
+
+    def __call__(self) -> Any:
+        return self.__wrapped__()
+
+    def __wrapped__(self) -> Any:  # where Lightning looks for code that is not its own
+        optimizer = build_optimizer(
+            self.module,
+            partial(lightning.pytorch.cli.instantiate_class, init=self.optimizer),
+            exclude=(*DEFAULT_EXCLUDED, *self.groups["exclude"]),
+            exclude_bias=self.groups["exclude_bias"],
+            excluded_lr_scale=self.groups["excluded_lr_scale"],
+        )
+        if not self.lr_scheduler:
+            return optimizer
+        scheduler = lightning.pytorch.cli.instantiate_class(optimizer, self.lr_scheduler)
+        config = scheduler_config(self.module.trainer, scheduler, self.lr_scheduler_interval)
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+def _class_to_build(registered: Mapping[str, Any], key: str, config: Mapping[str, Any]) -> Any:
+    """Return class path and arguments of what Lightning would build itself, or None."""
+    classes, link_to = registered.get(key, (None, None))
+    chosen = config.get(key)
+    if classes is None or link_to != "AUTOMATIC" or not chosen:
+        return None
+    if isinstance(classes, tuple):
+        return chosen
+    return {"class_path": f"{classes.__module__}.{classes.__qualname__}", "init_args": chosen.as_dict()}
 
 
 class LargeBatchCLI(_LateOptimizer, lightning.pytorch.cli.LightningCLI):

@@ -62,9 +62,26 @@ class LearningRateFactors:
         for hook in self._hooks:
             hook.remove()
 
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
         self._in_step = True
         self.apply()
+        # The closure is the caller's code (Lightning's training_step), which may step a scheduler.
+        if kwargs.get("closure") is not None:
+            kwargs = {**kwargs, "closure": self._outside_of_step(kwargs["closure"])}
+        elif len(args) > 1 and args[1] is not None:
+            args = (args[0], self._outside_of_step(args[1]), *args[2:])
+        return args, kwargs
+
+    def _outside_of_step(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def with_plain_values() -> Any:
+            self._in_step = False
+            self.restore()
+            loss = closure()
+            self._in_step = True
+            self.apply()
+            return loss
+
+        return with_plain_values
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._in_step = False

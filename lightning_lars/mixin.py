@@ -14,6 +14,7 @@ from torch.serialization import add_safe_globals
 
 from lightning_lars.introspection import DEFAULT_EXCLUDED
 from lightning_lars.optim import LAMB, LARS
+from lightning_lars.optim.arguments import require
 from lightning_lars.param_groups import build_optimizer, check_excluded_lr_scale
 from lightning_lars.schedules import WarmupDecayLR
 from lightning_lars.training_length import scheduler_config
@@ -106,6 +107,8 @@ class LargeBatchMixin:
         self._build_lr_scheduler = lr_scheduler
         self._lr_scheduler_interval = lr_scheduler_interval
         check_excluded_lr_scale(excluded_lr_scale)
+        require("exclude", "patterns over parameter names", exclude, isinstance(exclude, Sequence))
+        require("exclude_bias", "True or False", exclude_bias, isinstance(exclude_bias, bool))
         self._exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         self._exclude_bias = exclude_bias
         self._excluded_lr_scale = excluded_lr_scale
@@ -144,6 +147,10 @@ class LargeBatchMixin:
         if self._build_lr_scheduler is None:
             return optimizer
         scheduler = self._build_lr_scheduler(optimizer)
+        if not hasattr(scheduler, "optimizer"):
+            raise TypeError(
+                f"lr_scheduler must return a scheduler, got {scheduler!r} from {self._build_lr_scheduler!r}"
+            )
         trainer = cast(LightningModule, self).trainer
         config = scheduler_config(trainer, scheduler, self._lr_scheduler_interval)
         return {"optimizer": optimizer, "lr_scheduler": config}

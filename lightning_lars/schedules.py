@@ -11,9 +11,10 @@ weights, and whatever comes after ``total_steps`` stays at ``end_factor``.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -236,6 +237,24 @@ class WarmupDecayLR(LRScheduler):
         _check_steps(self.warmup_steps, total_steps)
         self._check_milestones(total_steps)
         self.total_steps = total_steps
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state, and with it, as torch's schedulers do, the length that it was saved with.
+
+        Warns if that is another length than this scheduler has. A state that was saved without a length
+        keeps this scheduler's.
+        """
+        own = self.total_steps
+        super().load_state_dict(state_dict)
+        if self.total_steps is None:
+            self.total_steps = own
+        elif own not in (None, self.total_steps):
+            warnings.warn(
+                f"The state has total_steps={self.total_steps}, which replaces {own}: the learning rate "
+                f"stays at its end from there on. Call set_total_steps({own}) on the scheduler to stretch it",
+                stacklevel=2,
+            )
 
     @override
     def get_lr(self) -> list[float | Tensor]:

@@ -5,6 +5,7 @@ from typing import Any, Literal, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_lars.batch_size import accumulated_batches
 from lightning_lars.schedules import WarmupDecayLR
@@ -57,22 +58,45 @@ def scheduler_config(
         ValueError: If a ``WarmupDecayLR`` is to step once an epoch.
         MisconfigurationException: If the training has no end from which to fill in ``total_steps``.
     """
-    counts_steps = isinstance(scheduler, WarmupDecayLR)
-    if counts_steps and interval == "epoch":
+    counting = _warmup_decays(scheduler)
+    if counting and interval == "epoch":
         raise ValueError(
             'lr_scheduler_interval must be "step" with WarmupDecayLR, which counts steps, got "epoch"'
         )
-    if counts_steps and scheduler.total_steps is None:
-        steps = total_steps(trainer)
-        if math.isinf(steps):
-            raise MisconfigurationException(
-                "WarmupDecayLR needs total_steps where the training has no end: pass it, or set max_steps, "
-                "or max_epochs and limit_train_batches"
-            )
-        if cast(Any, trainer).fast_dev_run:
-            # A trial of the code, shorter than any schedule.
-            steps = max(steps, max((scheduler.warmup_steps, *scheduler.milestones)) + 1)
-        scheduler.set_total_steps(int(steps))
-    config = {"scheduler": scheduler, "interval": interval or ("step" if counts_steps else "epoch")}
+    for each in counting:
+        if each.total_steps is None:
+            _fill_in_length(trainer, each)
+    config = {"scheduler": scheduler, "interval": interval or ("step" if counting else "epoch")}
     # Lightning's own ReduceLROnPlateau names what it watches.
     return config | ({"monitor": scheduler.monitor} if hasattr(scheduler, "monitor") else {})
+
+
+def _fill_in_length(trainer: Trainer, scheduler: WarmupDecayLR) -> None:
+    if trainer.limit_train_batches == 0 or trainer.max_steps == 0:
+        return  # no step will be taken
+    steps = total_steps(trainer)
+    if math.isinf(steps):
+        raise MisconfigurationException(
+            "WarmupDecayLR needs total_steps where the training has no end: pass it, or set max_steps, "
+            "or max_epochs and limit_train_batches"
+        )
+    settings = cast(Any, trainer)
+    if settings.ckpt_path is None:
+        # A second fit of the same Trainer has a new scheduler, and the steps that the first one left.
+        steps = max(1, steps - trainer.global_step)
+    if settings.fast_dev_run:
+        # A trial of the code, shorter than any schedule.
+        steps = max(steps, max((scheduler.warmup_steps, *scheduler.milestones)) + 1)
+    if any(base.__name__ == "BatchSizeFinder" for each in settings.callbacks for base in type(each).__mro__):
+        rank_zero_warn(
+            f"WarmupDecayLR is given total_steps={steps:.0f} before BatchSizeFinder changes how many steps "
+            "there are: find the batch size in a run of its own, or pass total_steps"
+        )
+    scheduler.set_total_steps(int(steps))
+
+
+def _warmup_decays(scheduler: Any) -> list[WarmupDecayLR]:
+    """Return the schedulers that count steps, also those inside of SequentialLR and ChainedScheduler."""
+    if isinstance(scheduler, WarmupDecayLR):
+        return [scheduler]
+    return [each for inner in getattr(scheduler, "_schedulers", ()) for each in _warmup_decays(inner)]

@@ -1,6 +1,8 @@
 """The doors from YAML, as a user opens them: scripts, configurations, help."""
 
+import copy
 import csv
+import pickle
 import re
 import runpy
 import subprocess
@@ -14,6 +16,7 @@ import torch
 import yaml
 from torch import nn
 
+from lightning_lars import LAMB, LARS, WarmupDecayLR
 from lightning_lars.cli import LargeBatchCLI, PytorchLightningLargeBatchCLI
 from tests.boring import Boring
 
@@ -142,3 +145,98 @@ def test_the_stock_cli_loses_the_exclusion_and_ours_does_not(tmp_path, monkeypat
     cli.trainer.fit(cli.model)
     assert [group.get("name") for group in cli.trainer.optimizers[0].param_groups] == groups
     assert not torch.equal(before, cli.model.net[0].weight)
+
+
+class Plain(lightning.pytorch.LightningModule):
+    """Says nothing of its optimizer."""
+
+    def __init__(self, width: int = 3):
+        super().__init__()
+        self.net = nn.Linear(4, width)
+
+    training_step = Boring.training_step
+    train_dataloader = Boring.train_dataloader
+
+
+QUIET = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--seed_everything=0"]
+
+
+@pytest.fixture
+def _alone(monkeypatch):
+    """The CLI warns of arguments that are given beside those of the process."""
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+
+
+@pytest.mark.usefixtures("_alone")
+def test_a_model_of_the_cli_takes_its_optimizer_to_other_processes():
+    """As those of ddp_spawn."""
+    cli = LargeBatchCLI(Plain, args=["--optimizer=lightning_lars.LAMB", *QUIET], run=False)
+    optimizer = copy.deepcopy(cli.model).configure_optimizers()
+    assert [group["name"] for group in optimizer.param_groups] == ["adapted", "excluded"]
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    sent = pickle.loads(pickle.dumps(cli.model))
+    assert sent.configure_optimizers().param_groups[0]["params"][0] is sent.net.weight
+
+
+@pytest.mark.usefixtures("_alone")
+def test_a_subclass_chooses_the_classes_of_optimizer_and_scheduler(tmp_path):
+    class OwnCLI(LargeBatchCLI):
+        def add_arguments_to_parser(self, parser):
+            parser.add_optimizer_args(LARS)
+            parser.add_lr_scheduler_args(WarmupDecayLR)
+
+    arguments = ["--optimizer.lr=0.5", "--lr_scheduler.warmup_steps=1", "--trainer.fast_dev_run=2", *QUIET]
+    cli = OwnCLI(Plain, args=arguments, run=False)
+    cli.trainer.fit(cli.model)
+    assert type(cli.trainer.optimizers[0]) is LARS
+    assert cli.trainer.lr_scheduler_configs[0].scheduler.base_lrs == [0.5, 0.5]
+
+
+def test_a_subclass_that_overrides_configure_optimizers_raises():
+    with pytest.raises(
+        TypeError, match="Own must not override configure_optimizers, which takes an optimizer"
+    ):
+        type("Own", (LargeBatchCLI,), {"configure_optimizers": staticmethod(lambda *_: None)})
+
+
+@pytest.mark.usefixtures("_alone")
+def test_a_scheduler_without_an_optimizer_says_so():
+    arguments = ["--lr_scheduler=torch.optim.lr_scheduler.StepLR", "--lr_scheduler.step_size=1", *QUIET]
+    with pytest.warns(UserWarning, match="--lr_scheduler has no effect without --optimizer"):
+        LargeBatchCLI(Plain, args=arguments, run=False)
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize(("name", "defaults"), [("lightning_lars.LAMB", LAMB), ("AdamW", torch.optim.AdamW)])
+def test_another_optimizer_has_its_own_defaults(monkeypatch, name, defaults):
+    """Not those that it shares with the default optimizer of the mixin."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from classifiers import MixinClassifier
+
+    model = lightning.pytorch.cli.LightningCLI(
+        MixinClassifier,
+        args=[f"--model.optimizer={name}", *QUIET],
+        run=False,
+        auto_configure_optimizers=False,
+    ).model
+    expected = defaults([nn.Parameter(torch.ones(1))]).param_groups[0]
+    adapted = model.configure_optimizers().param_groups[0]
+    for key in ("lr", "betas", "eps", "weight_decay"):
+        assert adapted[key] == pytest.approx(expected[key]), key
+
+
+def test_a_saved_configuration_runs_again(tmp_path):
+    """What the stock CLI saves of the mixin."""
+    command = [sys.executable, str(EXAMPLES / "stock_cli.py"), "fit"]
+    short = [
+        "--trainer.max_epochs=1",
+        "--trainer.limit_train_batches=25",
+        "--trainer.enable_checkpointing=false",
+    ]
+    short += ["--model.lr_scheduler.warmup_steps=2"]
+    for config in (EXAMPLES / "mixin.yaml", tmp_path / "lightning_logs/version_0/config.yaml"):
+        result = subprocess.run(
+            [*command, "--config", str(config), *short], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+    assert "nable to serialize" not in config.read_text()

@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
-from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
+from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, CosineAnnealingLR, StepLR
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lars import LAMB, LARS, WarmupDecayLR
@@ -27,6 +27,13 @@ class Rated(Boring):
 
     def on_train_batch_start(self, batch, batch_idx):
         self.rates.append(self.optimizers().optimizer.param_groups[0]["lr"])
+
+
+class Unsaved(Rated):
+    """Without hyperparameters, which a local function cannot be one of."""
+
+    def save_hyperparameters(self, *_, **__):
+        pass
 
 
 class Endless(IterableDataset):
@@ -149,3 +156,54 @@ def test_one_cycle_moves_the_momentum_of_lamb(tmp_path):
     beta1, beta2 = fit.optimizers[0].param_groups[0]["betas"]
     assert beta1 == pytest.approx(0.95)
     assert beta2 == 0.999
+
+
+def test_a_second_fit_is_told_the_steps_that_are_left(tmp_path):
+    fit = trainer(tmp_path)
+    fit.fit(Rated(lr_scheduler=SCHEDULE))
+    fit.fit_loop.max_epochs = 3
+    fit.fit(Rated(lr_scheduler=SCHEDULE))
+    assert fit.lr_scheduler_configs[0].scheduler.total_steps == 16
+
+
+def test_a_run_that_is_extended_says_that_its_schedule_is_not(tmp_path):
+    first = trainer(tmp_path)
+    first.fit(Rated(lr_scheduler=SCHEDULE))
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    longer = trainer(tmp_path, max_epochs=2)
+    with pytest.warns(UserWarning, match=r"total_steps=8, which replaces 16: .* Call set_total_steps\(16\)"):
+        longer.fit(Rated(lr_scheduler=SCHEDULE), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_a_batch_size_finder_after_the_schedule_was_built_is_pointed_out(tmp_path):
+    class Resizable(Rated):
+        batch_size = 2
+
+        def train_dataloader(self):
+            return DataLoader(torch.randn(32, 4), batch_size=self.batch_size)
+
+    fit = trainer(tmp_path, callbacks=[BatchSizeFinder(max_trials=1)])
+    with pytest.warns(UserWarning, match="total_steps=16 before BatchSizeFinder changes"):
+        fit.fit(Resizable(lr_scheduler=SCHEDULE))
+
+
+def test_a_schedule_inside_of_another_counts_steps_too(tmp_path):
+    def chained(optimizer):
+        return ChainedScheduler([WarmupDecayLR(optimizer, warmup_steps=2), ConstantLR(optimizer, 0.5, 3)])
+
+    fit = trainer(tmp_path)
+    fit.fit(Unsaved(lr_scheduler=chained))
+    assert fit.lr_scheduler_configs[0].interval == "step"
+    assert fit.lr_scheduler_configs[0].scheduler._schedulers[0].total_steps == 8
+
+
+@pytest.mark.parametrize("options", [{"limit_train_batches": 0}, {"max_steps": 0}], ids=str)
+def test_a_fit_without_steps_needs_no_length(tmp_path, options):
+    fit = trainer(tmp_path, **options)
+    fit.fit(Rated(lr_scheduler=SCHEDULE))
+    assert fit.global_step == 0
+
+
+def test_a_callable_that_returns_no_scheduler_raises(tmp_path):
+    with pytest.raises(TypeError, match="lr_scheduler must return a scheduler, got <class"):
+        trainer(tmp_path).fit(Rated(lr_scheduler=type))

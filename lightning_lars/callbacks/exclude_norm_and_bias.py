@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.introspection import DEFAULT_EXCLUDED, classify
+from lightning_lars.optim.arguments import require
 from lightning_lars.param_groups import check_holds_parameters
 
 # What torch's schedulers keep for each group, beside what they keep in it.
@@ -48,6 +49,8 @@ class ExcludeNormAndBias(Callback):
     """
 
     def __init__(self, exclude: Sequence[str] = (), exclude_bias: bool = True) -> None:
+        require("exclude", "patterns over parameter names", exclude, isinstance(exclude, Sequence))
+        require("exclude_bias", "True or False", exclude_bias, isinstance(exclude_bias, bool))
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self.exclude_bias = exclude_bias
 
@@ -64,7 +67,9 @@ class ExcludeNormAndBias(Callback):
                     "around the optimizer: call build_optimizer in configure_optimizers"
                 )
             check_holds_parameters(optimizer, trainer.model or pl_module)
-            groups = [part for group in optimizer.param_groups for part in _split(group, excluded, names)]
+            # Names are for trust ratios. Without them, finetuning callbacks can add what they unfreeze.
+            named = {} if not hasattr(optimizer, "trust_ratios") else names
+            groups = [part for group in optimizer.param_groups for part in _split(group, excluded, named)]
             origins = [origin for origin, _ in groups]
             if len(groups) == len(optimizer.param_groups):
                 rank_zero_warn(
@@ -91,10 +96,10 @@ def _split(
         params = [p for p in group["params"] if (p in excluded) == (part == "excluded")]
         if params:
             name = f"{group['name']}/{part}" if "name" in group else part
-            param_names = [names[p] for p in params]
-            parts.append(
-                (group, {**group, "params": params, "param_names": param_names, "name": name, **overrides})
-            )
+            own_names = dict(zip(group["params"], group.get("param_names", ()), strict=False))
+            known = names or own_names
+            param_names = {"param_names": [known[p] for p in params]} if known else {}
+            parts.append((group, {**group, "params": params, **param_names, "name": name, **overrides}))
     return parts
 
 

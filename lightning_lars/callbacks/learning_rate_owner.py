@@ -82,6 +82,11 @@ class LearningRateOwner(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()
         self._automatic = pl_module.automatic_optimization
+        if not any("lr" in group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+            raise MisconfigurationException(
+                "LearningRateWarmup and BatchSizeScaling need an optimizer with a learning rate, and "
+                "configure_optimizers returned none: leave the callbacks out"
+            )
         for index, optimizer in enumerate(trainer.optimizers):
             # DeepSpeed wraps the optimizer in something that is none, has no hooks, and other parameters.
             wrapped = not isinstance(optimizer, Optimizer)

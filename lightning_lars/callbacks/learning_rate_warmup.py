@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.callbacks.learning_rate_owner import LearningRateOwner
+from lightning_lars.optim.arguments import is_number, require
 from lightning_lars.schedules import constant_warmup, cosine_warmup, exponential_warmup, linear_warmup
 from lightning_lars.training_length import steps_of_epochs, total_steps
 
@@ -64,16 +65,19 @@ class LearningRateWarmup(Callback):
         given = {name: value for name, value in lengths.items() if value is not None}
         if len(given) != 1:
             raise ValueError(f"One of {list(lengths)} must be given, got {given or 'none'}")
-        if warmup_steps is not None and (type(warmup_steps) is not int or warmup_steps < 1):
-            raise ValueError(f"warmup_steps must be a whole number above 0, got {warmup_steps!r}")
-        if warmup_epochs is not None and not 0 < warmup_epochs < math.inf:
-            raise ValueError(f"warmup_epochs must be above 0 and finite, got {warmup_epochs!r}")
-        if warmup_fraction is not None and not 0 < warmup_fraction <= 1:
-            raise ValueError(f"warmup_fraction must be in (0, 1], got {warmup_fraction!r}")
-        if shape not in _SHAPES:
-            raise ValueError(f"shape must be one of {tuple(_SHAPES)}, got {shape!r}")
-        if start_factor is not None and not 0 <= start_factor <= 1:
-            raise ValueError(f"start_factor must be in [0, 1], got {start_factor!r}")
+        if warmup_steps is not None:
+            holds = type(warmup_steps) is int and warmup_steps >= 1
+            require("warmup_steps", "a whole number above 0", warmup_steps, holds)
+        if warmup_epochs is not None:
+            holds = is_number(warmup_epochs) and 0 < warmup_epochs < math.inf
+            require("warmup_epochs", "above 0 and finite", warmup_epochs, holds)
+        if warmup_fraction is not None:
+            holds = is_number(warmup_fraction) and 0 < warmup_fraction <= 1
+            require("warmup_fraction", "in (0, 1]", warmup_fraction, holds)
+        require("shape", f"one of {tuple(_SHAPES)}", shape, shape in tuple(_SHAPES))
+        if start_factor is not None:
+            holds = is_number(start_factor) and 0 <= start_factor <= 1
+            require("start_factor", "in [0, 1]", start_factor, holds)
         if not start_factor and shape in ("constant", "exponential"):
             raise ValueError(
                 f"start_factor must be above 0 with shape={shape!r}, got {start_factor!r}: the weights would "

@@ -5,11 +5,13 @@ from functools import partial
 import pytest
 import pytorch_lightning
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch.optim import lr_scheduler
 
 from lightning_lars import LAMB, LARS, BatchSizeScaling, LearningRateWarmup
+from tests.boring import Boring, trainer
 from tests.walk import BATCH_SIZE, BATCHES, RATES, OtherWalk, Walk, scaled, walk, walker
 
 EPOCHS, WARMUP, BASE = 2, 5, 3
@@ -427,3 +429,36 @@ def test_the_other_package_trains_with_the_same_rates(tmp_path, scheduler):
     walk(tmp_path, other, *both(), root=pytorch_lightning)
     assert other.path == module.path
     assert other.seen == module.seen
+
+
+@pytest.mark.parametrize("lr", [1.0, "tensor"])
+def test_what_training_step_writes_is_the_schedule_and_is_kept(tmp_path, lr):
+    """Lightning runs training_step inside of the step, as its closure."""
+
+    class Halving(Boring):
+        def __init__(self):
+            super().__init__(optimizer=partial(LARS, lr=torch.tensor(1.0) if lr == "tensor" else lr))
+            self.seen = []
+
+        def training_step(self, batch, batch_idx):
+            for group in self.optimizers().optimizer.param_groups:
+                group["lr"] *= 0.5
+                self.seen.append(float(group["lr"]))
+            return super().training_step(batch, batch_idx)
+
+    module = Halving()
+    trainer(tmp_path, max_steps=4, callbacks=[LearningRateWarmup(warmup_steps=4)]).fit(module)
+    assert module.seen[::2] == module.seen[1::2] == [0.5, 0.25, 0.125, 0.0625]
+    assert [float(group["lr"]) for group in module.trainer.optimizers[0].param_groups] == [0.0625] * 2
+
+
+def test_a_module_without_an_optimizer_says_so(tmp_path):
+    class Without(Boring):
+        def configure_optimizers(self):
+            return None
+
+    with (
+        pytest.warns(UserWarning, match="this fit will run with no optimizer"),
+        pytest.raises(MisconfigurationException, match="configure_optimizers returned none: leave"),
+    ):
+        trainer(tmp_path, callbacks=[LearningRateWarmup(4)]).fit(Without())
