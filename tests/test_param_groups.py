@@ -156,6 +156,11 @@ def test_a_module_used_twice_stands_once():
     assert names(nn.Sequential(layer, layer)) == {"adapted": ["0.weight"], "excluded": ["0.bias"]}
 
 
+def test_a_module_used_twice_is_excluded_under_any_of_its_names():
+    layer = nn.Linear(2, 2)
+    assert names(nn.Sequential(layer, layer), exclude="1.*") == {"excluded": ["0.weight", "0.bias"]}
+
+
 def test_frozen_parameters_are_left_out():
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     module[0].requires_grad_(False)
@@ -322,7 +327,13 @@ def test_excluded_lr_scale_multiplies_the_rate_of_the_excluded_group_alone(lr):
     built = build_optimizer(nn.Linear(2, 2), LARS, lr=lr, excluded_lr_scale=0.5)
     assert [float(group["lr"]) for group in built.param_groups] == [0.5, 0.25]
     assert float(lr) == 0.5
-    assert built.param_groups[0]["lr"] is not built.param_groups[1]["lr"]
+
+
+@pytest.mark.parametrize("optimizer", [LARS, torch.optim.SGD])
+def test_a_tensor_lr_is_neither_shared_between_groups_nor_with_the_caller(optimizer):
+    lr = torch.tensor(0.5)
+    adapted, excluded = build_optimizer(nn.Linear(2, 2), optimizer, lr=lr).param_groups
+    assert len({id(lr), id(adapted["lr"]), id(excluded["lr"])}) == 3
 
 
 @pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf"), None, "a", True])

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_lars import LAMB, LARS, TrustRatioMonitor, build_optimizer
 from tests.boring import Boring, boring, trainer
 
-LAYERS = ["net.0.weight", "net.2.weight"]
+LAYERS = ["net.0.bias", "net.0.weight", "net.2.bias", "net.2.weight"]
 
 
 class Spy(Callback):
@@ -60,7 +60,7 @@ def logged(logger):
 def test_logs_the_ratio_that_each_layer_used(tmp_path, optimizer):
     logger, spy = CSVLogger(tmp_path), Spy()
     trainer(tmp_path, logger=logger, log_every_n_steps=1, callbacks=[TrustRatioMonitor(), spy]).fit(
-        boring(optimizer)
+        boring(optimizer, exclude_bias=False)
     )
     rows = logged(logger)
     assert sorted(rows) == list(range(8))
@@ -81,16 +81,21 @@ def test_logs_on_the_steps_on_which_lightning_logs(tmp_path):
     assert sorted(logged(logger)) == sorted(losses) == [2, 5]
 
 
-def test_logs_once_for_an_accumulated_step(tmp_path):
-    logger = CSVLogger(tmp_path)
+@pytest.mark.parametrize(("every", "steps"), [(1, [0, 1, 2, 3]), (2, [1, 3])])
+def test_logs_once_for_an_accumulated_step_with_what_it_used(tmp_path, every, steps):
+    logger, spy = CSVLogger(tmp_path), Spy()
     trainer(
         tmp_path,
         logger=logger,
-        log_every_n_steps=1,
+        log_every_n_steps=every,
         accumulate_grad_batches=2,
-        callbacks=[TrustRatioMonitor()],
+        callbacks=[TrustRatioMonitor(), spy],
     ).fit(boring())
-    assert sorted(logged(logger)) == [0, 1, 2, 3]
+    rows = logged(logger)
+    assert sorted(rows) == steps
+    assert [rows[step]["trust_ratio/net.0.weight"] for step in steps] == [
+        spy.ratios[step]["net.0.weight"] for step in steps
+    ]
 
 
 def test_every_logger_of_the_trainer_gets_the_same(tmp_path):
