@@ -16,6 +16,7 @@ import torch
 import yaml
 from torch import nn
 
+import lightning_lars
 from lightning_lars import LAMB, LARS, WarmupDecayLR
 from lightning_lars.cli import LargeBatchCLI, PytorchLightningLargeBatchCLI
 from tests.boring import Boring
@@ -240,3 +241,40 @@ def test_a_saved_configuration_runs_again(tmp_path):
         )
         assert result.returncode == 0, result.stderr
     assert "nable to serialize" not in config.read_text()
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize(
+    "package", [lightning.pytorch, pytorch_lightning], ids=lambda package: package.__name__
+)
+def test_every_callback_works_in_the_trainer_and_the_cli_of_both_packages(tmp_path, monkeypatch, package):
+    monkeypatch.chdir(tmp_path)
+
+    class Net(package.LightningModule):
+        def __init__(self, width: int = 3):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width))
+
+        training_step = Boring.training_step
+        train_dataloader = Boring.train_dataloader
+
+    arguments = ["--optimizer=lightning_lars.LARS", "--optimizer.lr=1.0", "--seed_everything=0"]
+    arguments += ["--trainer.accelerator=cpu", "--trainer.max_steps=4", "--trainer.log_every_n_steps=1"]
+    arguments += [
+        "--trainer.logger=CSVLogger",
+        "--trainer.logger.save_dir=.",
+        "--trainer.enable_progress_bar=false",
+    ]
+    for callback in lightning_lars.callbacks.__all__:
+        arguments.append(f"--trainer.callbacks+=lightning_lars.{callback}")
+        if callback == "BatchSizeScaling":
+            arguments.append("--trainer.callbacks.base_batch_size=2")
+        if callback == "LearningRateWarmup":
+            arguments.append("--trainer.callbacks.warmup_steps=2")
+    arguments.append(f"--trainer.callbacks+={package.__name__}.callbacks.LearningRateMonitor")
+    arguments.append("--trainer.callbacks.logging_interval=step")
+    cli = package.cli.LightningCLI(Net, args=arguments, run=False)
+    cli.trainer.fit(cli.model)
+    rows = metrics(tmp_path)
+    assert [float(row["lr-LARS/excluded"]) for row in rows if row["lr-LARS/excluded"]] == [1.0, 2.0, 2.0, 2.0]
+    assert len([row for row in rows if row["trust_ratio/net.0.weight"]]) == 4
