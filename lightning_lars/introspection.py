@@ -24,8 +24,8 @@ _WRAPPER_PREFIX = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wra
 # NormalizedLinear, nor the reparametrizations WeightNorm and SpectralNorm, which normalize no activation.
 _NORM_WORD = re.compile(r"(?<!Weight)(?<!Spectral)(Norm|norm|NORM)(alization)?(?![a-z])")
 
-# What has weights to adapt, whatever its name says of norms: LinearNorm(nn.Linear), or in one piece with a
-# norm, LayerNormMLP.
+# What has weights to adapt, whatever its name says of norms: by its base class, as LinearNorm(nn.Linear), or
+# by a word behind the norm.
 _WEIGHTED = (
     nn.Bilinear,
     nn.Embedding,
@@ -43,10 +43,12 @@ def named_norm(name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
     """Tell whether the owner is a normalization layer by the name of its type.
 
     A module with submodules that own parameters is a block around a normalization (``PreNormBlock``), not
-    one itself; nor is one that the name or the base class calls a linear layer, a convolution and the like.
+    one itself; nor is one that its base class, or its name behind the norm, calls a linear layer or the like.
     """
     called = type(owner).__name__
-    if not _NORM_WORD.search(called) or _WEIGHTED_WORD.search(called) or isinstance(owner, _WEIGHTED):
+    norm = _NORM_WORD.search(called)
+    # AttentionNorm is the norm of an attention, LayerNormMLP a norm and an MLP in one piece.
+    if norm is None or _WEIGHTED_WORD.search(called, norm.end()) or isinstance(owner, _WEIGHTED):
         return False
     return not any(True for child in owner.children() for _ in child.parameters())
 

@@ -68,6 +68,8 @@ class WindowAttention(nn.Module):
         type("batch_norm", (OwnRMSNorm,), {})(),
         type("LayerNormalization", (OwnRMSNorm,), {})(),
         type("EvoNorm2dS0", (OwnRMSNorm,), {})(),
+        type("AttentionNorm", (OwnRMSNorm,), {})(),
+        type("MLPNorm", (OwnRMSNorm,), {})(),
         type("FilterResponse", (nn.BatchNorm2d,), {})(4),
     ],
     ids=lambda norm: type(norm).__name__,
