@@ -1,7 +1,7 @@
 """LAMB: layer-wise adaptive moments (You et al. 2019, arXiv:1904.00962)."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -14,8 +14,9 @@ from lightning_lars.optim.arguments import (
     require,
 )
 from lightning_lars.optim.layerwise import LayerwiseOptimizer, subtract
-from lightning_lars.optim.norms import Tensors, accumulation_dtype, layer_norms
-from lightning_lars.optim.trust_ratio import trust_ratio
+from lightning_lars.optim.norms import Tensors, accumulation_dtype
+from lightning_lars.optim.shards import laid_out_as, local
+from lightning_lars.optim.trust_ratio import TrustRatios, trust_ratio
 
 
 class LAMB(LayerwiseOptimizer):
@@ -131,72 +132,78 @@ class LAMB(LayerwiseOptimizer):
         rule = "None, a number above 0, or a pair (low, high) with 0 <= low <= high and high > 0"
         require("trust_clip", rule, trust_clip, holds)
 
-    def _update(
+    def _direction(
         self,
+        params: list[Tensor],
         weights: list[Tensor],
         grads: Tensors,
-        states: list[dict[str, Any]],
         lr: float | Tensor,
         group: Mapping[str, Any],
-    ) -> Tensor | None:
+    ) -> Tensors:
         weight_decay = group["weight_decay"]
         if group["decoupled_weight_decay"]:
             torch._foreach_mul_(weights, 1 - lr * weight_decay)
             weight_decay = 0.0
-        u = _adam_direction(weights, grads, states, group)
+        u = self._adam_direction(params, grads, group)
         if weight_decay != 0:
             torch._foreach_add_(u, weights, alpha=weight_decay)
-        if not group["layer_adaptation"]:
-            subtract(weights, u, lr)
-            return None
+        return u
 
-        weight_norm = layer_norms(weights)
+    def _trust_ratios(
+        self, weight_norm: Tensor, direction_norm: Tensor, lr: float | Tensor, group: Mapping[str, Any]
+    ) -> TrustRatios:
         if group["max_weight_norm"] is not None:
             weight_norm = weight_norm.clamp(max=group["max_weight_norm"])
-        ratios = trust_ratio(weight_norm, layer_norms(u), eps=group["trust_eps"])
+        ratio = unclipped = trust_ratio(weight_norm, direction_norm, eps=group["trust_eps"])
         if group["trust_clip"] is not None:
             trust_clip = group["trust_clip"]
             low, high = trust_clip if type(trust_clip) in (tuple, list) else (0.0, trust_clip)
-            ratios = ratios.clamp(low, high)
-        torch._foreach_mul_(u, ratios.unbind())
-        subtract(weights, u, lr)
-        return ratios
+            ratio = unclipped.clamp(low, high)
+        return TrustRatios(weight_norm, direction_norm, unclipped, ratio)
 
+    def _descend(
+        self,
+        params: list[Tensor],
+        weights: list[Tensor],
+        direction: Tensors,
+        ratios: Tensor | None,
+        lr: float | Tensor,
+        group: Mapping[str, Any],
+    ) -> None:
+        if ratios is not None:
+            torch._foreach_mul_(direction, ratios.unbind())
+        subtract(weights, direction, lr)
 
-def _adam_direction(
-    weights: list[Tensor],
-    grads: Tensors,
-    states: Sequence[dict[str, Any]],
-    group: Mapping[str, Any],
-) -> Tensors:
-    """Advance ``m`` and ``v`` and return ``m_hat / (sqrt(v_hat) + eps)``, a new tensor for each layer."""
-    for state, w in zip(states, weights, strict=True):
-        if "exp_avg" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=w.device)
-            state["exp_avg"] = torch.zeros_like(w)
-            state["exp_avg_sq"] = torch.zeros_like(w)
-    t = [state["step"] for state in states]
-    m = [state["exp_avg"] for state in states]
-    v = [state["exp_avg_sq"] for state in states]
-    beta1, beta2 = group["betas"]
+    def _adam_direction(self, params: list[Tensor], grads: Tensors, group: Mapping[str, Any]) -> Tensors:
+        """Advance ``m`` and ``v``, return ``m_hat / (sqrt(v_hat) + eps)``, a new tensor for each layer."""
+        states = [self.state[p] for p in params]
+        for p, state, g in zip(params, states, grads, strict=True):
+            if "exp_avg" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=g.device)
+                state["exp_avg"] = laid_out_as(p, torch.zeros_like(g))
+                state["exp_avg_sq"] = laid_out_as(p, torch.zeros_like(g))
+        t = [state["step"] for state in states]
+        m = [local(state["exp_avg"]) for state in states]
+        v = [local(state["exp_avg_sq"]) for state in states]
+        beta1, beta2 = group["betas"]
 
-    torch._foreach_add_(t, 1.0)
-    torch._foreach_mul_(m, beta1)
-    torch._foreach_add_(m, grads, alpha=1 - beta1 if group["grad_averaging"] else 1.0)
-    torch._foreach_mul_(v, beta2)
-    torch._foreach_addcmul_(v, grads, grads, value=1 - beta2)
+        torch._foreach_add_(t, 1.0)
+        torch._foreach_mul_(m, beta1)
+        torch._foreach_add_(m, grads, alpha=1 - beta1 if group["grad_averaging"] else 1.0)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, grads, grads, value=1 - beta2)
 
-    denominator = torch._foreach_sqrt(v)
-    if group["bias_correction"]:
-        steps = torch.stack(t).to(accumulation_dtype(weights[0]))
-        correction1 = _one_minus_power(beta1, steps)
-        correction2 = _one_minus_power(beta2, steps)
-        torch._foreach_div_(denominator, correction2.sqrt().unbind())
-    torch._foreach_add_(denominator, group["eps"])
-    u = torch._foreach_div(m, denominator)
-    if group["bias_correction"]:
-        torch._foreach_div_(u, correction1.unbind())
-    return u
+        denominator = torch._foreach_sqrt(v)
+        if group["bias_correction"]:
+            steps = torch.stack(t).to(accumulation_dtype(grads[0]))
+            correction1 = _one_minus_power(beta1, steps)
+            correction2 = _one_minus_power(beta2, steps)
+            torch._foreach_div_(denominator, correction2.sqrt().unbind())
+        torch._foreach_add_(denominator, group["eps"])
+        u = torch._foreach_div(m, denominator)
+        if group["bias_correction"]:
+            torch._foreach_div_(u, correction1.unbind())
+        return u
 
 
 def _one_minus_power(beta: float, steps: Tensor) -> Tensor:

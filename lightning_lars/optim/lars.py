@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lightning_lars.optim.arguments import check_non_negative, is_number, require
 from lightning_lars.optim.layerwise import LayerwiseOptimizer, subtract
-from lightning_lars.optim.norms import Tensors, layer_norms
-from lightning_lars.optim.trust_ratio import trust_ratio
+from lightning_lars.optim.norms import Tensors
+from lightning_lars.optim.shards import laid_out_as, local
+from lightning_lars.optim.trust_ratio import TrustRatios, trust_ratio
 
 DENOMINATORS = ("gradient", "decayed_gradient", "momentum")
 
@@ -140,79 +141,85 @@ class LARS(LayerwiseOptimizer):
             rule = 'False with denominator="momentum", where lr would cancel out of the step'
             require("lr_in_momentum", rule, lr_in_momentum, not lr_in_momentum)
 
-    def _update(
+    def _direction(
         self,
+        params: list[Tensor],
         weights: list[Tensor],
         grads: Tensors,
-        states: list[dict[str, Any]],
         lr: float | Tensor,
         group: Mapping[str, Any],
-    ) -> Tensor | None:
-        weight_decay = group["weight_decay"]
+    ) -> Tensors:
         if group["decoupled_weight_decay"]:
-            torch._foreach_mul_(weights, 1 - lr * weight_decay)
-            weight_decay = 0.0
-        u = grads if weight_decay == 0 else torch._foreach_add(grads, weights, alpha=weight_decay)
-        if not group["layer_adaptation"]:
-            self._descend(weights, u, states, lr, group)
-            return None
+            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        if group["denominator"] == "gradient" or not group["layer_adaptation"]:
+            return grads
+        u = _decayed(grads, weights, group)
+        return self._momentum(params, u, group) if group["denominator"] == "momentum" else u
 
-        weight_norm = layer_norms(weights)
-        if group["denominator"] == "momentum":
-            direction = self._momentum(u, states, group)
-            ratios = self._trust_ratio(weight_norm, layer_norms(direction), lr, group).to(weights[0].dtype)
-            subtract(weights, torch._foreach_mul(direction, ratios.unbind()), lr)
-            return ratios
-        if group["denominator"] == "decayed_gradient":
-            denominator = layer_norms(u)
-        else:
-            denominator = layer_norms(grads) + weight_decay * weight_norm
-        ratios = self._trust_ratio(weight_norm, denominator, lr, group).to(weights[0].dtype)
-        if weight_decay == 0:  # u are the gradients, which are read-only
-            u = torch._foreach_mul(u, ratios.unbind())
-        else:
-            torch._foreach_mul_(u, ratios.unbind())
-        self._descend(weights, u, states, lr, group)
-        return ratios
-
-    @staticmethod
-    def _trust_ratio(
-        weight_norm: Tensor, denominator: Tensor, lr: float | Tensor, group: Mapping[str, Any]
-    ) -> Tensor:
-        ratios = trust_ratio(
+    def _trust_ratios(
+        self, weight_norm: Tensor, direction_norm: Tensor, lr: float | Tensor, group: Mapping[str, Any]
+    ) -> TrustRatios:
+        denominator = direction_norm
+        if group["denominator"] == "gradient":
+            denominator = direction_norm + _decay(group) * weight_norm
+        ratio = unclipped = trust_ratio(
             weight_norm, denominator, trust_coefficient=group["trust_coefficient"], eps=group["eps"]
         )
         if group["trust_clip"] == "larc":
-            ratios = (ratios / lr).clamp(max=1)
+            unclipped = unclipped / lr
+            ratio = unclipped.clamp(max=1)
         elif group["trust_clip"] is not None:
-            ratios = ratios.clamp(max=group["trust_clip"])
-        return ratios
+            ratio = unclipped.clamp(max=group["trust_clip"])
+        return TrustRatios(weight_norm, denominator, unclipped, ratio)
 
     def _descend(
         self,
+        params: list[Tensor],
         weights: list[Tensor],
-        u: Tensors,
-        states: list[dict[str, Any]],
+        direction: Tensors,
+        ratios: Tensor | None,
         lr: float | Tensor,
         group: Mapping[str, Any],
     ) -> None:
+        u = direction
+        if ratios is None or group["denominator"] == "gradient":
+            u = _decayed(u, weights, group)
+        if ratios is not None:
+            if group["denominator"] == "momentum":
+                subtract(weights, torch._foreach_mul(u, ratios.unbind()), lr)
+                return
+            if _decay(group) == 0:  # u are the gradients, which are read-only
+                u = torch._foreach_mul(u, ratios.unbind())
+            else:
+                torch._foreach_mul_(u, ratios.unbind())
         if group["lr_in_momentum"]:
             u, lr = torch._foreach_mul(u, lr), 1.0
-        subtract(weights, self._momentum(u, states, group), lr)
+        subtract(weights, self._momentum(params, u, group), lr)
 
-    @staticmethod
-    def _momentum(u: Tensors, states: list[dict[str, Any]], group: Mapping[str, Any]) -> Tensors:
+    def _momentum(self, params: list[Tensor], u: Tensors, group: Mapping[str, Any]) -> Tensors:
         """Advance ``v`` and return the direction: ``u + momentum * v`` if nesterov else ``v``."""
         momentum = group["momentum"]
         if momentum == 0:
             return u
+        states = [self.state[p] for p in params]
         going = [i for i, state in enumerate(states) if state.get("momentum_buffer") is not None]
         if going:
-            v = [states[i]["momentum_buffer"] for i in going]
+            v = [local(states[i]["momentum_buffer"]) for i in going]
             torch._foreach_mul_(v, momentum)
             torch._foreach_add_(v, [u[i] for i in going], alpha=1 - group["dampening"])
-        for state, first in zip(states, u, strict=True):
+        for p, state, first in zip(params, states, u, strict=True):
             if state.get("momentum_buffer") is None:
-                state["momentum_buffer"] = first.clone()
-        v = [state["momentum_buffer"] for state in states]
+                state["momentum_buffer"] = laid_out_as(p, first.clone())
+        v = [local(state["momentum_buffer"]) for state in states]
         return torch._foreach_add(u, v, alpha=momentum) if group["nesterov"] else v
+
+
+def _decay(group: Mapping[str, Any]) -> float:
+    """Return the weight decay that enters the gradient."""
+    return 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
+
+
+def _decayed(grads: Tensors, weights: list[Tensor], group: Mapping[str, Any]) -> Tensors:
+    """Return ``g + weight_decay * w``, the gradients themselves without decay."""
+    weight_decay = _decay(group)
+    return grads if weight_decay == 0 else torch._foreach_add(grads, weights, alpha=weight_decay)

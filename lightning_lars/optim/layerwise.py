@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -17,19 +17,20 @@ from lightning_lars.optim.arguments import (
     require,
 )
 from lightning_lars.optim.checkpoint import adapt_state_dict, restore_dtypes
-from lightning_lars.optim.norms import Tensors, is_sharded, layer_norms
-
-# How many elements are worked on at once. Their updates exist at the same time, for weights of half precision
-# beside a float32 copy: 256 MiB of scratch for four tensors of this size.
-_ELEMENTS_AT_ONCE = 2**24
-
-
-class Layers(NamedTuple):
-    """Layers of one group that share a device and a dtype, with their gradients."""
-
-    group: dict[str, Any]
-    params: list[Tensor]
-    grads: list[Tensor]
+from lightning_lars.optim.layers import (
+    Layers,
+    Moving,
+    moves_elsewhere,
+    norm_of_all,
+    norms_of_divided,
+    sort_layers,
+    stack_norms,
+)
+from lightning_lars.optim.norms import Tensors, layer_norms
+from lightning_lars.optim.parameters import check_params, named_params
+from lightning_lars.optim.partitions import check_not_partitioned, check_sees_all_gradients, given_shapes
+from lightning_lars.optim.shards import Shard, find_shards
+from lightning_lars.optim.trust_ratio import TrustRatios
 
 
 class LayerwiseOptimizer(Optimizer, ABC):
@@ -45,11 +46,16 @@ class LayerwiseOptimizer(Optimizer, ABC):
     switches: ClassVar[tuple[str, ...]]
     """The hyperparameters that are True or False."""
 
-    # For each call of `_update` in the last step: its layers and their ratios, shape (layers,).
-    _last_trust_ratios: list[tuple[list[Tensor], Tensor]]
+    # For the layers of the last step that moved together: themselves and their ratios.
+    _last_trust_ratios: list[tuple[list[Tensor], TrustRatios]]
+
+    # The parameters that have been looked at; None for those that no strategy has laid out.
+    _shards: dict[Tensor, Shard | None]
+    _given_shapes: set[tuple[int, ...] | None]
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         self._last_trust_ratios = []
+        self._shards, self._given_shapes = {}, set()
         if isinstance(params, Mapping) or not isinstance(params, Iterable):
             raise TypeError(
                 f"params must be an iterable of parameters, named parameters or groups, got {params!r}: "
@@ -65,15 +71,36 @@ class LayerwiseOptimizer(Optimizer, ABC):
         super().__init__(params, {**defaults, "layer_adaptation": True})
 
     @abstractmethod
-    def _update(
+    def _direction(
         self,
+        params: list[Tensor],
         weights: list[Tensor],
         grads: Tensors,
-        states: list[dict[str, Any]],
         lr: float | Tensor,
         group: Mapping[str, Any],
-    ) -> Tensor | None:
-        """Move the weights in place, only read the gradients, return the ratios ``(layers,)`` used."""
+    ) -> Tensors:
+        """Return, for each layer, what its trust ratio measures the weights against.
+
+        May decay the weights in place and advance the state, and only reads the gradients.
+        """
+
+    @abstractmethod
+    def _trust_ratios(
+        self, weight_norm: Tensor, direction_norm: Tensor, lr: float | Tensor, group: Mapping[str, Any]
+    ) -> TrustRatios:
+        """Return the ratios from the norms of the weights and of what ``_direction`` returned."""
+
+    @abstractmethod
+    def _descend(
+        self,
+        params: list[Tensor],
+        weights: list[Tensor],
+        direction: Tensors,
+        ratios: Tensor | None,
+        lr: float | Tensor,
+        group: Mapping[str, Any],
+    ) -> None:
+        """Move the weights in place along the direction, by the ratios if the group is adapted."""
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         """Raise ValueError if a hyperparameter of the group breaks its rule."""
@@ -108,35 +135,59 @@ class LayerwiseOptimizer(Optimizer, ABC):
             What the closure returned, or None without one.
 
         Raises:
-            RuntimeError: If a gradient is sparse or a parameter is a shard; nothing has moved then.
+            RuntimeError: If a gradient is sparse, or a parameter is a part of a layer whose norm cannot be
+                known; nothing has moved then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
 
-        layers_with_grad = [layers for group in self.param_groups for layers in self._layers(group)]
+        self._look_at_params()
+        layers_with_grad = [
+            layers for group in self.param_groups for layers in sort_layers(group, self._shards, self._name)
+        ]
         gradient_scale = self._gradient_scale(layers_with_grad)
         self._last_trust_ratios.clear()
-        for group, params, grads in layers_with_grad:
-            # Half precision is only how a weight is stored: all arithmetic is in at least float32.
-            dtype = torch.promote_types(params[0].dtype, torch.float32)
-            weights = [p.to(dtype) for p in params]
-            gradients: Tensors = [g.to(dtype) for g in grads]
-            if group["maximize"]:
-                gradients = torch._foreach_neg(gradients)
-            if gradient_scale is not None:
-                scale = gradient_scale.to(params[0].device, dtype, non_blocking=True)
-                gradients = torch._foreach_mul(gradients, scale)
-            lr = group["lr"]
-            if isinstance(lr, Tensor):
-                lr = lr.to(params[0].device, dtype, non_blocking=True).reshape(())
-            ratios = self._update(weights, gradients, [self.state[p] for p in params], lr, group)
-            if dtype != params[0].dtype:
-                torch._foreach_copy_(params, weights)
-            if ratios is not None:
-                self._last_trust_ratios.append((params, ratios.to(dtype)))
+        divided = []
+        for layers in layers_with_grad:
+            moving = self._begin(layers, gradient_scale)
+            if not layers.group["layer_adaptation"]:
+                self._finish(moving, None)
+            elif layers.are_divided:
+                divided.append(moving)
+            else:
+                self._finish(moving, (layer_norms(moving.weights), layer_norms(moving.direction)))
+        self._finish_divided(divided)
         return loss
+
+    def _begin(self, layers: Layers, gradient_scale: Tensor | None) -> Moving:
+        group, params, parts, grads, _ = layers
+        # Half precision is only how a weight is stored: all arithmetic is in at least float32.
+        dtype = torch.promote_types(params[0].dtype, torch.float32)
+        weights = [part.to(dtype) for part in parts]
+        gradients: Tensors = [grad.to(dtype) for grad in grads]
+        if group["maximize"]:
+            gradients = torch._foreach_neg(gradients)
+        if gradient_scale is not None:
+            scale = gradient_scale.to(parts[0].device, dtype, non_blocking=True)
+            gradients = torch._foreach_mul(gradients, scale)
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            lr = lr.to(parts[0].device, dtype, non_blocking=True).reshape(())
+        return Moving(layers, weights, self._direction(params, weights, gradients, lr, group), lr)
+
+    def _finish(self, moving: Moving, norms: tuple[Tensor, Tensor] | None) -> None:
+        (group, params, parts, _, _), weights, direction, lr = moving
+        if norms is None:
+            self._descend(params, weights, direction, None, lr, group)
+        else:
+            ratios = self._trust_ratios(*norms, lr, group)
+            ratios = ratios._replace(ratio=ratios.ratio.to(weights[0].dtype))
+            self._last_trust_ratios.append((params, ratios))
+            self._descend(params, weights, direction, ratios.ratio, lr, group)
+        if weights[0].dtype != parts[0].dtype:
+            torch._foreach_copy_(parts, weights)
 
     def trust_ratios(self) -> dict[str, Tensor]:
         """Return the trust ratio that the last step used for each adapted layer.
@@ -146,13 +197,31 @@ class LayerwiseOptimizer(Optimizer, ABC):
             ``state_dict()`` where the optimizer was built without names. Empty before the first step
             and after a state dict was loaded.
         """
-        names = {p: name for group in self.param_groups for name, p in self._named_params(group)}
-        return {
-            names[p]: ratio
+        return self._by_name(lambda ratios: ratios.ratio)
+
+    def at_trust_clip(self) -> dict[str, Tensor]:
+        """Return for each adapted layer whether ``trust_clip`` changed its ratio in the last step.
+
+        Returns:
+            0-d bool tensors, as :meth:`trust_ratios` returns them.
+        """
+        return self._by_name(lambda ratios: ratios.is_clipped)
+
+    def at_zero_rule(self) -> dict[str, Tensor]:
+        """Return for each adapted layer whether its ratio was 1 in the last step for want of a scale.
+
+        Returns:
+            0-d bool tensors, as :meth:`trust_ratios` returns them.
+        """
+        return self._by_name(lambda ratios: ratios.no_scale)
+
+    def _by_name(self, value: Callable[[TrustRatios], Tensor]) -> dict[str, Tensor]:
+        values = {
+            p: of_layer
             for params, ratios in self._last_trust_ratios
-            for p, ratio in zip(params, ratios.unbind(), strict=True)
-            if p in names
+            for p, of_layer in zip(params, value(ratios).unbind(), strict=True)
         }
+        return {name: values[p] for name, p in named_params(self.param_groups) if p in values}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in ``torch.optim``; the caller's dict stays as it was.
@@ -167,12 +236,13 @@ class LayerwiseOptimizer(Optimizer, ABC):
         if isinstance(group["params"], Tensor):
             group["params"] = [group["params"]]
         if not isinstance(group["params"], set):
-            group["params"] = self._check_params(list(group["params"]))
+            group["params"] = check_params(list(group["params"]), self.param_groups)
         if any(group["lr"] is other["lr"] for other in self.param_groups if isinstance(other["lr"], Tensor)):
             # Schedulers write into the tensor of each group: one that is shared would be scaled twice.
             group["lr"] = group["lr"].clone()
         self._check_groups([*self.param_groups, group])
         super().add_param_group(group)
+        self._given_shapes |= given_shapes(self.param_groups[-1]["params"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer, or of ``torch.optim.SGD`` (LARS) or ``AdamW`` (LAMB).
@@ -200,6 +270,9 @@ class LayerwiseOptimizer(Optimizer, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._last_trust_ratios = []
+        self._shards = {}
+        if "_given_shapes" not in self.__dict__:  # a copy, not an optimizer that loads a state dict
+            self._given_shapes = given_shapes(_params(self.param_groups))
 
     def _check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         for group in groups:
@@ -209,89 +282,48 @@ class LayerwiseOptimizer(Optimizer, ABC):
         for group in groups:
             require("max_grad_norm", rule, group["max_grad_norm"], group["max_grad_norm"] == first)
 
-    def _named_params(self, group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
-        if "param_names" in group:
-            return zip(group["param_names"], group["params"], strict=True)
-        before = 0
-        for other in self.param_groups:
-            if other is group:
-                break
-            before += len(other["params"])
-        return ((str(before + i), p) for i, p in enumerate(group["params"]))
+    def _look_at_params(self) -> None:
+        """Find out who holds the rest of each parameter, once: when the first step comes, all are wrapped."""
+        count = sum(len(group["params"]) for group in self.param_groups)
+        if len(self._shards) == count and all(p in self._shards for p in _params(self.param_groups)):
+            return
+        named = list(named_params(self.param_groups))
+        shards = find_shards(named)
+        check_not_partitioned(named, shards, self._given_shapes)
+        check_sees_all_gradients(self, self.param_groups)
+        self._shards.clear()
+        for _, p in named:
+            self._shards[p] = shards.get(p)
 
-    def _check_params(self, params: list[Any]) -> list[Any]:
-        """Return the parameters, named by their number if they are not where the other groups' are."""
-        if any("param_names" in group for group in self.param_groups):
-            before = sum(len(group["params"]) for group in self.param_groups)
-            if all(isinstance(p, Tensor) for p in params):
-                params = [(str(before + index), p) for index, p in enumerate(params)]
-        seen = set(chain.from_iterable(group["params"] for group in self.param_groups))
-        seen_names = set(chain.from_iterable(group.get("param_names", ()) for group in self.param_groups))
-        for index, entry in enumerate(params):
-            name, p = entry if isinstance(entry, tuple) and len(entry) == 2 else (None, entry)
-            if not isinstance(p, Tensor):
-                raise TypeError(f"params must be tensors or (name, tensor) pairs, got {p!r} at {index}")
-            label = f"parameter {index if name is None else name!r}"
-            if not p.is_floating_point():
-                raise ValueError(f"params must be real floating-point tensors, got {label} of {p.dtype}")
-            if not p.is_leaf:
-                raise ValueError(
-                    f"params must be leaf tensors, got {label}, which is the result of an operation: "
-                    "pass the parameter that it was computed from"
-                )
-            if p in seen:
-                raise ValueError(f"params must hold every parameter once, got {label} twice")
-            if name is not None and name in seen_names:
-                raise ValueError(
-                    f"params must give every parameter a name of its own, got {name!r} twice: "
-                    "put the name of its module in front"
-                )
-            seen.add(p)
-            seen_names.add(name)
-        return params
-
-    def _layers(self, group: dict[str, Any]) -> Iterable[Layers]:
-        """Sort the layers that have a gradient by device and dtype, and into parts of bounded size."""
-        buckets: dict[tuple[torch.device, torch.dtype, int], Layers] = {}
-        elements: dict[tuple[torch.device, torch.dtype], int] = {}
-        for i, p in enumerate(group["params"]):
-            if p.grad is None:
-                continue
-            if p.grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"{type(self).__name__} needs dense gradients, got a sparse one for "
-                    f"{self._label(group, i)}: build its module with sparse=False or give it to SparseAdam"
-                )
-            if is_sharded(p):
-                raise RuntimeError(
-                    f"{type(self).__name__} needs the norm of the whole layer, but "
-                    f"{self._label(group, i)} is sharded (FSDP, tensor parallel), "
-                    "which this version cannot reduce: train with strategy='ddp'"
-                )
-            kind = (p.device, p.dtype)
-            elements[kind] = elements.get(kind, 0) + p.numel()
-            layers = buckets.setdefault((*kind, elements[kind] // _ELEMENTS_AT_ONCE), Layers(group, [], []))
-            layers.params.append(p)
-            layers.grads.append(p.grad)
-        return buckets.values()
-
-    def _label(self, group: Mapping[str, Any], index: int) -> str:
-        return f"parameter {list(self._named_params(group))[index][0]!r}"
+    def _name(self, p: Tensor) -> str:
+        return next(name for name, other in named_params(self.param_groups) if other is p)
 
     def _gradient_scale(self, layers_with_grad: Sequence[Layers]) -> Tensor | None:
-        """Return ``min(1, max_grad_norm / |all gradients|)``.
-
-        A layer whose gradient is not finite is left out of the norm, so that it spoils no other.
-        """
+        """Return ``min(1, max_grad_norm / |all gradients|)``."""
         max_grad_norm = self.param_groups[0]["max_grad_norm"]
-        if max_grad_norm is None or not layers_with_grad:
+        if max_grad_norm is None:
             return None
-        device = layers_with_grad[0].params[0].device
-        norms = [layer_norms(layers.grads).to(device, non_blocking=True) for layers in layers_with_grad]
-        norm_of_each = torch.cat(norms)
-        norm_of_all = torch.linalg.vector_norm(norm_of_each.where(norm_of_each.isfinite(), 0))
-        scale: Tensor = (max_grad_norm / norm_of_all).clamp(max=1)
-        return scale
+        norm = norm_of_all(layers_with_grad, _params(self.param_groups), self._shards)
+        return None if norm is None else (max_grad_norm / norm).clamp(max=1)
+
+    def _finish_divided(self, divided: Sequence[Moving]) -> None:
+        """Move layers of which other processes hold parts, after one exchange of norms for all of them."""
+        adapted = [group for group in self.param_groups if group["layer_adaptation"]]
+        norms = norms_of_divided(divided, _params(adapted), self._shards)
+        for moving in divided:
+            device = moving.weights[0].device
+            self._finish(moving, stack_norms(moving.layers.params, norms, device))
+        for group in adapted:
+            # Nothing of these layers is here to move, but their ratios are known, and are everyone's.
+            elsewhere = [p for p in group["params"] if moves_elsewhere(p, self._shards)]
+            if elsewhere:
+                norms_elsewhere = stack_norms(elsewhere, norms, elsewhere[0].device)
+                ratios = self._trust_ratios(*norms_elsewhere, group["lr"], group)
+                self._last_trust_ratios.append((elsewhere, ratios))
+
+
+def _params(groups: Iterable[Mapping[str, Any]]) -> Iterable[Tensor]:
+    return chain.from_iterable(group["params"] for group in groups)
 
 
 def subtract(weights: list[Tensor], direction: Tensors, lr: float | Tensor) -> None:

@@ -1,7 +1,11 @@
-"""The norm of every layer, whole, accumulated in at least float32."""
+"""The norm of every layer, whole even where its tensor is a shard, accumulated in at least float32."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from lightning_lars.optim.shards import Shard, add_up
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 """One tensor per layer."""
@@ -25,6 +29,35 @@ def layer_norms(tensors: Tensors) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors, 2, dtype=accumulation_dtype(tensors[0])))
 
 
+def whole_norms(parts: Sequence[Tensor | None], shards: Sequence[Shard]) -> list[Tensor]:
+    """Return the L2 norm of every layer, of which each process holds a part.
+
+    All processes that hold a part of any of the layers must call this, with the layers in the same order.
+    One collective for each mesh dimension that divides layers, whatever their number.
+
+    Args:
+        parts: What of each layer is here, on any device and of any dtype; None where nothing is.
+        shards: Where the rest of each layer is.
+
+    Returns:
+        0-d float64 tensors, on the device of their shard.
+    """
+    zeros = {
+        device: torch.zeros((), dtype=torch.float64, device=device)
+        for device in {shard.device for shard in shards}
+    }
+    squares = [zeros[shard.device] for shard in shards]
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, part in enumerate(parts):
+        if part is not None and part.numel() > 0:
+            alike.setdefault((part.device, part.dtype), []).append(i)
+    for indices in alike.values():
+        norms = layer_norms([part for i in indices if (part := parts[i]) is not None])
+        for i, square in zip(indices, norms.double().square().unbind(), strict=True):
+            squares[i] = square.to(shards[i].device)
+    return list(torch._foreach_sqrt(add_up(squares, shards)))
+
+
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """Return the dtype in which to add up a tensor.
 
@@ -33,15 +66,3 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """
     on_cpu = tensor.device.type == "cpu"
     return torch.promote_types(tensor.dtype, torch.float64 if on_cpu else torch.float32)
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Tell whether a parameter holds (or is laid out as) a part of a layer.
-
-    Covers DTensor (FSDP2, tensor parallel) and both layouts of FSDP1, whose marks have no public name.
-    """
-    return (
-        hasattr(parameter, "device_mesh")
-        or getattr(parameter, "_fsdp_flattened", False)
-        or getattr(parameter, "_is_flat_param", False)
-    )

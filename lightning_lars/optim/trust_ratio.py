@@ -1,7 +1,31 @@
 """The one equation that LARS and LAMB share, for all layers at once."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class TrustRatios(NamedTuple):
+    """The trust ratios of some layers, and where they come from; all of shape ``(layers,)``."""
+
+    weight_norm: Tensor
+    denominator: Tensor
+    """What the weights were measured against, before ``eps``."""
+
+    unclipped: Tensor
+    ratio: Tensor
+    """What the step used."""
+
+    @property
+    def no_scale(self) -> Tensor:
+        """Where the ratio is 1 as there was nothing to adapt to."""
+        return _no_scale(self.weight_norm, self.denominator)
+
+    @property
+    def is_clipped(self) -> Tensor:
+        """Where the clip changed the ratio."""
+        return (self.ratio != self.unclipped.to(self.ratio.dtype)) & ~self.ratio.isnan()
 
 
 def trust_ratio(
@@ -36,5 +60,8 @@ def trust_ratio(
         tensor([0.5000, 1.0000, 1.0000])
     """
     ratio = trust_coefficient * weight_norm / (denominator + eps)
-    no_scale = (weight_norm == 0) | (denominator == 0)
-    return torch.where(no_scale, torch.ones_like(ratio), ratio)
+    return torch.where(_no_scale(weight_norm, denominator), torch.ones_like(ratio), ratio)
+
+
+def _no_scale(weight_norm: Tensor, denominator: Tensor) -> Tensor:
+    return (weight_norm == 0) | (denominator == 0)

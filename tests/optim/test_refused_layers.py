@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn import Parameter
 
 from lightning_lars import LAMB, LARS
@@ -48,16 +49,68 @@ def test_a_sparse_gradient_of_an_unnamed_parameter_is_refused_by_its_number(opti
 
 @both
 @pytest.mark.parametrize("group", [{}, {"layer_adaptation": False}], ids=str)
-def test_a_dtensor_is_refused_by_name(optimizer_class, mesh, group):
-    weight = Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
-    weight.grad = distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)])
-    assert_refused(optimizer_class, weight, "'second' is sharded.*strategy", **group)
+def test_a_dtensor_of_partial_values_is_refused_by_name(optimizer_class, mesh, group):
+    weight = Parameter(DTensor.from_local(torch.ones(4, 2), mesh, [Partial()]))
+    weight.grad = DTensor.from_local(torch.ones(4, 2), mesh, [Partial()])
+    assert_refused(optimizer_class, weight, "'second' has Partial values.*Shard or Replicate", **group)
 
 
 @both
-@pytest.mark.parametrize("mark", ["_fsdp_flattened", "_is_flat_param"])
-def test_a_flattened_parameter_is_refused_by_name(optimizer_class, mark):
+def test_a_flat_parameter_of_many_layers_is_refused_by_name(optimizer_class):
     weight = Parameter(torch.ones(4))
     weight.grad = torch.ones(4)
-    setattr(weight, mark, True)
-    assert_refused(optimizer_class, weight, "'second' is sharded.*strategy")
+    weight._is_flat_param = True
+    assert_refused(optimizer_class, weight, "'second'.*use_orig_params=True")
+
+
+@both
+def test_a_shard_whose_module_is_gone_is_refused_by_name(optimizer_class):
+    weight = Parameter(torch.ones(4))
+    weight.grad = torch.ones(4)
+    weight._fsdp_flattened = True
+    assert_refused(optimizer_class, weight, "'second' is a shard of FSDP, but.*is gone")
+
+
+@both
+@pytest.mark.parametrize("groups_at_once", [1, 2])
+def test_layers_that_were_put_into_one_flat_tensor_are_refused(optimizer_class, groups_at_once):
+    params = [Parameter(torch.ones(2, 3)), Parameter(torch.ones(4))]
+    optimizer = optimizer_class([{"params": [p]} for p in params])
+    partitions = [{**group, "params": [Parameter(torch.ones(5))]} for group in optimizer.param_groups]
+    for group in partitions:
+        group["params"][0].grad = torch.ones(5)
+    optimizer.param_groups = partitions[:groups_at_once]  # ZeRO steps one group after the other
+    with pytest.raises(RuntimeError, match=r"shape \(5,\), which no layer had.*ZeRO stage 0"):
+        optimizer.step()
+    assert torch.equal(partitions[0]["params"][0], torch.ones(5))
+    assert not optimizer.state
+
+
+@both
+def test_a_flat_tensor_is_refused_after_a_state_dict_was_loaded_into_it(optimizer_class):
+    optimizer = optimizer_class([Parameter(torch.ones(2, 3))])
+    flat = Parameter(torch.ones(6))
+    flat.grad = torch.ones(6)
+    optimizer.param_groups[0]["params"] = [flat]
+    optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match="ZeRO stage 0"):
+        optimizer.step()
+
+
+@both
+def test_a_lazy_layer_may_get_its_shape_after_the_optimizer_was_built(optimizer_class):
+    module = torch.nn.LazyLinear(2)
+    optimizer = optimizer_class(module.parameters(), lr=0.1)
+    module(torch.ones(1, 3)).sum().backward()
+    before = module.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(module.weight, before)
+
+
+def test_max_grad_norm_is_refused_where_each_process_has_some_of_the_layers(mesh):
+    params = [Parameter(torch.ones(3))]
+    params[0].grad = torch.ones(3)
+    optimizer = ZeroRedundancyOptimizer(params, LARS, max_grad_norm=1.0)
+    with pytest.raises(RuntimeError, match=r"max_grad_norm must be None.*gradient_clip_val"):
+        optimizer.step()
+    assert torch.equal(params[0], torch.ones(3))

@@ -1,0 +1,137 @@
+"""The layers of a step: sorted into lists that can move together, and the norms they need for it."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_lars.optim.norms import Tensors, layer_norms, whole_norms
+from lightning_lars.optim.shards import Shard, local, local_gradient
+
+# How many elements are worked on at once. Their updates exist at the same time, for weights of half precision
+# beside a float32 copy: 256 MiB of scratch for four tensors of this size.
+_ELEMENTS_AT_ONCE = 2**24
+
+Shards = Mapping[Tensor, Shard | None]
+"""For each parameter, where the rest of it is; None for one that no strategy has laid out."""
+
+
+class Layers(NamedTuple):
+    """Layers of one group that share a device and a dtype: what of them, and of their gradients, is here."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    parts: list[Tensor]
+    grads: list[Tensor]
+    are_divided: bool
+
+
+class Moving(NamedTuple):
+    """Layers in the middle of a step, which wait for their norms."""
+
+    layers: Layers
+    weights: list[Tensor]
+    direction: Tensors
+    lr: float | Tensor
+
+
+def sort_layers(group: dict[str, Any], shards: Shards, name: Callable[[Tensor], str]) -> Iterable[Layers]:
+    """Sort the layers that have a gradient by device and dtype, and into parts of bounded size.
+
+    Raises:
+        RuntimeError: If a gradient is sparse.
+    """
+    buckets: dict[tuple[torch.device, torch.dtype, bool, int], Layers] = {}
+    elements: dict[tuple[torch.device, torch.dtype, bool], int] = {}
+    for p in group["params"]:
+        if p.grad is None:
+            continue
+        if p.grad.layout != torch.strided:
+            raise RuntimeError(
+                f"gradients must be dense, got a sparse one for parameter {name(p)!r}: "
+                "build its module with sparse=False or give it to SparseAdam"
+            )
+        part, grad, is_divided = p, p.grad, False
+        shard = shards[p]
+        if shard is not None:
+            part, grad, is_divided = local(p), local_gradient(p), len(shard.groups) > 0
+        kind = (part.device, part.dtype, is_divided)
+        elements[kind] = elements.get(kind, 0) + part.numel()
+        bucket = (*kind, elements[kind] // _ELEMENTS_AT_ONCE)
+        layers = buckets.setdefault(bucket, Layers(group, [], [], [], is_divided))
+        layers.params.append(p)
+        layers.parts.append(part)
+        layers.grads.append(grad)
+    return buckets.values()
+
+
+def norm_of_all(
+    layers_with_grad: Sequence[Layers], params: Iterable[Tensor], shards: Shards
+) -> Tensor | None:
+    """Return the norm over all gradients, whole; None where there are none.
+
+    A gradient that is not finite is left out, so that it spoils no other layer.
+    """
+    norms = [layer_norms(layers.grads) for layers in layers_with_grad if not layers.are_divided]
+    divided = _divided(params, shards)
+    if divided:
+        grads: dict[Tensor, Tensor] = {}
+        for layers in layers_with_grad:
+            grads.update(zip(layers.params, layers.grads, strict=True))
+        norms.append(torch.stack(whole_norms([grads.get(p) for p in divided], list(divided.values()))))
+    if not norms:
+        return None
+    norm_of_each = torch.cat([norm.to(norms[0].device, non_blocking=True) for norm in norms])
+    norm: Tensor = torch.linalg.vector_norm(norm_of_each.where(norm_of_each.isfinite(), 0))
+    return norm
+
+
+def norms_of_divided(
+    moving: Sequence[Moving], params: Iterable[Tensor], shards: Shards
+) -> dict[Tensor, tuple[Tensor, Tensor]]:
+    """Return the norms of weights and direction of those layers that are divided between processes.
+
+    One exchange for all of them, which all processes join: a layer without a gradient here may have one
+    elsewhere.
+
+    Args:
+        moving: Layers that are divided and have a gradient.
+        params: All layers that may be divided, the same on every process.
+        shards: Where the rest of each layer is.
+    """
+    divided = _divided(params, shards)
+    if not divided:
+        return {}
+    weights: dict[Tensor, Tensor] = {}
+    directions: dict[Tensor, Tensor] = {}
+    for each in moving:
+        weights.update(zip(each.layers.params, each.weights, strict=True))
+        directions.update(zip(each.layers.params, each.direction, strict=True))
+    parts = [weights.get(p) for p in divided] + [directions.get(p) for p in divided]
+    norms = whole_norms(parts, [*divided.values(), *divided.values()])
+    pairs = zip(norms[: len(divided)], norms[len(divided) :], strict=True)
+    return dict(zip(divided, pairs, strict=True))
+
+
+def stack_norms(
+    params: Sequence[Tensor], norms: Mapping[Tensor, tuple[Tensor, Tensor]], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the norms of weights and direction of some layers, each of shape ``(layers,)``."""
+    weight_norms, direction_norms = zip(*(norms[p] for p in params), strict=True)
+    return torch.stack(weight_norms).to(device), torch.stack(direction_norms).to(device)
+
+
+def moves_elsewhere(p: Tensor, shards: Shards) -> bool:
+    """Tell whether a layer has a gradient, though nothing of it is here (FSDP1)."""
+    shard = shards[p]
+    return p.grad is None and shard is not None and shard.unit is not None and shard.unit.grad is not None
+
+
+def _divided(params: Iterable[Tensor], shards: Shards) -> dict[Tensor, Shard]:
+    divided = {}
+    for p in params:
+        shard = shards[p]
+        if shard is not None and shard.groups:
+            divided[p] = shard
+    return divided

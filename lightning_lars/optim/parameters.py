@@ -1,0 +1,53 @@
+"""What an optimizer takes as its parameters, and what it calls them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+
+
+def named_params(groups: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, Tensor]]:
+    """Pair every parameter with its name, or with its number in the state dict where it has none."""
+    before = 0
+    for group in groups:
+        names = group.get("param_names") or map(str, range(before, before + len(group["params"])))
+        yield from zip(names, group["params"], strict=True)
+        before += len(group["params"])
+
+
+def check_params(params: list[Any], groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return the parameters, named by their number if they are not where the other groups' are.
+
+    Raises:
+        TypeError: If there is anything but tensors and ``(name, tensor)`` pairs.
+        ValueError: If a parameter is complex, integer, not a leaf, given twice or named as another is.
+    """
+    if any("param_names" in group for group in groups):
+        before = sum(len(group["params"]) for group in groups)
+        if all(isinstance(p, Tensor) for p in params):
+            params = [(str(before + index), p) for index, p in enumerate(params)]
+    seen = set(chain.from_iterable(group["params"] for group in groups))
+    seen_names = set(chain.from_iterable(group.get("param_names", ()) for group in groups))
+    for index, entry in enumerate(params):
+        name, p = entry if isinstance(entry, tuple) and len(entry) == 2 else (None, entry)
+        if not isinstance(p, Tensor):
+            raise TypeError(f"params must be tensors or (name, tensor) pairs, got {p!r} at {index}")
+        label = f"parameter {index if name is None else name!r}"
+        if not p.is_floating_point():
+            raise ValueError(f"params must be real floating-point tensors, got {label} of {p.dtype}")
+        if not p.is_leaf:
+            raise ValueError(
+                f"params must be leaf tensors, got {label}, which is the result of an operation: "
+                "pass the parameter that it was computed from"
+            )
+        if p in seen:
+            raise ValueError(f"params must hold every parameter once, got {label} twice")
+        if name is not None and name in seen_names:
+            raise ValueError(
+                f"params must give every parameter a name of its own, got {name!r} twice: "
+                "put the name of its module in front"
+            )
+        seen.add(p)
+        seen_names.add(name)
+    return params

@@ -1,0 +1,69 @@
+"""Why a ratio is what it is: the layers at their clip, and those without a scale."""
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from lightning_lars import LAMB, LARS
+
+
+def step(optimizer_class, **options):
+    """Step four layers with norms of weights and gradient 1 and 1, 8 and 1, 0 and 1, 1 and 0."""
+    sizes = {"even": (1, 1), "large": (8, 1), "empty": (0, 1), "resting": (1, 0)}
+    params = {name: Parameter(torch.tensor([float(w), 0.0])) for name, (w, _) in sizes.items()}
+    for name, (_, g) in sizes.items():
+        params[name].grad = torch.tensor([0.0, float(g)])
+    optimizer = optimizer_class(params.items(), lr=0.5, weight_decay=0.0, **options)
+    optimizer.step()
+    return optimizer
+
+
+def names(flags):
+    assert all(flag.dtype == torch.bool and flag.shape == () for flag in flags.values())
+    assert list(flags) == ["even", "large", "empty", "resting"]
+    return [name for name, flag in flags.items() if flag]
+
+
+@pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
+def test_the_zero_rule_is_told_of_layers_without_weights_or_gradient(optimizer_class):
+    assert names(step(optimizer_class).at_zero_rule()) == ["empty", "resting"]
+
+
+@pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
+def test_before_the_first_step_nothing_is_told(optimizer_class):
+    optimizer = optimizer_class([Parameter(torch.ones(2))])
+    assert optimizer.at_zero_rule() == optimizer.at_trust_clip() == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "clipped"),
+    [
+        ({}, []),
+        ({"trust_clip": 4.0}, ["large"]),
+        ({"trust_clip": 0.5}, ["even", "large", "empty", "resting"]),
+        ({"trust_clip": "larc"}, ["even", "large", "empty", "resting"]),
+        ({"trust_clip": "larc", "trust_coefficient": 0.1}, ["large", "empty", "resting"]),
+    ],
+    ids=str,
+)
+def test_the_clip_of_lars_is_told_of_layers_whose_ratio_it_changed(options, clipped):
+    # The ratios are 1, 8, 1 and 1 times the trust coefficient, the last two by the zero rule without it; larc
+    # divides them by the learning rate of 0.5 and cuts at 1.
+    assert names(step(LARS, **{"trust_coefficient": 1.0, "eps": 0.0, **options}).at_trust_clip()) == clipped
+
+
+@pytest.mark.parametrize(
+    ("trust_clip", "clipped"),
+    [(None, []), (4.0, ["large"]), ((2.0, 4.0), ["even", "large", "empty", "resting"])],
+)
+def test_the_clip_of_lamb_is_told_at_both_ends(trust_clip, clipped):
+    assert names(step(LAMB, trust_clip=trust_clip).at_trust_clip()) == clipped
+
+
+def test_a_ratio_that_is_not_a_number_is_not_called_clipped():
+    p = Parameter(torch.ones(2))
+    p.grad = torch.tensor([torch.nan, 1.0])
+    optimizer = LARS([("w", p)], trust_clip=1.0)
+    optimizer.step()
+    assert optimizer.trust_ratios()["w"].isnan()
+    assert not optimizer.at_trust_clip()["w"]
