@@ -47,7 +47,14 @@ def adapt_state_dict(
             if isinstance(value, Tensor) and key != "step" and value.shape != p.shape:
                 raise ValueError(
                     f"state_dict must hold {key!r} in the shape of its parameter {tuple(p.shape)}, "
-                    f"got {tuple(value.shape)}: it is another module's"
+                    f"got {tuple(value.shape)}: it is another module's, or FSDP's, of which "
+                    "FullyShardedDataParallel.optim_state_dict_to_load() makes what fits"
+                )
+            if isinstance(value, Tensor) and key != "step" and _layout(value) != _layout(p):
+                raise ValueError(
+                    f"state_dict must hold {key!r} in the layout of its parameter {_layout(p)}, got "
+                    f"{_layout(value)}: torch.distributed.checkpoint.state_dict.set_optimizer_state_dict() "
+                    "divides it among the processes"
                 )
     return {**saved, "param_groups": groups}
 
@@ -74,6 +81,11 @@ def pair_params(
     """Pair the parameters' numbers in a state dict with the parameters."""
     saved_ids = chain.from_iterable(group["params"] for group in saved_groups)
     return zip(saved_ids, chain.from_iterable(group["params"] for group in own_groups), strict=True)
+
+
+def _layout(tensor: Tensor) -> object:
+    """Return how a DTensor is divided, ``"plain"`` for a tensor that is not."""
+    return getattr(tensor, "placements", "plain")
 
 
 def _is_foreign(saved: Mapping[str, Any]) -> bool:

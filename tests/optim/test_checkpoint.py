@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
 from lightning_lars import LAMB, LARS
@@ -259,3 +260,45 @@ def test_a_state_dict_that_does_not_fit_is_refused_and_changes_nothing(optimizer
     walk(optimizer, range(2, 4))
     walk(twin, range(2, 4))
     assert_equal(values(params), values(other))
+
+
+def shard(values, mesh, placement):
+    """The values as a parameter of FSDP2, with a gradient."""
+    p = Parameter(distribute_tensor(values, mesh, [placement]))
+    p.grad = distribute_tensor(torch.ones_like(values), mesh, [placement])
+    return p
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_state_of_a_shard_is_laid_out_as_the_shard_and_loads_again(optimizer_class, dtype, mesh):
+    p = shard(torch.ones(4, 2, dtype=dtype), mesh, Shard(0))
+    optimizer = optimizer_class([("w", p)], weight_decay=0.1)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    resumed = shard(p.full_tensor().detach(), mesh, Shard(0))
+    fresh = optimizer_class([("w", resumed)], weight_decay=0.1)
+    fresh.load_state_dict(saved)
+    for key, value in fresh.state[resumed].items():
+        assert value.dtype == torch.float32
+        if key != "step":
+            assert value.placements == p.placements
+            assert value.shape == p.shape
+    optimizer.step()
+    fresh.step()
+    assert_equal(resumed.full_tensor(), p.full_tensor())
+
+
+@both
+@pytest.mark.parametrize("layout", ["plain", "other"])
+def test_state_in_another_layout_than_its_parameter_is_refused(optimizer_class, layout, mesh):
+    whole = Parameter(torch.ones(4, 2))
+    whole.grad = torch.ones(4, 2)
+    source = whole if layout == "plain" else shard(torch.ones(4, 2), mesh, Replicate())
+    optimizer = optimizer_class([("w", source)])
+    optimizer.step()
+    fresh = optimizer_class([("w", shard(torch.ones(4, 2), mesh, Shard(0)))], lr=0.5)
+    with pytest.raises(ValueError, match=r"in the layout of its parameter.*set_optimizer_state_dict"):
+        fresh.load_state_dict(optimizer.state_dict())
+    assert not fresh.state
+    assert fresh.param_groups[0]["lr"] == 0.5

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn import Parameter
@@ -11,14 +9,6 @@ from torch.nn import Parameter
 from lightning_lars import LAMB, LARS
 
 both = pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
-
-
-@pytest.fixture
-def mesh():
-    """A mesh of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 def assert_refused(optimizer_class, refused, match, **group):
