@@ -1,0 +1,135 @@
+"""Every strategy takes the steps of one device: parameters, trust ratios, checkpoints; and its exchanges."""
+
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+from tests.strategies.model import CASES, RESUMED, STEPS, batches, deviation, trained
+from tests.strategies.setups import ON_FOUR, ON_TWO, alone, ddp, ddp_zero, no_shard, sequence_parallel
+from tests.strategies.worker import RESUMED_CASES, step
+
+pytestmark = pytest.mark.distributed
+
+TOLERANCE = 1e-6
+SETUPS = [(make, 2) for make in ON_TWO] + [(make, 4) for make in ON_FOUR]
+WHOLE = ddp, ddp_zero, no_shard
+DIVIDED_TWICE = ("fsdp2_tensor_parallel",)
+
+setups = pytest.mark.parametrize(
+    ("make", "processes"), SETUPS, ids=[f"{make.__name__}-{processes}" for make, processes in SETUPS]
+)
+cases = pytest.mark.parametrize("case", CASES)
+resumed_cases = pytest.mark.parametrize("case", RESUMED_CASES)
+
+
+@cache
+def run(folder, processes):
+    """Train in every set-up of so many processes, once."""
+    return subprocess.run(
+        [sys.executable, "-m", "tests.strategies.worker", folder, str(processes)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("strategies")
+
+
+@pytest.fixture
+def seen(folder, make, processes, case):
+    """What each process saw."""
+    if make is ddp_zero and "max_grad_norm" in CASES[case][1]:
+        pytest.skip("max_grad_norm is refused where each process has some of the layers")
+    finished = run(str(folder), processes)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    paths = [folder / f"{make.__name__} {processes} {rank}.pt" for rank in range(processes)]
+    return [torch.load(path, weights_only=False)[case] for path in paths]
+
+
+@cache
+def expected(case):
+    return list(trained(case))
+
+
+@setups
+@cases
+def test_the_parameters_are_those_of_one_device_after_every_step(seen, case):
+    for process in seen:
+        assert len(process["values"]) == STEPS
+        for actual, (values, _) in zip(process["values"], expected(case), strict=True):
+            assert deviation(actual, values) < TOLERANCE
+
+
+@setups
+@cases
+def test_every_process_knows_the_trust_ratio_of_every_layer(seen, case, make):
+    if make is ddp_zero:
+        pytest.skip("each process steps some of the layers")
+    for process in seen:
+        for actual, (_, ratios) in zip(process["ratios"], expected(case), strict=True):
+            assert list(actual) == list(ratios)
+            assert actual == pytest.approx(ratios, rel=1e-5)
+
+
+@setups
+@cases
+def test_norms_of_shards_would_have_been_noticed(seen, case, make):
+    final = expected(case)[-1][0]
+    wrong = max(deviation(process["local norms"], final) for process in seen)
+    if make in WHOLE:
+        assert wrong < TOLERANCE
+    else:
+        assert wrong > 100 * TOLERANCE
+
+
+@setups
+@cases
+def test_a_step_exchanges_once_for_each_mesh_dimension_and_again_to_clip(seen, case, make):
+    exchanges = 0 if make in WHOLE else 2 if make.__name__ in DIVIDED_TWICE else 1
+    if "max_grad_norm" in CASES[case][1]:
+        exchanges *= 2
+    for process in seen:
+        for collectives in process["collectives"]:
+            # The gradients of norms under sequence parallelism are sums that nobody has added up yet.
+            added_up = 4 if make is sequence_parallel else 0
+            expected = {"c10d.allreduce_": exchanges, "c10d_functional.all_reduce": added_up}
+            if make is ddp_zero:
+                # Who steps a parameter tells the others.
+                expected["c10d.broadcast_"] = collectives["c10d.broadcast_"]
+            assert collectives == {name: count for name, count in expected.items() if count}
+
+
+@setups
+@resumed_cases
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_a_resumed_run_goes_on_like_an_uninterrupted_one(seen, make, kind):
+    if make is ddp_zero:
+        pytest.skip("its state is gathered by consolidate_state_dict, as Lightning does")
+    for process in seen:
+        assert deviation(process["resumed"][kind], process["values"][-1]) < TOLERANCE
+
+
+@setups
+@resumed_cases
+def test_a_full_checkpoint_goes_on_on_one_device(seen, case, make):
+    if make is ddp_zero:
+        pytest.skip("its state is gathered by consolidate_state_dict, as Lightning does")
+    here = alone(case)
+    model, optimizer = seen[0]["full"]
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_state_dict(
+        here.net, here.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=options
+    )
+    for batch in batches()[RESUMED:]:
+        step(here, batch)
+    assert deviation(here.values(), expected(case)[-1][0]) < TOLERANCE

@@ -1,0 +1,111 @@
+"""Trains in every set-up on this process and its peers, and leaves what it saw in a folder, a file a process.
+
+Run as ``python -m tests.strategies.worker FOLDER WORLD_SIZE``, which starts the processes.
+"""
+
+import os
+import sys
+import tempfile
+from copy import deepcopy
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.tensor.debug import CommDebugMode
+
+from tests.strategies.model import CASES, RESUMED, batches, floats, loss_of
+from tests.strategies.setups import ON_FOUR, ON_TWO, ddp_zero
+
+RESUMED_CASES = ["LARS nesterov", "LAMB clipping"]
+
+
+def step(setup, batch):
+    """Take one step and return the collectives of the optimizer in it."""
+    setup.optimizer.zero_grad()
+    loss_of(setup.wrapped(setup.part(batch))).backward()
+    with CommDebugMode() as communication:
+        setup.optimizer.step()
+    return {str(operation): count for operation, count in communication.get_comm_counts().items()}
+
+
+def train(make, case):
+    """Take five steps; return all that can be compared with one device."""
+    setup = make(case)
+    seen = {"values": [], "ratios": [], "collectives": []}
+    for number, batch in enumerate(batches(), 1):
+        seen["collectives"].append(step(setup, batch))
+        seen["values"].append(setup.values())
+        if make is not ddp_zero:
+            seen["ratios"].append(floats(setup.optimizer.trust_ratios()))
+        if number == RESUMED and case in RESUMED_CASES and make is not ddp_zero:
+            seen["full"] = state(setup, full=True)
+            sharded = state(setup, full=False)
+    if case in RESUMED_CASES and make is not ddp_zero:
+        seen["resumed"] = {
+            "full": resume(make, case, seen["full"], full=True),
+            "sharded": resume(make, case, sharded, full=False),
+        }
+    return seen
+
+
+def state(setup, full):
+    """What a checkpoint holds, read again from a file."""
+    saved = get_state_dict(setup.wrapped, setup.optimizer, options=StateDictOptions(full_state_dict=full))
+    with tempfile.TemporaryFile() as file:
+        torch.save(saved, file)
+        file.seek(0)
+        return torch.load(file, weights_only=False)
+
+
+def resume(make, case, saved, full):
+    """Go on from a checkpoint, in the same set-up, and return where it ends."""
+    setup = make(case)
+    # Not strict, as the block that is never used has no state.
+    options = StateDictOptions(full_state_dict=full, strict=False)
+    # A copy, as torch puts the parts of this process into it.
+    model, optimizer = deepcopy(saved)
+    set_state_dict(
+        setup.wrapped, setup.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=options
+    )
+    for batch in batches()[RESUMED:]:
+        step(setup, batch)
+    return setup.values()
+
+
+def train_with_local_norms(make, case):
+    """Take five steps as an optimizer that takes the norm of a shard for that of its layer."""
+    setup = make(case)
+    with patch("lightning_lars.optim.norms.add_up", lambda squares, _: squares):
+        for batch in batches():
+            step(setup, batch)
+    return setup.values()
+
+
+def work(rank, world_size, folder, port):
+    """Train in every set-up for this many processes."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    for make in ON_TWO if world_size == 2 else ON_FOUR:
+        seen = {}
+        for case, (_, options) in CASES.items():
+            if make is ddp_zero and "max_grad_norm" in options:
+                continue
+            seen[case] = train(make, case)
+            seen[case]["local norms"] = train_with_local_norms(make, case)
+        torch.save(seen, Path(folder) / f"{make.__name__} {world_size} {rank}.pt")
+    dist.destroy_process_group()
+
+
+def main(folder, world_size):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = store.port
+    del store
+    mp.spawn(work, (world_size, folder, port), nprocs=world_size)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
