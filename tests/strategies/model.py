@@ -72,7 +72,7 @@ def network():
 
 def batches():
     """Eight samples a step, the same every time."""
-    return torch.randn(STEPS, 8, 5, generator=torch.Generator().manual_seed(2))
+    return torch.randn(STEPS, 8, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float32)
 
 
 def loss_of(outputs):

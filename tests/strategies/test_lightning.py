@@ -1,0 +1,171 @@
+"""Lightning's strategies and precisions take the steps of one device, with every callback, and resume."""
+
+import csv
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+import torch
+
+from lightning_lars import param_groups
+from tests.strategies.lightning_worker import (
+    BASE_BATCH_SIZE,
+    BATCH_SIZE,
+    INITIAL_SCALE,
+    OPTIMIZERS,
+    RUNS,
+    WARMUP_STEPS,
+    Module,
+    Used,
+    fit,
+)
+from tests.strategies.model import RESUMED, STEPS, batches, deviation, floats, loss_of, network, values
+
+pytestmark = pytest.mark.distributed
+
+TOLERANCE = 1e-6
+ALL = [
+    (name, of, processes)
+    for processes, named in RUNS.items()
+    for name in named
+    for of in OPTIMIZERS
+    if (name, of) != ("zero", "LARS")
+]
+PLAIN = [run for run in ALL if "16" not in run[0]]
+HALF = [run for run in ALL if "16" in run[0]]
+
+
+def over(runs):
+    ids = [f"{name}-{of}" for name, of, _ in runs]
+    return pytest.mark.parametrize(("name", "of", "processes"), runs, ids=ids)
+
+
+@cache
+def run(folder, processes):
+    """Train with every strategy for so many processes, once."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.strategies.lightning_worker", folder, str(processes)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("lightning")
+
+
+@pytest.fixture
+def seen(folder, name, of, processes):
+    """What each process saw."""
+    finished = run(str(folder), processes)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    paths = [folder / f"lightning {processes} {rank}.pt" for rank in range(processes)]
+    return [torch.load(path, weights_only=False)[name, of] for path in paths]
+
+
+@cache
+def expected(of, dtype=torch.float32, skipped=(False,) * STEPS):
+    """Parameters and trust ratios after every step of a loop without Lightning."""
+    net = network().to(dtype)
+    optimizer = OPTIMIZERS[of](param_groups(net))
+    base_lr = optimizer.param_groups[0]["lr"]
+    t, steps = 0, []
+    for batch, skips in zip(batches().to(dtype), skipped, strict=True):
+        if not skips:
+            t += 1
+            for group in optimizer.param_groups:
+                group["lr"] = base_lr * BATCH_SIZE / BASE_BATCH_SIZE * min(1, t / WARMUP_STEPS)
+            optimizer.zero_grad()
+            loss_of(net(batch)).backward()
+            optimizer.step()
+        steps.append((values(net), floats(optimizer.trust_ratios())))
+    return steps
+
+
+def without_prefix(parameters):
+    return {name.removeprefix("net."): value for name, value in parameters.items()}
+
+
+def dtype_of(name):
+    return torch.float64 if "64" in name else torch.float32
+
+
+@over(PLAIN)
+def test_the_parameters_are_those_of_one_device_after_every_step(seen, name, of):
+    for process in seen:
+        assert len(process["values"]) == STEPS
+        for actual, (whole, _) in zip(process["values"], expected(of, dtype_of(name)), strict=True):
+            assert deviation(without_prefix(actual), whole) < (1e-14 if "64" in name else TOLERANCE)
+
+
+@over(PLAIN)
+def test_a_resumed_run_goes_on_like_an_uninterrupted_one(seen):
+    for process in seen:
+        assert len(process["resumed"]) == STEPS - RESUMED
+        for again, once in zip(process["resumed"], process["values"][RESUMED:], strict=True):
+            assert deviation(again, once) < TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@over([run for run in PLAIN if run[0] in ("ddp", "zero", "fsdp2 full")])
+def test_a_full_checkpoint_goes_on_on_one_device(seen, folder, tmp_path, name, of):
+    checkpoint = folder / f"{name} {of}" / "steps" / f"step={RESUMED}.ckpt"
+    module_class = Used if "fsdp2" in name else Module
+    here = fit(tmp_path, module_class, OPTIMIZERS[of], "auto", {}, checkpoint=checkpoint, devices=1)
+    for actual, (whole, _) in zip(here["values"], expected(of)[RESUMED:], strict=True):
+        assert deviation(without_prefix(actual), whole) < TOLERANCE
+
+
+@over([run for run in PLAIN if run[0] != "zero"])
+def test_the_monitor_logs_whole_layers_by_their_plain_names(seen, folder, name, of):
+    ratios = {f"net.{layer}": ratio for layer, ratio in expected(of, dtype_of(name))[-1][1].items()}
+    for process in seen:
+        assert process["ratios"] == pytest.approx(ratios, rel=1e-5)
+        assert process["logged"]["trust_ratio/max"] == pytest.approx(max(ratios.values()), rel=1e-5)
+    with (folder / f"{name} {of}" / "logs" / "version_0" / "metrics.csv").open() as file:
+        logged = [float(row["trust_ratio/max"]) for row in csv.DictReader(file) if row["trust_ratio/max"]]
+    largest = [max(of_step.values()) for _, of_step in expected(of, dtype_of(name))]
+    assert logged == pytest.approx(largest, rel=1e-5)
+
+
+@over(ALL)
+def test_schedules_see_the_plain_learning_rate(seen, of):
+    base_lr = OPTIMIZERS[of].keywords["lr"]
+    for process in seen:
+        assert process["rates"] == [[base_lr, base_lr]] * STEPS
+
+
+def skipped_steps(process):
+    """Which steps the gradient scaler left out."""
+    if process["scales"][0] is None:
+        return (False,) * STEPS
+    before = [INITIAL_SCALE, *process["scales"]]
+    return tuple(after < scale for scale, after in zip(before, process["scales"], strict=False))
+
+
+@over(HALF)
+def test_half_precision_follows_float32_within_its_rounding(seen, of):
+    skipped = skipped_steps(seen[0])
+    start = values(network())
+    for number, (whole, _) in enumerate(expected(of, skipped=skipped)):
+        first = seen[0]["values"][number]
+        if all(skipped[: number + 1]):
+            assert deviation(without_prefix(first), start) == 0
+        else:
+            actual = {key: p.float() for key, p in without_prefix(first).items()}
+            assert deviation(actual, whole) < 0.1 * deviation(whole, start)
+        for other in seen[1:]:
+            assert deviation(other["values"][number], first) == 0
+
+
+@over([run for run in HALF if run[0] == "ddp 16-mixed"])
+def test_some_steps_overflow(seen):
+    assert skipped_steps(seen[0])[0]
+    assert not skipped_steps(seen[0])[-1]
