@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_lars.introspection import DEFAULT_EXCLUDED
 from lightning_lars.param_groups import build_optimizer
+from lightning_lars.strategy_checks import check_strategy
 from lightning_lars.training_length import scheduler_config
 
 _EitherCLI: Any = object
@@ -123,6 +124,7 @@ class _ConfigureOptimizers:
             exclude_bias=self.groups["exclude_bias"],
             excluded_lr_scale=self.groups["excluded_lr_scale"],
         )
+        check_strategy(self.module, optimizer)
         if not self.lr_scheduler:
             return optimizer
         scheduler = lightning.pytorch.cli.instantiate_class(optimizer, self.lr_scheduler)

@@ -17,6 +17,7 @@ from lightning_lars.optim import LAMB, LARS
 from lightning_lars.optim.arguments import require
 from lightning_lars.param_groups import build_optimizer, check_excluded_lr_scale
 from lightning_lars.schedules import WarmupDecayLR
+from lightning_lars.strategy_checks import check_strategy
 from lightning_lars.training_length import scheduler_config
 
 # What saved hyperparameters hold, so that checkpoints of a mixin load with weights_only=True: optimizers and
@@ -135,6 +136,7 @@ class LargeBatchMixin:
         Raises:
             ValueError: If no parameter is trainable, or an argument breaks its rule.
             TypeError: If what ``optimizer`` returns is no optimizer.
+            MisconfigurationException: If the strategy hides the layers from LARS or LAMB (DeepSpeed ZeRO).
         """
         assert isinstance(self, nn.Module)
         optimizer = build_optimizer(
@@ -144,6 +146,7 @@ class LargeBatchMixin:
             exclude_bias=self._exclude_bias,
             excluded_lr_scale=self._excluded_lr_scale,
         )
+        check_strategy(cast(LightningModule, self), optimizer)
         if self._build_lr_scheduler is None:
             return optimizer
         scheduler = self._build_lr_scheduler(optimizer)

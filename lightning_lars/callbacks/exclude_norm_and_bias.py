@@ -13,6 +13,7 @@ from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.introspection import DEFAULT_EXCLUDED, classify
 from lightning_lars.optim.arguments import require
 from lightning_lars.param_groups import check_holds_parameters
+from lightning_lars.strategy_checks import check_strategy
 
 # What torch's schedulers keep for each group, beside what they keep in it.
 _PER_GROUP = (
@@ -66,6 +67,7 @@ class ExcludeNormAndBias(Callback):
                     f"ExcludeNormAndBias cannot regroup {type(optimizer).__name__}, which a strategy has put "
                     "around the optimizer: call build_optimizer in configure_optimizers"
                 )
+            check_strategy(pl_module, optimizer)
             check_holds_parameters(optimizer, trainer.model or pl_module)
             # Names are for trust ratios. Without them, finetuning callbacks can add what they unfreeze.
             named = {} if not hasattr(optimizer, "trust_ratios") else names

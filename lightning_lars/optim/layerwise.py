@@ -289,7 +289,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
             return
         named = list(named_params(self.param_groups))
         shards = find_shards(named)
-        check_not_partitioned(named, shards, self._given_shapes)
+        check_not_partitioned(self.param_groups, shards, self._given_shapes)
         check_sees_all_gradients(self, self.param_groups)
         self._shards.clear()
         for _, p in named:

@@ -11,7 +11,10 @@ def named_params(groups: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, Ten
     """Pair every parameter with its name, or with its number in the state dict where it has none."""
     before = 0
     for group in groups:
-        names = group.get("param_names") or map(str, range(before, before + len(group["params"])))
+        names = group.get("param_names")
+        # As many as when they were given, unless something has put its own parameters into the group.
+        if not names or len(names) != len(group["params"]):
+            names = map(str, range(before, before + len(group["params"])))
         yield from zip(names, group["params"], strict=True)
         before += len(group["params"])
 

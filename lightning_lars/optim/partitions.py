@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lightning_lars.optim.parameters import named_params
+
 
 def given_shapes(params: Iterable[Tensor]) -> set[tuple[int, ...] | None]:
     """Return the shapes of the parameters, None for one that is not known yet (a lazy layer)."""
@@ -17,22 +19,25 @@ def given_shapes(params: Iterable[Tensor]) -> set[tuple[int, ...] | None]:
 
 
 def check_not_partitioned(
-    named_params: Iterable[tuple[str, Tensor]],
+    groups: Sequence[Mapping[str, Any]],
     shards: Mapping[Tensor, object],
     given: Set[tuple[int, ...] | None],
 ) -> None:
     """Raise RuntimeError if a parameter has a shape that none had that the optimizer was given.
 
+    So it does if a group has not as many parameters as names.
+
     DeepSpeed ZeRO puts one flat tensor in the place of all layers of a group. FSDP changes shapes too, and
-    is known to by its marks.
+    is known by its marks.
     """
     if None in given:
         return
-    for name, p in named_params:
-        if p not in shards and tuple(p.shape) not in given:
+    is_other = any(len(group.get("param_names", group["params"])) != len(group["params"]) for group in groups)
+    for name, p in named_params(groups):
+        if is_other or (p not in shards and tuple(p.shape) not in given):
             raise RuntimeError(
-                f"parameter {name!r} has shape {tuple(p.shape)}, which no layer had when the optimizer was "
-                "built: something has repartitioned the layers, as DeepSpeed ZeRO stages 1 to 3 do, and "
+                f"parameter {name!r} of shape {tuple(p.shape)} is no layer that the optimizer was "
+                "given: something has repartitioned the layers, as DeepSpeed ZeRO stages 1 to 3 do, and "
                 "their norms are lost. Use ZeRO stage 0, FSDP (use_orig_params=True), fully_shard "
                 "(ModelParallelStrategy), or DDP with ZeroRedundancyOptimizer"
             )

@@ -70,10 +70,25 @@ def test_layers_that_were_put_into_one_flat_tensor_are_refused(optimizer_class, 
     for group in partitions:
         group["params"][0].grad = torch.ones(5)
     optimizer.param_groups = partitions[:groups_at_once]  # ZeRO steps one group after the other
-    with pytest.raises(RuntimeError, match=r"shape \(5,\), which no layer had.*ZeRO stage 0"):
+    with pytest.raises(RuntimeError, match=r"shape \(5,\) is no layer that.*ZeRO stage 0"):
         optimizer.step()
     assert torch.equal(partitions[0]["params"][0], torch.ones(5))
     assert not optimizer.state
+
+
+@both
+def test_a_flat_tensor_in_the_place_of_named_layers_is_refused_whatever_its_shape(optimizer_class):
+    params = [
+        ("one", Parameter(torch.ones(2))),
+        ("two", Parameter(torch.ones(2))),
+        ("sum", Parameter(torch.ones(4))),
+    ]
+    optimizer = optimizer_class(params)
+    flat = Parameter(torch.ones(4))
+    flat.grad = torch.ones(4)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(RuntimeError, match=r"parameter '0' of shape \(4,\) is no layer that.*ZeRO stage 0"):
+        optimizer.step()
 
 
 @both

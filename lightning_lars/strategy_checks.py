@@ -1,0 +1,48 @@
+"""What must not be done to an optimizer with trust ratios, and what a Trainer would do."""
+
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_lars.optim.layerwise import LayerwiseOptimizer
+
+
+def check_strategy(module: LightningModule, optimizer: Optimizer) -> None:
+    """Raise if the strategy hides the layers from LARS or LAMB; warn if gradients are clipped twice.
+
+    Does nothing for other optimizers, and for a module without a Trainer.
+
+    Raises:
+        MisconfigurationException: If DeepSpeed ZeRO is to put one flat tensor in the place of the layers.
+    """
+    if not isinstance(optimizer, LayerwiseOptimizer):
+        return
+    try:
+        trainer = module.trainer
+    except RuntimeError:  # not attached to one
+        return
+    stage = _zero_stage(trainer.strategy)
+    if stage:
+        raise MisconfigurationException(
+            f"{type(optimizer).__name__} cannot know the norms of layers under DeepSpeed ZeRO stage {stage}, "
+            "which flattens them into one tensor. Use stage=0, strategy='fsdp', ModelParallelStrategy, or "
+            "strategy='ddp' with ZeroRedundancyOptimizer"
+        )
+    max_grad_norm = optimizer.param_groups[0]["max_grad_norm"]
+    # Fabric, which LightningModules also train with, has no such setting.
+    gradient_clip_val = getattr(trainer, "gradient_clip_val", None)
+    if gradient_clip_val and max_grad_norm is not None:
+        rank_zero_warn(
+            f"gradients are clipped twice: by Trainer(gradient_clip_val={gradient_clip_val!r}) and by "
+            f"{type(optimizer).__name__}(max_grad_norm={max_grad_norm!r}). Leave one out"
+        )
+
+
+def _zero_stage(strategy: Any) -> int:
+    # By name, as lightning.pytorch, pytorch_lightning and Fabric have a DeepSpeedStrategy each.
+    if not any(base.__name__ == "DeepSpeedStrategy" for base in type(strategy).__mro__):
+        return 0
+    return int(strategy.config.get("zero_optimization", {}).get("stage", 0))

@@ -1,0 +1,50 @@
+"""Takes steps under DeepSpeed on the CPU and prints what came of each stage of ZeRO, as JSON.
+
+Run as ``python -m tests.strategies.deepspeed_worker``.
+"""
+
+import json
+import os
+import sys
+
+os.environ.update(DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+
+import deepspeed
+import torch
+from torch import nn
+
+from tests.strategies.model import batches, deviation, loss_of, network, optimizer_of, trained, values
+
+CASE = "LAMB"
+
+
+def main():
+    seen = {}
+    for stage in range(4):
+        net = network()
+        # DeepSpeed wants a gradient of every parameter that it flattens.
+        net.unused = nn.Identity()
+        config = {
+            "train_micro_batch_size_per_gpu": 8,
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,
+        }
+        engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer_of(CASE, net), config=config)
+        try:
+            for batch in batches():
+                engine.backward(loss_of(engine(batch)))
+                engine.step()
+        except RuntimeError as error:
+            seen[stage] = str(error)
+        else:
+            whole, _ = list(trained(CASE))[-1]
+            used = {name: p for name, p in whole.items() if not name.startswith("unused")}
+            seen[stage] = deviation(values(net), used)
+    print(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    os.environ["MASTER_PORT"] = sys.argv[1]
+    torch.set_num_threads(1)
+    main()
