@@ -49,7 +49,7 @@ def whole_norms(parts: Sequence[Tensor | None], shards: Sequence[Shard]) -> list
     squares = [zeros[shard.device] for shard in shards]
     alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, part in enumerate(parts):
-        if part is not None and part.numel() > 0:
+        if part is not None:
             alike.setdefault((part.device, part.dtype), []).append(i)
     for indices in alike.values():
         norms = layer_norms([part for i in indices if (part := parts[i]) is not None])
