@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn import Parameter
@@ -51,6 +52,21 @@ def test_a_flat_parameter_of_many_layers_is_refused_by_name(optimizer_class):
     weight.grad = torch.ones(4)
     weight._is_flat_param = True
     assert_refused(optimizer_class, weight, "'second'.*use_orig_params=True")
+
+
+@both
+def test_fsdp_that_has_flattened_its_layers_is_refused(optimizer_class, mesh):
+    module = FullyShardedDataParallel(
+        torch.nn.Linear(3, 2),
+        device_id=torch.device("cpu"),
+        sharding_strategy=ShardingStrategy.NO_SHARD,
+        use_orig_params=False,
+    )
+    module(torch.ones(1, 3)).sum().backward()
+    optimizer = optimizer_class(module.parameters())
+    with pytest.raises(RuntimeError, match=r"all layers of an FSDP unit in one tensor.*use_orig_params=True"):
+        optimizer.step()
+    assert not optimizer.state
 
 
 @both

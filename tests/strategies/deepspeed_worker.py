@@ -1,15 +1,12 @@
 """Takes steps under DeepSpeed on the CPU and prints what came of each stage of ZeRO, as JSON.
 
-Run as ``python -m tests.strategies.deepspeed_worker``.
+Run as ``python -m tests.strategies.deepspeed_worker PORT``.
 """
 
 import json
 import os
 import sys
 
-os.environ.update(DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-
-import deepspeed
 import torch
 from torch import nn
 
@@ -18,7 +15,18 @@ from tests.strategies.model import batches, deviation, loss_of, network, optimiz
 CASE = "LAMB"
 
 
-def main():
+def main(port):
+    os.environ.update(
+        DS_ACCELERATOR="cpu",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=port,
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="1",
+    )
+    # Reads the environment.
+    import deepspeed
+
     seen = {}
     for stage in range(4):
         net = network()
@@ -45,6 +53,5 @@ def main():
 
 
 if __name__ == "__main__":
-    os.environ["MASTER_PORT"] = sys.argv[1]
     torch.set_num_threads(1)
-    main()
+    main(sys.argv[1])

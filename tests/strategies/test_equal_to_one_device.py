@@ -1,9 +1,11 @@
 """Every strategy takes the steps of one device: parameters, trust ratios, checkpoints; and its exchanges."""
 
 import os
+import re
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +15,22 @@ from tests.strategies.model import CASES, RESUMED, STEPS, batches, deviation, tr
 from tests.strategies.setups import ON_FOUR, ON_TWO, alone, ddp, ddp_zero, no_shard, sequence_parallel
 from tests.strategies.worker import RESUMED_CASES, step
 
+PAGE = Path(__file__).parents[2] / "docs" / "strategies.md"
+
 pytestmark = pytest.mark.distributed
 
 TOLERANCE = 1e-6
 SETUPS = [(make, 2) for make in ON_TWO] + [(make, 4) for make in ON_FOUR]
 WHOLE = ddp, ddp_zero, no_shard
-DIVIDED_TWICE = ("fsdp2_tensor_parallel",)
+
+# What the table says: without and with max_grad_norm.
+EXCHANGES = {
+    setup: (int(row[3]), int(row[4] or 0))
+    for row in re.finditer(
+        r"^\|([^|]*)\|([^|]*)\| (\d+)(?: \((\d+)\))?[^|]*\|[^|]*\|([^|]*)\|$", PAGE.read_text(), re.MULTILINE
+    )
+    for setup in re.findall(r"`(\w+-\d)`", row[5])
+}
 
 setups = pytest.mark.parametrize(
     ("make", "processes"), SETUPS, ids=[f"{make.__name__}-{processes}" for make, processes in SETUPS]
@@ -61,6 +73,10 @@ def expected(case):
     return list(trained(case))
 
 
+def test_the_table_has_every_setup():
+    assert sorted(EXCHANGES) == sorted(f"{make.__name__}-{processes}" for make, processes in SETUPS)
+
+
 @setups
 @cases
 def test_the_parameters_are_those_of_one_device_after_every_step(seen, case):
@@ -94,10 +110,8 @@ def test_norms_of_shards_would_have_been_noticed(seen, case, make):
 
 @setups
 @cases
-def test_a_step_exchanges_once_for_each_mesh_dimension_and_again_to_clip(seen, case, make):
-    exchanges = 0 if make in WHOLE else 2 if make.__name__ in DIVIDED_TWICE else 1
-    if "max_grad_norm" in CASES[case][1]:
-        exchanges *= 2
+def test_a_step_exchanges_as_often_as_the_documentation_says(seen, case, make, processes):
+    exchanges = EXCHANGES[f"{make.__name__}-{processes}"]["max_grad_norm" in CASES[case][1]]
     for process in seen:
         for collectives in process["collectives"]:
             # The gradients of norms under sequence parallelism are sums that nobody has added up yet.
@@ -111,12 +125,15 @@ def test_a_step_exchanges_once_for_each_mesh_dimension_and_again_to_clip(seen, c
 
 @setups
 @resumed_cases
-@pytest.mark.parametrize("kind", ["full", "sharded"])
-def test_a_resumed_run_goes_on_like_an_uninterrupted_one(seen, make, kind):
+@pytest.mark.parametrize("kind", ["full", "sharded", "of another"])
+def test_a_resumed_run_goes_on_like_an_uninterrupted_one(seen, case, make, kind):
     if make is ddp_zero:
         pytest.skip("its state is gathered by consolidate_state_dict, as Lightning does")
+    if kind == "of another" and make in (ON_TWO[0], ON_FOUR[0]):
+        pytest.skip("no strategy before it left a checkpoint")
     for process in seen:
-        assert deviation(process["resumed"][kind], process["values"][-1]) < TOLERANCE
+        uninterrupted = expected(case)[-1][0] if kind == "of another" else process["values"][-1]
+        assert deviation(process["resumed"][kind], uninterrupted) < TOLERANCE
 
 
 @setups

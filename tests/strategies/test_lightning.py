@@ -2,9 +2,11 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +96,13 @@ def without_prefix(parameters):
 
 def dtype_of(name):
     return torch.float64 if "64" in name else torch.float32
+
+
+def test_the_table_has_every_run():
+    page = Path(__file__).parents[2] / "docs" / "strategies.md"
+    table = page.read_text().partition("## Through Lightning")[2]
+    documented = re.findall(r"^\|.*\| `([^`]+)` \|$", table, re.MULTILINE)
+    assert sorted(documented) == sorted(name for named in RUNS.values() for name in named)
 
 
 @over(PLAIN)

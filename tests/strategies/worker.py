@@ -89,12 +89,17 @@ def work(rank, world_size, folder, port):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    of_another = {}
     for make in ON_TWO if world_size == 2 else ON_FOUR:
         seen = {}
         for case, (_, options) in CASES.items():
             if make is ddp_zero and "max_grad_norm" in options:
                 continue
             seen[case] = train(make, case)
+            if "full" in seen[case]:
+                if case in of_another:
+                    seen[case]["resumed"]["of another"] = resume(make, case, of_another[case], full=True)
+                of_another[case] = seen[case]["full"]
             seen[case]["local norms"] = train_with_local_norms(make, case)
         torch.save(seen, Path(folder) / f"{make.__name__} {world_size} {rank}.pt")
     dist.destroy_process_group()
