@@ -72,7 +72,7 @@ def main() -> None:
         max_epochs=epochs,
         logger=logger,
         log_every_n_steps=5,
-        callbacks=[LearningRateMonitor(), *([TrustRatioMonitor()] if has_trust_ratios else [])],
+        callbacks=[LearningRateMonitor(), *([TrustRatioMonitor(layers="*")] if has_trust_ratios else [])],
     )
     if trainer.is_global_zero:
         rich.print(explain_param_groups(model))

@@ -66,8 +66,8 @@ def test_each_door_trains_from_its_yaml(tmp_path, script, config):
     }
     assert len(set(rates["adapted"])) > 5
     assert max(rates["adapted"]) > 2 * rates["adapted"][0]
-    assert any(row.get("trust_ratio/net.0.weight") for row in rows)
-    assert not any("trust_ratio/net.1.weight" in row for row in rows)
+    assert any(row.get("trust_ratio_per_layer/net.0.weight") for row in rows)
+    assert not any("trust_ratio_per_layer/net.1.weight" in row for row in rows)
     assert float([row["accuracy"] for row in rows if row["accuracy"]][-1]) > 0.95
 
 
@@ -271,10 +271,12 @@ def test_every_callback_works_in_the_trainer_and_the_cli_of_both_packages(tmp_pa
             arguments.append("--trainer.callbacks.base_batch_size=2")
         if callback == "LearningRateWarmup":
             arguments.append("--trainer.callbacks.warmup_steps=2")
+        if callback == "TrustRatioMonitor":
+            arguments.append("--trainer.callbacks.layers=net.*")
     arguments.append(f"--trainer.callbacks+={package.__name__}.callbacks.LearningRateMonitor")
     arguments.append("--trainer.callbacks.logging_interval=step")
     cli = package.cli.LightningCLI(Net, args=arguments, run=False)
     cli.trainer.fit(cli.model)
     rows = metrics(tmp_path)
     assert [float(row["lr-LARS/excluded"]) for row in rows if row["lr-LARS/excluded"]] == [1.0, 2.0, 2.0, 2.0]
-    assert len([row for row in rows if row["trust_ratio/net.0.weight"]]) == 4
+    assert len([row for row in rows if row["trust_ratio_per_layer/net.0.weight"]]) == 4

@@ -38,7 +38,7 @@ def test_the_main_job_trains_prints_its_groups_and_logs_the_trust_ratios(tmp_pat
     assert accuracy(result) > 95
     for name in ("net.0.weight", "adapted", "BatchNorm2d", "excluded", "Epoch 14/14"):
         assert name in result.stdout, result.stdout
-    layers = {f"trust_ratio/net.{index}.weight" for index in (0, 3, 6, 11)}
+    layers = {f"trust_ratio_per_layer/net.{index}.weight" for index in (0, 3, 6, 11)}
     assert columns(tmp_path) >= layers | {"trust_ratio/min", "trust_ratio/median", "trust_ratio/max", "loss"}
 
 

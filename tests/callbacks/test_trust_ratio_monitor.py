@@ -2,20 +2,28 @@
 
 import csv
 from functools import partial
-from statistics import median
+from pathlib import Path
+from statistics import mean, median
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_lars import LAMB, LARS, TrustRatioMonitor, build_optimizer
+from lightning_lars import (
+    LAMB,
+    LARS,
+    BatchSizeScaling,
+    LearningRateWarmup,
+    TrustRatioMonitor,
+    build_optimizer,
+)
 from tests.boring import Boring, boring, trainer
 
 LAYERS = ["net.0.bias", "net.0.weight", "net.2.bias", "net.2.weight"]
@@ -49,7 +57,11 @@ def logged(logger):
     with open(f"{logger.log_dir}/metrics.csv") as file:
         rows = {}
         for row in csv.DictReader(file):
-            values = {k: float(v) for k, v in row.items() if k.startswith("trust_ratio") and v}
+            values = {
+                k: float(v)
+                for k, v in row.items()
+                if k.startswith(("trust_ratio", "effective_lr", "update_to")) and v
+            }
             if values:
                 assert int(row["step"]) not in rows
                 rows[int(row["step"])] = values
@@ -59,14 +71,16 @@ def logged(logger):
 @pytest.mark.parametrize("optimizer", [partial(LARS, lr=1.0, weight_decay=0.1), LAMB])
 def test_logs_the_ratio_that_each_layer_used(tmp_path, optimizer):
     logger, spy = CSVLogger(tmp_path), Spy()
-    trainer(tmp_path, logger=logger, log_every_n_steps=1, callbacks=[TrustRatioMonitor(), spy]).fit(
+    trainer(tmp_path, logger=logger, log_every_n_steps=1, callbacks=[TrustRatioMonitor("*"), spy]).fit(
         boring(optimizer, exclude_bias=False)
     )
     rows = logged(logger)
     assert sorted(rows) == list(range(8))
     for step, row in rows.items():
         ratios = spy.ratios[step]
-        assert {f"trust_ratio/{name}": ratio for name, ratio in ratios.items()}.items() <= row.items()
+        assert {
+            f"trust_ratio_per_layer/{name}": ratio for name, ratio in ratios.items()
+        }.items() <= row.items()
         assert sorted(ratios) == LAYERS
         assert row["trust_ratio/min"] == min(ratios.values())
         assert row["trust_ratio/max"] == max(ratios.values())
@@ -81,21 +95,192 @@ def test_logs_on_the_steps_on_which_lightning_logs(tmp_path):
     assert sorted(logged(logger)) == sorted(losses) == [2, 5]
 
 
-@pytest.mark.parametrize(("every", "steps"), [(1, [0, 1, 2, 3]), (2, [1, 3])])
-def test_logs_once_for_an_accumulated_step_with_what_it_used(tmp_path, every, steps):
+@pytest.mark.parametrize(("every", "steps"), [(1, [[0], [1], [2], [3]]), (2, [[0, 1], [2, 3]])])
+def test_logs_once_for_an_accumulated_step(tmp_path, every, steps):
     logger, spy = CSVLogger(tmp_path), Spy()
     trainer(
         tmp_path,
         logger=logger,
         log_every_n_steps=every,
         accumulate_grad_batches=2,
-        callbacks=[TrustRatioMonitor(), spy],
+        callbacks=[TrustRatioMonitor("net.0.weight"), spy],
     ).fit(boring())
     rows = logged(logger)
-    assert sorted(rows) == steps
-    assert [rows[step]["trust_ratio/net.0.weight"] for step in steps] == [
-        spy.ratios[step]["net.0.weight"] for step in steps
-    ]
+    assert sorted(rows) == [since_last[-1] for since_last in steps]
+    for since_last, row in zip(steps, rows.values(), strict=True):
+        ratios = [spy.ratios[step]["net.0.weight"] for step in since_last]
+        assert row["trust_ratio_per_layer/net.0.weight"] == pytest.approx(mean(ratios), rel=1e-6)
+
+
+def test_logs_mean_smallest_and_largest_of_the_steps_since_the_last_log(tmp_path):
+    logger, spy = CSVLogger(tmp_path), Spy()
+    trainer(
+        tmp_path, logger=logger, log_every_n_steps=4, callbacks=[TrustRatioMonitor("net.*.weight"), spy]
+    ).fit(boring())
+    for step, row in logged(logger).items():
+        since_last = [spy.ratios[number] for number in range(step - 3, step + 1)]
+        means = {name: mean(ratios[name] for ratios in since_last) for name in since_last[0]}
+        for name, expected in means.items():
+            assert row[f"trust_ratio_per_layer/{name}"] == pytest.approx(expected, rel=1e-6)
+        assert row["trust_ratio/median"] == pytest.approx(median(means.values()), rel=1e-6)
+        assert row["trust_ratio/min"] == min(min(ratios.values()) for ratios in since_last)
+        assert row["trust_ratio/max"] == max(max(ratios.values()) for ratios in since_last)
+
+
+class Weights(Callback):
+    """Keeps the weights before and after every step, in float64."""
+
+    def __init__(self):
+        self.changes = []
+
+    def copy(self, pl_module):
+        return {name: p.detach().double().clone() for name, p in pl_module.named_parameters()}
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        self.before = self.copy(pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        after = self.copy(pl_module)
+        self.changes.append(
+            {n: ((after[n] - w).norm() / after[n].norm()).item() for n, w in self.before.items()}
+        )
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["monitor last", "monitor first"])
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_logs_what_the_learning_rate_inside_the_step_became(tmp_path, order, tensor_lr):
+    logger, spy, weights = CSVLogger(tmp_path), Spy(), Weights()
+    callbacks = [BatchSizeScaling(1), LearningRateWarmup(4), TrustRatioMonitor("*")]
+    lr = torch.tensor(0.5) if tensor_lr else 0.5
+    trainer(tmp_path, logger=logger, log_every_n_steps=2, callbacks=[*callbacks[::order], spy, weights]).fit(
+        boring(partial(LARS, lr=lr, trust_coefficient=0.1))
+    )
+    for step, row in logged(logger).items():
+        for name in ("net.0.weight", "net.2.weight"):
+            effective = [
+                spy.ratios[number][name] * 0.5 * 4 * min(1, (number + 1) / 4) for number in (step - 1, step)
+            ]
+            assert row[f"effective_lr_per_layer/{name}"] == pytest.approx(mean(effective), rel=1e-5)
+            # Measured in the step that is logged alone, as it takes a copy of the weights.
+            measured = row[f"update_to_weight_per_layer/{name}"]
+            assert measured == pytest.approx(weights.changes[step][name], rel=1e-4)
+        updates = [weights.changes[step][name] for name in ("net.0.weight", "net.2.weight")]
+        assert row["update_to_weight/max"] == pytest.approx(max(updates), rel=1e-4)
+
+
+def test_updates_are_not_measured_where_nobody_wants_them(tmp_path):
+    logger = CSVLogger(tmp_path)
+    monitor = TrustRatioMonitor("*", update_to_weight=False)
+    trainer(tmp_path, logger=logger, log_every_n_steps=1, callbacks=[monitor]).fit(boring())
+    assert "update_to_weight" not in Path(f"{logger.log_dir}/metrics.csv").read_text()
+
+
+def test_logs_the_share_of_layers_that_the_clip_or_the_zero_rule_decided(tmp_path):
+    class ZeroHead(Boring):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            nn.init.zeros_(self.net[2].weight)
+
+    logger = CSVLogger(tmp_path)
+    optimizer = partial(LARS, lr=2.0, trust_clip=0.5)
+    trainer(tmp_path, logger=logger, log_every_n_steps=1, max_steps=1, callbacks=[TrustRatioMonitor()]).fit(
+        ZeroHead(optimizer=optimizer)
+    )
+    # The gradients of the first layer come through the head, which is zero.
+    assert logged(logger)[0]["trust_ratio/at_zero_rule"] == 1.0
+    assert logged(logger)[0]["trust_ratio/at_trust_clip"] == 1.0
+    assert logged(logger)[0]["trust_ratio/max"] == 0.5
+
+
+def test_by_default_no_layer_has_a_column_of_its_own(tmp_path):
+    logger = CSVLogger(tmp_path)
+    trainer(tmp_path, logger=logger, log_every_n_steps=1, callbacks=[TrustRatioMonitor()]).fit(boring())
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        columns = csv.DictReader(file).fieldnames
+    assert "trust_ratio/median" in columns
+    assert not any("per_layer" in column for column in columns)
+
+
+def test_a_pattern_that_matches_no_layer_names_the_closest(tmp_path):
+    fit = trainer(
+        tmp_path, logger=CSVLogger(tmp_path), callbacks=[TrustRatioMonitor(["net.2.*", "net.9.weight"])]
+    )
+    with pytest.raises(
+        ValueError, match=r"layers must match.*'net.9.weight'; the closest are 'net.\d.weight'"
+    ):
+        fit.fit(boring())
+
+
+@pytest.mark.parametrize("layers", [3, [1], None])
+def test_layers_that_are_no_patterns_are_refused(layers):
+    with pytest.raises(ValueError, match="layers must be patterns over parameter names, got"):
+        TrustRatioMonitor(layers)
+
+
+def test_tensorboard_gets_histograms_of_all_layers(tmp_path):
+    logger, spy = TensorBoardLogger(tmp_path), Spy()
+    trainer(tmp_path, logger=logger, log_every_n_steps=4, callbacks=[TrustRatioMonitor(), spy]).fit(boring())
+    events = EventAccumulator(logger.log_dir, size_guidance={"histograms": 0})
+    events.Reload()
+    for quantity in ("trust_ratio", "effective_lr", "update_to_weight"):
+        histograms = events.Histograms(f"{quantity}_per_layer/all")
+        assert [event.step for event in histograms] == [3, 7]
+        assert all(event.histogram_value.num == 2 for event in histograms)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::ResourceWarning")
+def test_weights_and_biases_gets_summary_and_histograms(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger, spy = WandbLogger(save_dir=tmp_path, offline=True), Spy()
+    trainer(tmp_path, logger=logger, log_every_n_steps=4, callbacks=[TrustRatioMonitor(), spy]).fit(boring())
+    summary = dict(logger.experiment.summary)
+    logger.experiment.finish()
+    assert summary["trust_ratio/max"] == pytest.approx(
+        max(ratio for step in range(4, 8) for ratio in spy.ratios[step].values()), rel=1e-6
+    )
+    assert sum(summary["trust_ratio_per_layer/all"]["values"]) == 2
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+class Own(torch.optim.SGD):
+    """An optimizer whose ratios are not those of parameters."""
+
+    def trust_ratios(self):
+        return {"all of it": torch.tensor(0.25)}
+
+
+def test_an_optimizer_of_someone_else_is_logged_by_its_own_names(tmp_path):
+    logger = CSVLogger(tmp_path)
+    trainer(tmp_path, logger=logger, log_every_n_steps=1, callbacks=[TrustRatioMonitor()]).fit(
+        boring(partial(Own, lr=0.1))
+    )
+    rows = logged(logger)
+    assert sorted(rows) == list(range(8))
+    assert all(row["trust_ratio/max"] == 0.25 for row in rows.values())
+
+
+def test_two_monitors_log_side_by_side(tmp_path):
+    logger = CSVLogger(tmp_path)
+    monitors = [TrustRatioMonitor("net.0.*"), TrustRatioMonitor("net.2.*")]
+    trainer(tmp_path, logger=logger, log_every_n_steps=4, callbacks=monitors).fit(boring())
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        columns = csv.DictReader(file).fieldnames
+    assert {"trust_ratio_per_layer/net.0.weight", "trust_ratio_per_layer/net.2.weight"} <= set(columns)
+
+
+def test_a_learning_rate_for_sgd_warns_once_that_it_is_negligible(tmp_path):
+    callbacks = [TrustRatioMonitor(), LearningRateWarmup(3)]
+    fit = trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=1, callbacks=callbacks)
+    with pytest.warns(UserWarning, match=r"trust_coefficient \* lr is 0.0001 at its peak") as caught:
+        fit.fit(boring(partial(LARS, lr=0.1)))
+    assert sum("at its peak" in str(warning.message) for warning in caught) == 1
+    silent = trainer(
+        tmp_path / "2",
+        logger=CSVLogger(tmp_path / "2"),
+        log_every_n_steps=1,
+        callbacks=[TrustRatioMonitor(alerts=False)],
+    )
+    silent.fit(boring(partial(LARS, lr=0.1)))
 
 
 def test_every_logger_of_the_trainer_gets_the_same(tmp_path):
@@ -143,8 +328,8 @@ def test_a_step_that_the_scaler_skipped_leaves_nothing(tmp_path):
     assert sorted(logged(logger)) == [0, 1, 3, 4, 6, 7]
 
 
-def test_the_host_reads_once_in_a_logging_step_and_never_in_between(tmp_path):
-    """Against the same run without the monitor: Lightning reads the loss whenever it logs."""
+def test_the_host_reads_no_number_by_itself(tmp_path):
+    """All come in one tensor. Against the same run without the monitor: Lightning reads the loss."""
 
     def reads(log_every_n_steps, callbacks):
         with CountHostReads() as counter:
@@ -157,10 +342,8 @@ def test_the_host_reads_once_in_a_logging_step_and_never_in_between(tmp_path):
             ).fit(boring())
         return counter.reads
 
-    on_host = {"min", "median", "max"}  # read from a tensor that is on the host already
-    for every, logging_steps in ((100, 0), (4, 2), (1, 8)):
-        without, with_monitor = reads(every, []), reads(every, [TrustRatioMonitor()])
-        assert with_monitor - without == logging_steps * len(on_host)
+    for every in (100, 4, 1):
+        assert reads(every, [TrustRatioMonitor("*")]) == reads(every, [])
     assert reads(1, []) > 0
 
 
@@ -184,12 +367,12 @@ def test_two_optimizers_are_told_apart(tmp_path):
         train_dataloader = Boring.train_dataloader
 
     logger = CSVLogger(tmp_path)
-    trainer(tmp_path, logger=logger, log_every_n_steps=1, callbacks=[TrustRatioMonitor()]).fit(
+    trainer(tmp_path, logger=logger, log_every_n_steps=1, callbacks=[TrustRatioMonitor("*")]).fit(
         TwoOptimizers()
     )
     rows = logged(logger)
-    assert "trust_ratio/LARS/weight" in rows[1]
-    assert "trust_ratio/LARS-1/weight" in rows[1]
+    assert "trust_ratio_per_layer/LARS/weight" in rows[1]
+    assert "trust_ratio_per_layer/LARS-1/weight" in rows[1]
     assert [any("LARS-1" in key for key in rows[batch]) for batch in range(8)] == [False, True] * 4
 
 
@@ -213,10 +396,10 @@ def test_an_optimizer_that_rarely_steps_is_logged_with_its_last_step(tmp_path):
         train_dataloader = Boring.train_dataloader
 
     logger, spy = CSVLogger(tmp_path), Spy()
-    trainer(tmp_path, logger=logger, log_every_n_steps=2, callbacks=[spy, TrustRatioMonitor()]).fit(Rare())
+    trainer(tmp_path, logger=logger, log_every_n_steps=2, callbacks=[spy, TrustRatioMonitor("*")]).fit(Rare())
     rows = logged(logger)
     assert sorted(rows) == [1, 3, 7]
-    assert [row["trust_ratio/weight"] for row in rows.values()] == [
+    assert [row["trust_ratio_per_layer/weight"] for row in rows.values()] == [
         spy.ratios[step]["weight"] for step in range(3)
     ]
 

@@ -138,6 +138,13 @@ def test_the_monitor_logs_whole_layers_by_their_plain_names(seen, folder, name, 
     for process in seen:
         assert process["ratios"] == pytest.approx(ratios, rel=1e-5)
         assert process["logged"]["trust_ratio/max"] == pytest.approx(max(ratios.values()), rel=1e-5)
+        before, after = (of_step for of_step, _ in expected(of, dtype_of(name))[-2:])
+        updates = [
+            ((after[layer] - before[layer]).norm() / after[layer].norm()).item()
+            for layer in expected(of, dtype_of(name))[-1][1]
+        ]
+        assert process["logged"]["update_to_weight/max"] == pytest.approx(max(updates), rel=1e-4)
+        assert process["logged"]["update_to_weight/min"] == pytest.approx(min(updates), rel=1e-4)
     with (folder / f"{name} {of}" / "logs" / "version_0" / "metrics.csv").open() as file:
         logged = [float(row["trust_ratio/max"]) for row in csv.DictReader(file) if row["trust_ratio/max"]]
     largest = [max(of_step.values()) for _, of_step in expected(of, dtype_of(name))]

@@ -1,0 +1,75 @@
+"""Mean, minimum and maximum of a quantity of every layer over steps, kept on the device."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class LayerStatistics(Metric):
+    """Mean, minimum and maximum over updates, for each layer that had a value.
+
+    Every process sees whole layers, so nothing is exchanged between processes.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lars.layer_statistics import LayerStatistics
+        >>> statistics = LayerStatistics()
+        >>> statistics.update(["first", "second"], torch.tensor([1.0, 5.0]))
+        >>> statistics.update(["first"], torch.tensor([2.0]))
+        >>> statistics.layers
+        ['first', 'second']
+        >>> statistics.compute()
+        tensor([[1.5000, 5.0000],
+                [1.0000, 5.0000],
+                [2.0000, 5.0000]])
+    """
+
+    full_state_update = False
+    count: Tensor
+    total: Tensor
+    minimum: Tensor
+    maximum: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(sync_on_compute=False)
+        self.layers: list[str] = []
+        for state in ("count", "total", "minimum", "maximum"):
+            self.add_state(state, torch.zeros(0), dist_reduce_fx=None)
+
+    def update(self, layers: Sequence[str], values: Tensor) -> None:
+        """Add one step.
+
+        Args:
+            layers: Names; those that are new are added at the end.
+            values: Their values, of shape ``(layers,)``. The first ones decide on device and dtype.
+        """
+        if not self.layers:
+            self.count, self.total = values.new_zeros(0), values.new_zeros(0)
+            self.minimum, self.maximum = values.new_zeros(0), values.new_zeros(0)
+        known = set(self.layers)
+        new = [layer for layer in layers if layer not in known]
+        if new:
+            self.layers = [*self.layers, *new]
+            self.count = torch.cat([self.count, self.count.new_zeros(len(new))])
+            self.total = torch.cat([self.total, self.total.new_zeros(len(new))])
+            self.minimum = torch.cat([self.minimum, self.minimum.new_full((len(new),), torch.inf)])
+            self.maximum = torch.cat([self.maximum, self.maximum.new_full((len(new),), -torch.inf)])
+        where: Tensor | slice = slice(None)
+        if list(layers) != self.layers:
+            number = {layer: i for i, layer in enumerate(self.layers)}
+            where = torch.tensor([number[layer] for layer in layers]).to(values.device, non_blocking=True)
+        self.count[where] += 1
+        self.total[where] += values
+        self.minimum[where] = torch.minimum(self.minimum[where], values)
+        self.maximum[where] = torch.maximum(self.maximum[where], values)
+
+    def compute(self) -> Tensor:
+        """Return mean, minimum and maximum, of shape ``(3, layers)``."""
+        return torch.stack([self.total / self.count, self.minimum, self.maximum])
+
+    def reset(self) -> None:
+        """Forget all steps and all layers."""
+        super().reset()
+        self.layers = []

@@ -1,0 +1,167 @@
+"""What an optimizer with trust ratios did to every layer, over the steps since someone last asked."""
+
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from lightning_lars.layer_statistics import LayerStatistics
+from lightning_lars.optim.norms import whole_norms
+from lightning_lars.optim.parameters import named_params
+from lightning_lars.optim.shards import Shard, find_shards, local
+
+
+@runtime_checkable
+class HasTrustRatios(Protocol):
+    """A ``torch.optim.Optimizer`` that tells the trust ratio of every layer in its last step."""
+
+    param_groups: list[dict[str, Any]]
+
+    def trust_ratios(self) -> dict[str, Tensor]:
+        """Return 0-d tensors by parameter name."""
+        ...
+
+    def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
+        """Call the hook before every step."""
+        ...
+
+    def register_step_post_hook(self, hook: Any) -> RemovableHandle:
+        """Call the hook after every step."""
+        ...
+
+
+class OverSteps(NamedTuple):
+    """One quantity of one layer over some steps."""
+
+    mean: float
+    minimum: float
+    maximum: float
+
+
+class StepStatistics:
+    """Accumulates on the device, in hooks around ``optimizer.step()``, and reads nothing back until asked.
+
+    Args:
+        optimizer: Any that has ``trust_ratios()``; ``at_trust_clip()`` and ``at_zero_rule()`` as ``LARS``
+            and ``LAMB`` have them are used where they are.
+        measures_updates: Asked before each step whether to find out by how much it moves the weights,
+            which takes a copy of them. All processes must get the same answer.
+    """
+
+    def __init__(self, optimizer: HasTrustRatios, measures_updates: Callable[[], bool]) -> None:
+        self._optimizer = optimizer
+        self._measures_updates = measures_updates
+        self._quantities: dict[str, LayerStatistics] = {}
+        self.has_stepped = False
+        """Whether a step had trust ratios since this was last set to False."""
+        self._lr: list[Any] = []
+        self._before: dict[Tensor, Tensor] = {}
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def detach(self) -> None:
+        """Leave the optimizer as it was."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def rates(self) -> list[tuple[float, float]]:
+        """Learning rate inside the last step, and trust coefficient, of each group that has both.
+
+        Without those whose learning rate is a tensor, which would have to come to the host.
+        """
+        return [
+            (lr, group["trust_coefficient"])
+            for lr, group in zip(self._lr, self._optimizer.param_groups, strict=False)
+            if group.get("layer_adaptation", True)
+            and "trust_coefficient" in group
+            and isinstance(lr, float | int)
+        ]
+
+    def take(self) -> dict[str, dict[str, OverSteps]]:
+        """Return what has been accumulated, by quantity and layer, in one transfer to the host; begin anew.
+
+        Returns:
+            ``trust_ratio``, ``effective_lr`` (learning rate times trust ratio), ``update_to_weight``
+            (``|change of w| / |w after it|``, where it was measured), ``at_trust_clip`` and
+            ``at_zero_rule`` (0 or 1, where the optimizer tells).
+        """
+        quantities, self._quantities = self._quantities, {}
+        if not quantities:
+            return {}
+        computed = [statistics.compute() for statistics in quantities.values()]
+        device, dtype = computed[0].device, torch.float32
+        for table in computed:
+            dtype = torch.promote_types(dtype, table.dtype)
+        columns = torch.cat([table.to(device, dtype) for table in computed], dim=1).cpu().T
+        rows = iter(columns.tolist())
+        return {
+            quantity: {layer: OverSteps(*next(rows)) for layer in statistics.layers}
+            for quantity, statistics in quantities.items()
+        }
+
+    def _before_step(self, *_: Any) -> None:
+        # Whoever adjusts the learning rate for the length of a step has done so, and undoes it before we
+        # are called again.
+        groups = self._optimizer.param_groups
+        self._lr = [
+            group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"] for group in groups
+        ]
+        self._before = {}
+        if self._measures_updates():
+            adapted = [p for group in groups if group.get("layer_adaptation", True) for p in group["params"]]
+            with torch.no_grad():
+                self._before = {p: local(p).clone() for p in adapted}
+
+    def _after_step(self, *_: Any) -> None:
+        before, self._before = self._before, {}
+        ratios = self._optimizer.trust_ratios()
+        if not ratios:
+            return
+        self.has_stepped = True
+        layers = list(ratios)
+        ratio = _stack(ratios)
+        self._add("trust_ratio", layers, ratio)
+        named = dict(named_params(self._optimizer.param_groups))
+        if ratios.keys() <= named.keys():
+            self._add("effective_lr", layers, self._times_lr(layers, ratio, named))
+            if before:
+                with torch.no_grad():
+                    self._add(
+                        "update_to_weight", layers, _relative_change([named[n] for n in layers], before)
+                    )
+        for quantity in ("at_trust_clip", "at_zero_rule"):
+            flags: dict[str, Tensor] = getattr(self._optimizer, quantity, dict)()
+            if flags:
+                self._add(quantity, list(flags), _stack(flags).to(ratio.dtype))
+
+    def _add(self, quantity: str, layers: list[str], values: Tensor) -> None:
+        self._quantities.setdefault(quantity, LayerStatistics()).update(layers, values)
+
+    def _times_lr(self, layers: list[str], ratio: Tensor, named: Mapping[str, Tensor]) -> Tensor:
+        number = {p: i for i, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
+        # Layers of a group follow each other: a product for each group, not for each layer.
+        runs = [(group, len(list(run))) for group, run in groupby(number[named[layer]] for layer in layers)]
+        parts = torch.split(ratio, [length for _, length in runs])
+        return torch.cat([part * self._lr[group] for (group, _), part in zip(runs, parts, strict=True)])
+
+
+def _stack(values: Mapping[str, Tensor]) -> Tensor:
+    first = next(iter(values.values()))
+    return torch.stack([value.to(first.device, non_blocking=True) for value in values.values()])
+
+
+@torch.no_grad()
+def _relative_change(params: list[Tensor], before: Mapping[Tensor, Tensor]) -> Tensor:
+    after = [local(p) for p in params]
+    change = [now.float() - before[p].float() for p, now in zip(params, after, strict=True)]
+    found = find_shards((str(i), p) for i, p in enumerate(params))
+    shards = [found.get(p, Shard((), p.device)) for p in params]
+    norms = [norm.to(shards[0].device) for norm in whole_norms([*change, *after], [*shards, *shards])]
+    change_norm, weight_norm = torch.stack(norms).view(2, -1)
+    return torch.where(change_norm == 0, 0.0, change_norm / weight_norm)
