@@ -11,6 +11,13 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 """One tensor per layer."""
 
 
+# Elements from which on the norm of a tensor on the CPU is taken in blocks, and those of a block.
+_LONG, _BLOCK = 4096, 256
+
+# Norms for which no square that matters overflows or vanishes in float32.
+_SQUARE_FITS = (1e-12, 1e18)
+
+
 def layer_norms(tensors: Tensors) -> Tensor:
     """Return the L2 norm of every tensor without leaving the device.
 
@@ -26,7 +33,36 @@ def layer_norms(tensors: Tensors) -> Tensor:
         >>> layer_norms([torch.tensor([[3.0, 4.0]]), torch.tensor(2.0)])
         tensor([5., 2.], dtype=torch.float64)
     """
-    return torch.stack(torch._foreach_norm(tensors, 2, dtype=accumulation_dtype(tensors[0])))
+    dtype = accumulation_dtype(tensors[0])
+    if tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
+    long = [i for i, tensor in enumerate(tensors) if tensor.numel() >= _LONG]
+    if not long:
+        return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
+    norms = {i: _norm_in_blocks(tensors[i]) for i in long}
+    short = [i for i, tensor in enumerate(tensors) if tensor.numel() < _LONG]
+    if short:
+        of_short = torch._foreach_norm([tensors[i] for i in short], 2, dtype=dtype)
+        norms.update(zip(short, of_short, strict=True))
+    return torch.stack([norms[i] for i in range(len(tensors))])
+
+
+def _norm_in_blocks(tensor: Tensor) -> Tensor:
+    """Return the norm of a long tensor on the CPU: in its own precision for a block, in float64 over them.
+
+    As exact as float64 throughout, to float32's last digit, and as fast as float32.
+    """
+    # In the order of memory, which is no matter to a norm, and needs no copy where there are no gaps.
+    flat = tensor.permute(sorted(range(tensor.ndim), key=lambda d: -tensor.stride(d))).reshape(-1)
+    blocks, rest = flat.split([flat.numel() // _BLOCK * _BLOCK, flat.numel() % _BLOCK])
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    of_blocks = torch.linalg.vector_norm(blocks.view(-1, _BLOCK), dim=1, dtype=dtype)
+    of_rest = torch.linalg.vector_norm(rest, dtype=dtype)
+    norm: Tensor = torch.linalg.vector_norm(torch.cat([of_blocks, of_rest[None]]), dtype=torch.float64)
+    if not _SQUARE_FITS[0] < norm.item() < _SQUARE_FITS[1]:
+        # Squares of such numbers are beyond float32.
+        norm = torch.linalg.vector_norm(flat, dtype=torch.float64)
+    return norm
 
 
 def whole_norms(parts: Sequence[Tensor | None], shards: Sequence[Shard]) -> list[Tensor]:
