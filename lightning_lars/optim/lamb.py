@@ -13,6 +13,7 @@ from lightning_lars.optim.arguments import (
     is_number,
     require,
 )
+from lightning_lars.optim.kernels.cpu import adam_direction, can_fuse
 from lightning_lars.optim.layerwise import LayerwiseOptimizer, subtract
 from lightning_lars.optim.norms import Tensors, accumulation_dtype
 from lightning_lars.optim.shards import laid_out_as, local
@@ -55,7 +56,8 @@ class LAMB(LayerwiseOptimizer):
         max_grad_norm: Bound, above 0, on the norm over all gradients of all groups. Gradients that are
             not finite do not count.
         maximize: Whether to climb instead of descend.
-        fused: None or False; this version has no fused implementation.
+        fused: None takes torch's fused kernel on the CPU where it can do the step (contiguous layers,
+            ``bias_correction`` and ``grad_averaging``), False never.
 
     Raises:
         ValueError: If an argument, here or in a group, breaks its rule.
@@ -188,6 +190,9 @@ class LAMB(LayerwiseOptimizer):
         beta1, beta2 = group["betas"]
 
         torch._foreach_add_(t, 1.0)
+        is_adam = group["bias_correction"] and group["grad_averaging"]
+        if is_adam and group["fused"] is not False and can_fuse(grads, m, v):
+            return adam_direction(grads, m, v, t, betas=(beta1, beta2), eps=group["eps"])
         torch._foreach_mul_(m, beta1)
         torch._foreach_add_(m, grads, alpha=1 - beta1 if group["grad_averaging"] else 1.0)
         torch._foreach_mul_(v, beta2)

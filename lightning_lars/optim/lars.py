@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lars.optim.arguments import check_non_negative, is_number, require
+from lightning_lars.optim.kernels.cpu import SMALLEST_SCALE, adapted_sgd, can_fuse
 from lightning_lars.optim.layerwise import LayerwiseOptimizer, subtract
 from lightning_lars.optim.norms import Tensors
 from lightning_lars.optim.shards import laid_out_as, local
@@ -58,7 +59,8 @@ class LARS(LayerwiseOptimizer):
         max_grad_norm: Bound, above 0, on the norm over all gradients of all groups. Gradients that are
             not finite do not count.
         maximize: Whether to climb instead of descend.
-        fused: None or False; this version has no fused implementation.
+        fused: None takes torch's fused kernels on the CPU where they can do the step (contiguous layers,
+            ``denominator="gradient"``, momentum without nesterov), False never.
 
     Raises:
         ValueError: If an argument, here or in a group, breaks its rule.
@@ -181,6 +183,8 @@ class LARS(LayerwiseOptimizer):
         lr: float | Tensor,
         group: Mapping[str, Any],
     ) -> None:
+        if ratios is not None and self._descend_fused(params, weights, direction, ratios, lr, group):
+            return
         u = direction
         if ratios is None or group["denominator"] == "gradient":
             u = _decayed(u, weights, group)
@@ -195,6 +199,49 @@ class LARS(LayerwiseOptimizer):
         if group["lr_in_momentum"]:
             u, lr = torch._foreach_mul(u, lr), 1.0
         subtract(weights, self._momentum(params, u, group), lr)
+
+    def _descend_fused(
+        self,
+        params: list[Tensor],
+        weights: list[Tensor],
+        grads: Tensors,
+        ratios: Tensor,
+        lr: float | Tensor,
+        group: Mapping[str, Any],
+    ) -> bool:
+        """Move the weights by one kernel for each layer; return whether there is one for these."""
+        if group["fused"] is False or group["denominator"] != "gradient" or group["nesterov"]:
+            return False
+        if group["momentum"] == 0 or not can_fuse(weights, grads):
+            return False
+        states = [self.state[p] for p in params]
+        has_v = [state.get("momentum_buffer") is not None for state in states]
+        if not can_fuse(
+            weights, [local(s["momentum_buffer"]) for s, has in zip(states, has_v, strict=True) if has]
+        ):
+            return False
+        scales = [
+            (1 - group["dampening"]) * ratio if has else ratio
+            for ratio, has in zip(ratios.tolist(), has_v, strict=True)
+        ]
+        if not all(scale > SMALLEST_SCALE for scale in scales):
+            return False
+        for p, state, has, g in zip(params, states, has_v, grads, strict=True):
+            if not has:  # v = u at the first step
+                state["momentum_buffer"] = laid_out_as(p, torch.zeros_like(g))
+        lr = float(lr)
+        if group["lr_in_momentum"]:
+            scales, lr = [scale * lr for scale in scales], 1.0
+        adapted_sgd(
+            weights,
+            grads,
+            [local(state["momentum_buffer"]) for state in states],
+            scales,
+            lr=lr,
+            momentum=group["momentum"],
+            weight_decay=_decay(group),
+        )
+        return True
 
     def _momentum(self, params: list[Tensor], u: Tensors, group: Mapping[str, Any]) -> Tensors:
         """Advance ``v`` and return the direction: ``u + momentum * v`` if nesterov else ``v``."""

@@ -11,7 +11,8 @@ from lightning_lars.optim.shards import Shard, local, local_gradient
 
 # How many elements are worked on at once. Their updates exist at the same time, for weights of half precision
 # beside a float32 copy: 256 MiB of scratch for four tensors of this size.
-_ELEMENTS_AT_ONCE = 2**24
+# On the CPU less, which its cache holds better.
+_ELEMENTS_AT_ONCE, _ELEMENTS_AT_ONCE_ON_CPU = 2**24, 2**22
 
 Shards = Mapping[Tensor, Shard | None]
 """For each parameter, where the rest of it is; None for one that no strategy has laid out."""
@@ -58,7 +59,8 @@ def sort_layers(group: dict[str, Any], shards: Shards, name: Callable[[Tensor], 
             part, grad, is_divided = local(p), local_gradient(p), len(shard.groups) > 0
         kind = (part.device, part.dtype, is_divided)
         elements[kind] = elements.get(kind, 0) + part.numel()
-        bucket = (*kind, elements[kind] // _ELEMENTS_AT_ONCE)
+        at_once = _ELEMENTS_AT_ONCE_ON_CPU if part.device.type == "cpu" else _ELEMENTS_AT_ONCE
+        bucket = (*kind, elements[kind] // at_once)
         layers = buckets.setdefault(bucket, Layers(group, [], [], [], is_divided))
         layers.params.append(p)
         layers.parts.append(part)

@@ -115,7 +115,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
             require(argument, "True or False", group[argument], isinstance(group[argument], bool))
         require(
             "fused",
-            "None or False (there is no fused implementation in this version)",
+            "None or False (fused kernels are taken where there are some, and cannot be enforced)",
             group["fused"],
             not group["fused"],
         )

@@ -1,0 +1,1 @@
+"""Fused implementations of what LARS and LAMB do to a layer."""
