@@ -53,8 +53,10 @@ def _norm_in_blocks(tensor: Tensor) -> Tensor:
     As exact as float64 throughout, to float32's last digit, and as fast as float32.
     """
     # In the order of memory, which is no matter to a norm, and needs no copy where there are no gaps.
-    flat = tensor.permute(sorted(range(tensor.ndim), key=lambda d: -tensor.stride(d))).reshape(-1)
-    blocks, rest = flat.split([flat.numel() // _BLOCK * _BLOCK, flat.numel() % _BLOCK])
+    strides = tensor.stride()
+    flat = tensor.permute(sorted(range(tensor.ndim), key=lambda d: -strides[d])).reshape(-1)
+    in_blocks = flat.numel() // _BLOCK * _BLOCK
+    blocks, rest = flat[:in_blocks], flat[in_blocks:]
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     of_blocks = torch.linalg.vector_norm(blocks.view(-1, _BLOCK), dim=1, dtype=dtype)
     of_rest = torch.linalg.vector_norm(rest, dtype=dtype)
