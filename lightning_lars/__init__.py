@@ -5,6 +5,8 @@ from lightning_lars.callbacks import (
     BatchSizeScaling,
     ExcludeNormAndBias,
     LearningRateWarmup,
+    ParamGroupSummary,
+    PreciseBatchNorm,
     TrustRatioMonitor,
 )
 from lightning_lars.introspection import DEFAULT_EXCLUDED
@@ -21,6 +23,8 @@ __all__ = [
     "ExcludeNormAndBias",
     "LargeBatchMixin",
     "LearningRateWarmup",
+    "ParamGroupSummary",
+    "PreciseBatchNorm",
     "TrustRatioMonitor",
     "WarmupDecayLR",
     "build_optimizer",

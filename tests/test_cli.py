@@ -255,6 +255,9 @@ def test_every_callback_works_in_the_trainer_and_the_cli_of_both_packages(tmp_pa
             super().__init__()
             self.net = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width))
 
+        def forward(self, batch):
+            return self.net(batch)
+
         training_step = Boring.training_step
         train_dataloader = Boring.train_dataloader
 

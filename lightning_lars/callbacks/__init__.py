@@ -3,6 +3,15 @@
 from lightning_lars.callbacks.batch_size_scaling import BatchSizeScaling
 from lightning_lars.callbacks.exclude_norm_and_bias import ExcludeNormAndBias
 from lightning_lars.callbacks.learning_rate_warmup import LearningRateWarmup
+from lightning_lars.callbacks.param_group_summary import ParamGroupSummary
+from lightning_lars.callbacks.precise_batch_norm import PreciseBatchNorm
 from lightning_lars.callbacks.trust_ratio_monitor import TrustRatioMonitor
 
-__all__ = ["BatchSizeScaling", "ExcludeNormAndBias", "LearningRateWarmup", "TrustRatioMonitor"]
+__all__ = [
+    "BatchSizeScaling",
+    "ExcludeNormAndBias",
+    "LearningRateWarmup",
+    "ParamGroupSummary",
+    "PreciseBatchNorm",
+    "TrustRatioMonitor",
+]

@@ -1,0 +1,157 @@
+"""Prints what every optimizer holds, in which group, and why."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_summary.model_summary import get_human_readable_count
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+from typing_extensions import override
+
+from lightning_lars.callbacks.both_roots import Callback
+from lightning_lars.name_folding import fold
+from lightning_lars.optim.arguments import require
+from lightning_lars.optimizer_contents import FROZEN, LOST, Entry, entries_of, groups_by_name, shapes_in_fsdp1
+
+
+class ParamGroupSummary(Callback):
+    """Prints the parameter groups of the Trainer's optimizers when training starts.
+
+    What is printed is what the optimizers hold at that moment, whoever built them: after callbacks have
+    regrouped them, and after a checkpoint has been loaded. ``lr`` is what the schedule says then, without
+    the factors that ``LearningRateWarmup`` and ``BatchSizeScaling`` apply inside the step. Shapes are those
+    of whole layers, also where these are sharded.
+
+    Why a parameter is excluded is the rule of :func:`~lightning_lars.param_groups.param_groups`, for groups
+    that have its names; ``own rule`` stands where its defaults would have decided otherwise, and ``-`` for
+    other groups. Parameters that require a gradient but are in no optimizer come first, with a warning.
+
+    Prints in the first process, through ``rich.get_console()``, at the width that it takes if that is no
+    terminal. It prints with ``Trainer(enable_model_summary=False)`` and ``barebones=True`` too, as it is
+    registered to do nothing else.
+
+    Args:
+        fold: Whether parameters of repeated blocks share a row, as in ``layer1.[0-2].bn[1-3].{weight,bias}``,
+            if all else in the row is the same.
+        max_rows: Rows to print at most, at least 1, or -1 for all. The totals count all parameters.
+
+    Example:
+        >>> import lightning
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning_lars import LARS, ParamGroupSummary, build_optimizer
+        >>> class Model(BoringModel):
+        ...     def configure_optimizers(self):
+        ...         return build_optimizer(self, LARS, lr=0.3, weight_decay=1e-6)
+        >>> quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        >>> quiet |= dict(enable_model_summary=False, accelerator="cpu", devices=1)
+        >>> lightning.Trainer(max_steps=1, callbacks=[ParamGroupSummary()], **quiet).fit(Model())
+        Parameter groups of LARS
+        ┏━━━━━━━━━━━━━━┳━━━━━━━━┳━━━━━━━━━┳━━━━━━━━━┳━━━━━━━━━━┳━━━━━━┓
+        ┃ Parameter    ┃ Module ┃ Shape   ┃ Tensors ┃ Group    ┃ Why  ┃
+        ┡━━━━━━━━━━━━━━╇━━━━━━━━╇━━━━━━━━━╇━━━━━━━━━╇━━━━━━━━━━╇━━━━━━┩
+        │ layer.weight │ Linear │ (2, 32) │       1 │ adapted  │      │
+        │ layer.bias   │ Linear │ (2,)    │       1 │ excluded │ bias │
+        └──────────────┴────────┴─────────┴─────────┴──────────┴──────┘
+        ┏━━━━━━━━━━┳━━━━━━━━━┳━━━━━━━━━━┳━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━┳━━━━━┓
+        ┃ Group    ┃ Tensors ┃ Elements ┃ Layer adaptation ┃ Weight decay ┃  lr ┃
+        ┡━━━━━━━━━━╇━━━━━━━━━╇━━━━━━━━━━╇━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━╇━━━━━┩
+        │ adapted  │       1 │       64 │              yes │        1e-06 │ 0.3 │
+        │ excluded │       1 │        2 │               no │            0 │ 0.3 │
+        └──────────┴─────────┴──────────┴──────────────────┴──────────────┴─────┘
+    """
+
+    def __init__(self, fold: bool = True, max_rows: int = 100) -> None:
+        whole = isinstance(max_rows, int) and not isinstance(max_rows, bool)
+        require("fold", "True or False", fold, isinstance(fold, bool))
+        allowed = whole and (max_rows == -1 or max_rows > 0)
+        require("max_rows", "a whole number above 0, or -1 for all", max_rows, allowed)
+        self.fold = fold
+        self.max_rows = max_rows
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        groups = groups_by_name(trainer.optimizers)
+        entries = entries_of(pl_module, groups, shapes_in_fsdp1(trainer.model or pl_module))
+        kinds = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "no optimizer"
+        console = rich.get_console()
+        table = _parameter_table(entries, self.fold, self.max_rows, narrow=False)
+        if _is_narrow(console, table):
+            table = _parameter_table(entries, self.fold, self.max_rows, narrow=True)
+        console.print(f"Parameter groups of {kinds}", highlight=False)
+        _print(console, table)
+        _print(console, _group_table(entries, groups))
+        lost = [entry.name for entry in entries if entry.group == LOST]
+        if lost:
+            rank_zero_warn(
+                f"{len(lost)} parameters require a gradient and are in no optimizer, among them {lost[:5]}: "
+                "give them to one in configure_optimizers, or freeze them with requires_grad_(False)"
+            )
+
+
+def _parameter_table(entries: Sequence[Entry], folded: bool, max_rows: int, narrow: bool) -> Table:
+    """Return the rows; narrow, with module and shape below the name."""
+    # What nobody trains comes first, where no limit hides it; what is frozen is only counted.
+    entries = sorted((e for e in entries if e.group != FROZEN), key=lambda e: e.group != LOST)
+    rows = [(e.name, (e.module, e.shape, e.group, e.why)) for e in entries]
+    names = fold(rows) if folded else [(name, 1, same) for name, same in rows]
+    limit = len(names) if max_rows == -1 else max_rows
+    table = Table()
+    for heading in ("Parameter", *(() if narrow else ("Module", "Shape")), "Tensors", "Group", "Why"):
+        table.add_column(heading, justify="right" if heading == "Tensors" else "left", overflow="fold")
+    for name, tensors, (module, shape, group, why) in names[:limit]:
+        described = [f"{name}\n  {module} {shape}"] if narrow else [name, module, shape]
+        style = {LOST: "bold red", "excluded": "dim"}.get(group.rpartition("/")[2], "dim")
+        table.add_row(*(Text(cell) for cell in (*described, str(tensors), group, why)), style=style)
+    if names[limit:]:
+        hidden = sum(tensors for _, tensors, _ in names[limit:])
+        rest = f"and {len(names) - limit} rows more: see max_rows"
+        table.add_row(rest, *(() if narrow else ("", "")), str(hidden), style="italic")
+    return table
+
+
+def _group_table(entries: Sequence[Entry], groups: Mapping[str, dict[str, Any]]) -> Table:
+    tensors, elements = Counter[str](), Counter[str]()
+    for entry in entries:
+        tensors[entry.group] += 1
+        elements[entry.group] += entry.elements
+    table = Table()
+    table.add_column("Group", overflow="fold")
+    for heading in ("Tensors", "Elements", "Layer adaptation", "Weight decay", "lr"):
+        table.add_column(heading, justify="right", overflow="fold")
+    for name in (*groups, LOST, FROZEN):
+        if name in groups or tensors[name]:
+            group = groups.get(name, {})
+            settings = [group.get(key) for key in ("layer_adaptation", "weight_decay", "lr")]
+            counts = str(tensors[name]), get_human_readable_count(elements[name])
+            style = "bold red" if name == LOST else None
+            table.add_row(Text(name), *counts, *map(_setting, settings), style=style)
+    return table
+
+
+def _setting(value: Any) -> str:
+    if value is None:
+        return "-"
+    return ("yes" if value else "no") if isinstance(value, bool) else f"{float(value):.4g}"
+
+
+def _is_narrow(console: Console, table: Table) -> bool:
+    return console.is_terminal and not console.is_jupyter and _width(console, table) > console.width
+
+
+def _width(console: Console, table: Table) -> int:
+    return Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+
+
+def _print(console: Console, table: Table) -> None:
+    if not console.is_terminal or console.is_jupyter:
+        # A file has no width that names would have to be cut for; a notebook scrolls.
+        table.width = _width(console, table)
+    console.print(table, crop=False)

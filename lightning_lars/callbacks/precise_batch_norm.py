@@ -1,0 +1,215 @@
+"""Recomputes the running statistics of batch normalization before they are used."""
+
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import closing, nullcontext
+from functools import partial
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
+from typing_extensions import override
+
+from lightning_lars.callbacks.both_roots import Callback
+from lightning_lars.callbacks.training_passes import left_as_it_was, training_batches
+from lightning_lars.optim.arguments import require
+from lightning_lars.population_statistics import PopulationStatistics, pool
+
+
+@runtime_checkable
+class HasPreciseBatchNormForward(Protocol):
+    """A LightningModule that says itself how a training batch goes through its layers."""
+
+    def precise_batch_norm_forward(self, batch: Any) -> Any:
+        """Run the layers on a training batch as ``training_step`` does; what it returns is dropped."""
+        ...
+
+
+class PreciseBatchNorm(Callback):
+    """Recomputes the running statistics of batch normalization from training batches.
+
+    Running averages follow the weights with a delay: after 25 steps with ``momentum=0.1`` they still hold 7 %
+    of their initial values, and large batches leave few steps. Recomputed, they are the mean and the
+    (unbiased) variance of all inputs of the layer in ``num_batches`` batches, at the weights of the moment
+    (Wu and Johnson 2021, arXiv:2105.07576). ``torch.optim.swa_utils.update_bn`` makes the passes, without
+    gradients. Under distributed strategies every process runs ``num_batches`` of its own share, and all end
+    with the statistics of all inputs.
+
+    This happens before each validation of a fit, at the end of each epoch if the Trainer does not validate,
+    and at the end of training if there was a step since. ``ModelCheckpoint`` saves later in each of these, so
+    checkpoints hold what was validated; those of ``every_n_train_steps`` hold running averages. The sanity
+    check, which runs before training, and ``trainer.validate`` and ``trainer.test``, which have no training
+    batches, leave the statistics as they are.
+
+    Training goes on from the recomputed statistics, which it does not read. All else is as it was: weights,
+    gradients, other buffers (and ``num_batches_tracked``), modes, random states, and the train loader, of
+    which a copy is iterated. A data set that keeps random numbers of its own is untouched in worker
+    processes only. Other layers are in eval mode, as when the statistics are used: dropout is off. Layers in
+    eval mode during training, or with ``track_running_stats=False``, are left alone.
+
+    A batch, or its first element if it is a list or tuple, is handed to ``forward`` of the LightningModule.
+    If training takes something else, define ``precise_batch_norm_forward(self, batch)`` there. Behind
+    ``WeightAveraging`` in the list of callbacks, the statistics are those of the averaged weights.
+
+    Args:
+        num_batches: Batches of each process, at least 1. 32 batches of 256 are 8192 samples, from which a
+            mean is known to 1 % of a standard deviation.
+
+    Raises:
+        MisconfigurationException: If the training data cannot be iterated without disturbing training.
+
+    Example:
+        >>> import lightning
+        >>> from lightning_lars import PreciseBatchNorm
+        >>> trainer = lightning.Trainer(callbacks=[PreciseBatchNorm(num_batches=16)], accelerator="cpu")
+    """
+
+    def __init__(self, num_batches: int = 32) -> None:
+        whole = isinstance(num_batches, int) and not isinstance(num_batches, bool)
+        require("num_batches", "a whole number above 0", num_batches, whole and num_batches > 0)
+        self.num_batches = num_batches
+        self._batch_norms: dict[str, _BatchNorm] = {}
+        self._trained: dict[str, _BatchNorm] = {}
+        self._recomputed_at: int | None = None
+        self._warned = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._forget()
+        if stage == "fit":
+            self._recomputed_at = None
+        elif self._recomputed_at is None:
+            rank_zero_info(
+                f"PreciseBatchNorm recomputes nothing in trainer.{getattr(stage, 'value', stage)}, which has "
+                "no training batches. What a fit with it trained or saved needs no more; for another model, "
+                "call torch.optim.swa_utils.update_bn first."
+            )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        layers = pl_module.named_modules()
+        self._batch_norms = {name: layer for name, layer in layers if isinstance(layer, _BatchNorm)}
+        self._remember_trained()
+        if not self._trained:
+            rank_zero_warn(
+                f"PreciseBatchNorm found no statistics to recompute in {type(pl_module).__name__}: none of "
+                f"its {len(self._batch_norms)} batch normalization layers is in train mode with "
+                "track_running_stats=True. Leave the callback out, unless one will be"
+            )
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        # In validation, those that are frozen cannot be told: all are in eval mode.
+        self._remember_trained()
+
+    @override
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not in a sanity check or an evaluation alone: before training, no layers are known.
+        self._recompute(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.enable_validation:
+            self._recompute(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._recompute(trainer, pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self._batch_norms = {}
+        self._trained = {}
+
+    def _remember_trained(self) -> None:
+        self._trained = {
+            name: layer
+            for name, layer in self._batch_norms.items()
+            if layer.training and layer.track_running_stats
+        }
+
+    def _recompute(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._trained or self._recomputed_at == trainer.global_step:
+            return
+        layers = self._trained.values()
+        statistics = [PopulationStatistics(layer) for layer in layers]
+        # Code that was compiled before does not see hooks; without the compiler there is none.
+        compiled = "torch._dynamo" in sys.modules
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            batches = training_batches(trainer, pl_module, self.num_batches, "PreciseBatchNorm")
+            with left_as_it_was(trainer, pl_module, layers), closing(batches):
+                hooks = [hook for each in statistics for hook in each.watch()]
+                try:
+                    # update_bn, which is without gradients, hands on the first element of a tuple.
+                    update_bn(((batch,) for batch in batches), _Passes(layers, _forward(trainer, pl_module)))
+                finally:
+                    for hook in hooks:
+                        hook.remove()
+        pool(statistics, _adder(trainer))
+        self._recomputed_at = trainer.global_step
+        unreached = [name for name, each in zip(self._trained, statistics, strict=True) if not each.count]
+        if unreached and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"PreciseBatchNorm left the running statistics of {unreached} as they are, which forward of "
+                f"{type(pl_module).__name__} does not reach: to recompute them too, define "
+                "precise_batch_norm_forward(self, batch) there, which runs the layers as training_step does"
+            )
+
+
+class _Passes(nn.Module):
+    """What update_bn takes for the model: the layers to recompute, and a forward pass that reaches them."""
+
+    def __init__(self, layers: Iterable[nn.Module], run: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.run = run
+
+    @override
+    def forward(self, batch: Any) -> None:
+        self.run(batch)
+
+
+def _forward(trainer: Trainer, pl_module: LightningModule) -> Callable[[Any], None]:
+    # The root of FSDP1 holds parameters that are whole only within its own forward pass.
+    root = trainer.model if isinstance(trainer.model, FullyShardedDataParallel) else pl_module
+    own = "precise_batch_norm_forward"
+    defined = isinstance(pl_module, HasPreciseBatchNormForward)
+    run: Callable[[Any], Any] = getattr(pl_module, own) if defined else root.__call__
+    if defined and root is not pl_module:
+        # Lightning's way to call a method through a wrapper has no public name.
+        run = partial(trainer.strategy._forward_redirection, root, pl_module, own)
+
+    def forward(batch: Any) -> None:
+        inputs = batch[0] if isinstance(batch, list | tuple) and not defined else batch
+        try:
+            with trainer.precision_plugin.forward_context():
+                run(inputs)
+        except Exception as error:
+            if not defined:
+                error.add_note(
+                    f"PreciseBatchNorm handed {type(inputs).__name__} from a training batch "
+                    f"({type(batch).__name__}) to forward of {type(pl_module).__name__}. If it takes "
+                    f"something else, define {own}(self, batch) there, which runs the layers as "
+                    "training_step does"
+                )
+            raise
+
+    return forward
+
+
+def _adder(trainer: Trainer) -> Callable[[Tensor], Tensor]:
+    """Return what sums a tensor over the processes that see different batches."""
+    mesh: Any = getattr(trainer.strategy, "device_mesh", None)
+    # Processes that share their batches (tensor parallelism) may hold different channels of a layer.
+    shared = mesh is not None and "data_parallel" in (mesh.mesh_dim_names or ())
+    group = mesh["data_parallel"].get_group() if shared else None
+    return lambda values: cast(Tensor, trainer.strategy.reduce(values, group=group, reduce_op="sum"))

@@ -1,0 +1,59 @@
+"""Prints the groups of sharded parameters, on two processes.
+
+Run as ``python -m tests.group_summary_worker FOLDER``: Lightning starts the second process by the same
+command.
+"""
+
+import sys
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+from lightning_lars import LARS, build_optimizer
+from lightning_lars.callbacks.param_group_summary import ParamGroupSummary
+from tests.boring import Boring, trainer
+from tests.strategies.lightning_worker import CPUFSDPStrategy
+
+
+class Wide(LightningModule):
+    """Odd numbers, and a parameter that nobody trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 7), nn.LayerNorm(7), nn.Linear(7, 5))
+        self.lost = nn.Parameter(torch.zeros(3))
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).sum() + self.lost.sum()
+
+    def configure_optimizers(self):
+        return build_optimizer(self.net, LARS)
+
+    train_dataloader = Boring.train_dataloader
+
+
+class Sharded(Wide):
+    def configure_model(self):
+        if not any(hasattr(p, "device_mesh") for p in self.parameters()):
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+RUNS = {
+    "ddp": (Wide, DDPStrategy),
+    "fsdp1": (Wide, lambda: CPUFSDPStrategy(auto_wrap_policy=ModuleWrapPolicy({nn.Linear}))),
+    "fsdp2": (Sharded, lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)),
+}
+
+
+def main(folder):
+    for module, strategy in RUNS.values():
+        options = {"devices": 2, "strategy": strategy(), "max_steps": 1, "use_distributed_sampler": False}
+        trainer(folder, callbacks=[ParamGroupSummary()], **options).fit(module())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
