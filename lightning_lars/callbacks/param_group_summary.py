@@ -8,8 +8,6 @@ import rich
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_summary.model_summary import get_human_readable_count
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
@@ -18,6 +16,7 @@ from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.name_folding import fold
 from lightning_lars.optim.arguments import require
 from lightning_lars.optimizer_contents import FROZEN, LOST, Entry, entries_of, groups_by_name, shapes_in_fsdp1
+from lightning_lars.rich_tables import is_too_wide, print_table
 
 
 class ParamGroupSummary(Callback):
@@ -83,11 +82,11 @@ class ParamGroupSummary(Callback):
         kinds = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "no optimizer"
         console = rich.get_console()
         table = _parameter_table(entries, self.fold, self.max_rows, narrow=False)
-        if _is_narrow(console, table):
+        if is_too_wide(console, table):
             table = _parameter_table(entries, self.fold, self.max_rows, narrow=True)
         console.print(f"Parameter groups of {kinds}", highlight=False)
-        _print(console, table)
-        _print(console, _group_table(entries, groups))
+        print_table(console, table)
+        print_table(console, _group_table(entries, groups))
         lost = [entry.name for entry in entries if entry.group == LOST]
         if lost:
             rank_zero_warn(
@@ -140,18 +139,3 @@ def _setting(value: Any) -> str:
     if value is None:
         return "-"
     return ("yes" if value else "no") if isinstance(value, bool) else f"{float(value):.4g}"
-
-
-def _is_narrow(console: Console, table: Table) -> bool:
-    return console.is_terminal and not console.is_jupyter and _width(console, table) > console.width
-
-
-def _width(console: Console, table: Table) -> int:
-    return Measurement.get(console, console.options.update(max_width=10_000), table).maximum
-
-
-def _print(console: Console, table: Table) -> None:
-    if not console.is_terminal or console.is_jupyter:
-        # A file has no width that names would have to be cut for; a notebook scrolls.
-        table.width = _width(console, table)
-    console.print(table, crop=False)

@@ -1,25 +1,37 @@
-"""Logs what the trust ratios do: over all layers, and layer by layer where it was asked for."""
+"""Logs what the trust ratios do, over all layers and layer by layer, draws it, and prints it."""
+
+from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
+import rich
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.optim.arguments import require
 from lightning_lars.optim.parameters import named_params
 from lightning_lars.param_groups import check_holds_parameters
+from lightning_lars.rich_tables import print_table
 from lightning_lars.step_statistics import HasTrustRatios, OverSteps, StepStatistics
 from lightning_lars.trust_ratio_alerts import TrustRatioAlerts
+from lightning_lars.trust_ratio_history import TrustRatioHistory
+from lightning_lars.trust_ratio_plot import check_picture, plot_history, plot_trust_ratios, save_picture
+from lightning_lars.trust_ratio_table import trust_ratio_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _QUANTITIES = ("trust_ratio", "effective_lr", "update_to_weight")
 _SHARES = ("at_trust_clip", "at_zero_rule")
@@ -43,6 +55,10 @@ class TrustRatioMonitor(Callback):
         update_to_weight: Whether to measure by how much the steps that are logged move the weights, for
             which the adapted weights are copied before the step.
         alerts: Whether to warn.
+        picture: File to draw into when training ends, be it by an error: a heat-map of the trust ratios,
+            layers over steps, and the effective learning rate of each layer before the schedule. What is no
+            absolute path lies in ``trainer.log_dir``. Needs matplotlib (``lightning-lars[plot]``).
+        table: Whether to print statistics of the trust ratio of each layer when training ends.
 
     ================================  =================================================================
     Key                               Value
@@ -63,10 +79,14 @@ class TrustRatioMonitor(Callback):
     ``LearningRateMonitor`` does: ``LARS``, ``LARS-1``. What is not per layer is also in
     ``trainer.callback_metrics``, from the first log on.
 
+    Picture and table show what was logged, from the beginning of training, also of one that was resumed.
+    However long that was, the picture has at most 512 columns. ``plot()`` draws it at any time.
+
     Raises:
+        ModuleNotFoundError: If ``picture`` is asked for without matplotlib.
         ValueError: If ``layers`` is no pattern; at the start of training, if a pattern matches no layer.
-        MisconfigurationException: At the start of training, if the Trainer has no logger, or no optimizer
-            that has trust ratios.
+        MisconfigurationException: At the start of training, if there is nowhere to log to, or no
+            optimizer that has trust ratios.
 
     Example:
         >>> from lightning import Trainer
@@ -76,26 +96,44 @@ class TrustRatioMonitor(Callback):
     """
 
     def __init__(
-        self, layers: str | Sequence[str] = (), update_to_weight: bool = True, alerts: bool = True
+        self,
+        layers: str | Sequence[str] = (),
+        update_to_weight: bool = True,
+        alerts: bool = True,
+        picture: str | Path | None = None,
+        table: bool = False,
     ) -> None:
         patterns = (layers,) if isinstance(layers, str) else layers
         is_valid = isinstance(patterns, Sequence) and all(isinstance(pattern, str) for pattern in patterns)
         require("layers", "patterns over parameter names", layers, is_valid)
         require("update_to_weight", "True or False", update_to_weight, isinstance(update_to_weight, bool))
         require("alerts", "True or False", alerts, isinstance(alerts, bool))
+        require("table", "True or False", table, isinstance(table, bool))
+        if picture is not None:
+            check_picture("picture", picture)
         self.layers = tuple(patterns)
         self.update_to_weight = update_to_weight
         self.alerts = alerts
+        self.picture = picture
+        self.table = table
+        self._history = TrustRatioHistory()
+        self._picture: Path | None = None
         self._watched: dict[str, StepStatistics] = {}
         self._alerts: dict[str, TrustRatioAlerts] = {}
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            # A checkpoint that is resumed fills it before training starts.
+            self._history = TrustRatioHistory()
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()
-        if not trainer.loggers:
+        if not trainer.loggers and self.picture is None and not self.table:
             raise MisconfigurationException(
-                "TrustRatioMonitor has nowhere to log to: give the Trainer a logger (logger=True) "
-                "or leave the callback out"
+                "TrustRatioMonitor has nowhere to log to: give the Trainer a logger (logger=True), ask for "
+                "picture or table, or leave the callback out"
             )
         optimizers = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, HasTrustRatios)]
         if not optimizers:
@@ -107,6 +145,10 @@ class TrustRatioMonitor(Callback):
         for optimizer in optimizers:
             check_holds_parameters(optimizer, trainer.model or pl_module)
         self._check_patterns(optimizers)
+        self._history.set_order(name for name, _ in pl_module.named_parameters())
+        if self.picture is not None and not cast(Any, trainer).fast_dev_run:
+            # Joined, an absolute path stays what it is. All processes must ask for the folder.
+            self._picture = Path(trainer.log_dir or trainer.default_root_dir, self.picture)
 
         def measures_updates() -> bool:
             # Only the connector knows when Lightning logs its own metrics.
@@ -125,7 +167,7 @@ class TrustRatioMonitor(Callback):
         is_complete = any(stepped) or not pl_module.automatic_optimization
         if not is_complete or not trainer._logger_connector.should_update_logs:
             return
-        taken = {name: of for name, watched in self._watched.items() if (of := watched.take())}
+        taken = self._take(trainer)
         if not taken:
             return
         # Only the loop knows on which x-axis Lightning logs.
@@ -146,16 +188,81 @@ class TrustRatioMonitor(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._take(trainer)
         for name, watched in self._watched.items():
             self._warn(self._alerts[name].look_at_peak(watched.rates, is_over=True))
+        self._show(trainer)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._watched:
+            self._show(trainer)
         self._detach()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
+
+    @property
+    @override
+    def state_key(self) -> str:
+        # Several monitors may have different tasks.
+        return self._generate_state_key(
+            layers=self.layers, picture=self.picture is not None, table=self.table
+        )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        # It is large, and of use only to those who are shown it.
+        return {"history": self._history.state_dict()} if self.picture is not None or self.table else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "history" in state_dict:
+            self._history.load_state_dict(state_dict["history"])
+
+    def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes | list[Axes]]:
+        """Draw what was logged so far, or in the last training.
+
+        Args:
+            ax: To draw the heat-map in, alone; None makes a figure of heat-map and lines.
+
+        Returns:
+            The figure, and what was drawn in: one or two axes.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+            ValueError: If nothing was logged.
+        """
+        return plot_history(self._history) if ax is None else plot_trust_ratios(self._history, ax)
+
+    def _take(self, trainer: Trainer) -> dict[str, dict[str, dict[str, OverSteps]]]:
+        taken = {name: of for name, watched in self._watched.items() if (of := watched.take())}
+        together: dict[str, dict[str, OverSteps]] = {}
+        for name, quantities in taken.items():
+            for quantity, layers in quantities.items():
+                together.setdefault(quantity, {}).update(
+                    {f"{name}{layer}": value for layer, value in layers.items()}
+                )
+        if together:
+            self._history.record(trainer.global_step, together)
+        return taken
+
+    def _show(self, trainer: Trainer) -> None:
+        if not trainer.is_global_zero or not self._history.steps:
+            return
+        if self.table:
+            console = rich.get_console()
+            console.print("Trust ratios", highlight=False)
+            print_table(console, trust_ratio_table(self._history))
+        if self._picture is not None:
+            try:
+                save_picture(self._history, self._picture)
+            except (OSError, ValueError) as error:
+                # The training has been done, and others have yet to save it.
+                rank_zero_warn(f"TrustRatioMonitor could not draw its picture {self._picture}: {error}")
+            else:
+                rank_zero_info(f"TrustRatioMonitor drew {self._picture}.")
 
     def _detach(self) -> None:
         for watched in self._watched.values():

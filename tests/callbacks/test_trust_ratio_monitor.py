@@ -8,7 +8,7 @@ from statistics import mean, median
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins import MixedPrecision
@@ -50,6 +50,22 @@ class CountHostReads(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.reads += func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
+
+
+class Unlogged(LightningModule):
+    """A module that logs nothing, as barebones demands."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).pow(2).mean()
+
+    train_dataloader = Boring.train_dataloader
+
+    def configure_optimizers(self):
+        return build_optimizer(self, LARS, lr=1.0)
 
 
 def logged(logger):
@@ -444,3 +460,138 @@ def test_fast_dev_run_works(tmp_path):
     fit = trainer(tmp_path, fast_dev_run=2, logger=CSVLogger(tmp_path), callbacks=[TrustRatioMonitor()])
     fit.fit(boring())
     assert fit.global_step == 2
+
+
+def drawn(monitor):
+    """The heat-map, as it is in the picture."""
+    _, (above, _) = monitor.plot()
+    return above.collections[0].get_array()
+
+
+def test_plot_draws_the_ratios_that_were_logged(tmp_path):
+    logger, monitor = CSVLogger(tmp_path), TrustRatioMonitor("*")
+    trainer(tmp_path, logger=logger, log_every_n_steps=2, callbacks=[monitor]).fit(boring())
+    rows = logged(logger)
+    expected = [
+        [row[f"trust_ratio_per_layer/{name}"] for row in rows.values()]
+        for name in ("net.0.weight", "net.2.weight")
+    ]
+    assert drawn(monitor).tolist() == [pytest.approx(row) for row in expected]
+    _, (above, below) = monitor.plot()
+    assert above.get_xlim() == (0, 8)
+    assert below.get_lines()[0].get_xdata().tolist() == [2, 4, 6, 8]
+    given = above.get_figure().subplots()
+    assert monitor.plot(given) == (above.get_figure(), given)
+
+
+def test_steps_after_the_last_log_are_in_the_picture_too(tmp_path):
+    monitor = TrustRatioMonitor()
+    trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=3, callbacks=[monitor]).fit(boring())
+    _, (_, below) = monitor.plot()
+    assert below.get_lines()[0].get_xdata().tolist() == [3, 6, 8]
+
+
+def test_picture_and_table_appear_when_training_ends(tmp_path, capsys):
+    logger = CSVLogger(tmp_path)
+    monitor = TrustRatioMonitor(picture="ratios/trust.png", table=True)
+    trainer(tmp_path, logger=logger, log_every_n_steps=1, callbacks=[monitor]).fit(boring())
+    assert (Path(logger.log_dir) / "ratios" / "trust.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert out.startswith("Trust ratios\n")
+    assert "net.0.weight" in out
+    assert "net.1.weight" not in out
+
+
+def test_picture_and_table_need_no_logger(tmp_path, capsys):
+    monitor = TrustRatioMonitor(picture=tmp_path / "trust.svg", table=True)
+    trainer(tmp_path, logger=False, callbacks=[monitor]).fit(boring())
+    assert (tmp_path / "trust.svg").exists()
+    assert "net.2.weight" in capsys.readouterr().out
+
+
+def test_a_training_that_fails_leaves_its_picture(tmp_path):
+    class Fails(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 5:
+                raise RuntimeError("lost")
+
+    monitor = TrustRatioMonitor(picture="trust.png")
+    with pytest.raises(RuntimeError, match="lost"):
+        trainer(tmp_path, log_every_n_steps=1, callbacks=[monitor, Fails()]).fit(boring())
+    assert (tmp_path / "trust.png").exists()
+    assert drawn(monitor).shape == (2, 6)
+
+
+def test_a_picture_that_cannot_be_written_does_not_cost_the_training(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    monitor = TrustRatioMonitor(picture="file/trust.png")
+    with pytest.warns(UserWarning, match=r"could not draw its picture .*file/trust\.png"):
+        trainer(tmp_path, enable_checkpointing=True, callbacks=[monitor]).fit(boring())
+    assert list(tmp_path.rglob("*.ckpt"))
+
+
+def test_picture_of_a_resumed_training_is_that_of_an_uninterrupted_one(tmp_path):
+    def fit(epochs, **resume):
+        monitor = TrustRatioMonitor(picture="trust.png")
+        fitting = trainer(tmp_path, log_every_n_steps=2, max_epochs=epochs, callbacks=[monitor])
+        fitting.fit(boring(), **resume)
+        return fitting, monitor
+
+    half, _ = fit(1)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    _, resumed = fit(2, ckpt_path=tmp_path / "half.ckpt")
+    _, whole = fit(2)
+    assert drawn(resumed).shape == (2, 8)
+    assert drawn(resumed).tolist() == drawn(whole).tolist()
+    assert resumed.state_dict() == whole.state_dict()
+
+
+def test_without_picture_and_table_checkpoints_hold_no_history(tmp_path):
+    monitor = TrustRatioMonitor()
+    trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=1, callbacks=[monitor]).fit(boring())
+    assert monitor.state_dict() == {}
+
+
+def test_fast_dev_run_draws_nothing(tmp_path):
+    monitor = TrustRatioMonitor(picture=tmp_path / "trust.png", table=True)
+    trainer(tmp_path, fast_dev_run=2, callbacks=[monitor]).fit(boring())
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_trainer_that_logs_nothing_can_still_print_the_table(tmp_path, capsys):
+    barebones = Trainer(
+        barebones=True,
+        max_steps=3,
+        accelerator="cpu",
+        devices=1,
+        callbacks=[TrustRatioMonitor(table=True)],
+    )
+    barebones.fit(Unlogged())
+    assert "net.0.weight" in capsys.readouterr().out
+
+
+def test_names_of_two_optimizers_do_not_mix(tmp_path):
+    class Two(Boring):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [LARS([self.net[0].weight], lr=1.0), LARS([self.net[2].weight], lr=2.0)]
+
+    monitor = TrustRatioMonitor(picture="trust.png")
+    trainer(tmp_path, log_every_n_steps=1, callbacks=[monitor]).fit(Two())
+    _, (above, _) = monitor.plot()
+    assert len({label.get_text() for label in above.get_yticklabels()}) == 2
+
+
+@pytest.mark.parametrize("table", [None, 1, "yes"])
+def test_a_table_that_is_neither_asked_for_nor_not_is_refused(table):
+    with pytest.raises(ValueError, match="table must be True or False"):
+        TrustRatioMonitor(table=table)

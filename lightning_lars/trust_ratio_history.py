@@ -1,0 +1,159 @@
+"""What the trust ratios did over a whole training, in bounded memory, for pictures and tables."""
+
+import math
+from array import array
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_lars.optim.arguments import require
+from lightning_lars.step_statistics import OverSteps
+
+_DRAWN = ("trust_ratio", "effective_lr")
+
+
+@dataclass
+class OverTraining:
+    """One quantity of one layer over all records."""
+
+    records: int = 0
+    mean: float = 0.0
+    minimum: float = math.inf
+    maximum: float = -math.inf
+    last: float = math.nan
+
+    def add(self, value: OverSteps) -> None:
+        """Take in a record."""
+        self.records += 1
+        self.mean += (value.mean - self.mean) / self.records
+        self.minimum = min(self.minimum, value.minimum)
+        self.maximum = max(self.maximum, value.maximum)
+        self.last = value.mean
+
+
+class TrustRatioHistory:
+    """Series of trust ratio and effective learning rate of every layer, and statistics of all quantities.
+
+    Where there are more records than ``max_records``, every second one of the series is dropped, and from
+    then on every second one is taken. The statistics count all.
+
+    Args:
+        max_records: Records to keep at most, an even number above 0.
+
+    Example:
+        >>> from lightning_lars.step_statistics import OverSteps
+        >>> from lightning_lars.trust_ratio_history import TrustRatioHistory
+        >>> history = TrustRatioHistory(max_records=2)
+        >>> for step in range(5):
+        ...     history.record(step, {"trust_ratio": {"conv.weight": OverSteps(step, step, step)}})
+        >>> history.steps, history.series("trust_ratio")
+        ([0, 4], {'conv.weight': [0.0, 4.0]})
+        >>> history.statistics["trust_ratio"]["conv.weight"].mean
+        2.0
+    """
+
+    def __init__(self, max_records: int = 512) -> None:
+        is_even = isinstance(max_records, int) and max_records > 0 and max_records % 2 == 0
+        require("max_records", "an even number above 0", max_records, is_even)
+        self.max_records = max_records
+        self.steps: list[int] = []
+        """The optimizer steps of the records that are kept."""
+        self.statistics: dict[str, dict[str, OverTraining]] = {}
+        """By quantity and layer, over all records."""
+        self._series: dict[str, dict[str, array[float]]] = {quantity: {} for quantity in _DRAWN}
+        self._seen = 0
+        self._every = 1
+        self._position: dict[str, int] = {}
+
+    def set_order(self, layers: Iterable[str]) -> None:
+        """Put layers in this order, that of the network; others come last, as they come."""
+        self._position = {layer: i for i, layer in enumerate(layers)}
+
+    def record(self, step: int, quantities: Mapping[str, Mapping[str, OverSteps]]) -> None:
+        """Take in what ``StepStatistics.take`` returned; layers that are not in it have no value."""
+        for quantity, layers in quantities.items():
+            statistics = self.statistics.setdefault(quantity, {})
+            for layer, value in layers.items():
+                statistics.setdefault(layer, OverTraining()).add(value)
+        if self._seen % self._every == 0:
+            self._append(step, quantities)
+        self._seen += 1
+
+    def series(self, quantity: str) -> dict[str, list[float]]:
+        """Return by layer, in the order of the network, a value for each of ``steps``.
+
+        Args:
+            quantity: ``"trust_ratio"`` or ``"effective_lr"``.
+
+        Returns:
+            NaN where a layer has no value, infinity where that is not finite.
+        """
+        series = self._series[quantity]
+        return {layer: list(series[layer]) for layer in self.in_order(series)}
+
+    def in_order(self, layers: Iterable[str]) -> list[str]:
+        """Return the layers in the order of the network."""
+        return sorted(layers, key=lambda layer: self._position.get(layer, len(self._position)))
+
+    def learning_rates(self) -> list[float]:
+        """Return the largest learning rate of any layer at each of ``steps``, NaN where none is known."""
+        rates = []
+        ratios, effective = self._series["trust_ratio"], self._series["effective_lr"]
+        for i in range(len(self.steps)):
+            of_layers = [effective[layer][i] / ratios[layer][i] for layer in effective if ratios[layer][i]]
+            rates.append(max((rate for rate in of_layers if math.isfinite(rate)), default=math.nan))
+        return rates
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what another can go on from."""
+        return {
+            "steps": list(self.steps),
+            "seen": self._seen,
+            "every": self._every,
+            "series": {
+                quantity: {layer: list(values) for layer, values in layers.items()}
+                for quantity, layers in self._series.items()
+            },
+            "statistics": {
+                quantity: {layer: vars(value).copy() for layer, value in layers.items()}
+                for quantity, layers in self.statistics.items()
+            },
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict()`` of another returned."""
+        self.steps = list(state_dict["steps"])
+        self._seen, self._every = state_dict["seen"], state_dict["every"]
+        self._series = {
+            quantity: {layer: array("d", values) for layer, values in layers.items()}
+            for quantity, layers in state_dict["series"].items()
+        }
+        self.statistics = {
+            quantity: {layer: OverTraining(**value) for layer, value in layers.items()}
+            for quantity, layers in state_dict["statistics"].items()
+        }
+        # The other may have kept more.
+        while len(self.steps) > self.max_records:
+            self._thin()
+
+    def _append(self, step: int, quantities: Mapping[str, Mapping[str, OverSteps]]) -> None:
+        if len(self.steps) == self.max_records:
+            self._thin()
+        before = len(self.steps)
+        self.steps.append(step)
+        for quantity, series in self._series.items():
+            layers = quantities.get(quantity, {})
+            for layer in layers:
+                if layer not in series:
+                    series[layer] = array("d", [math.nan] * before)
+            for layer, values in series.items():
+                value = layers[layer].mean if layer in layers else math.nan
+                values.append(math.inf if layer in layers and not math.isfinite(value) else value)
+
+    def _thin(self) -> None:
+        self.steps = self.steps[::2]
+        self._series = {
+            quantity: {layer: values[::2] for layer, values in layers.items()}
+            for quantity, layers in self._series.items()
+        }
+        self._every *= 2

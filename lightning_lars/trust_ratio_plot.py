@@ -1,0 +1,261 @@
+"""Pictures of a training: trust ratios of all layers over time, and their effective learning rates."""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+from itertools import accumulate, groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from lightning_lars.optim.arguments import require
+from lightning_lars.trust_ratio_history import TrustRatioHistory
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MOST_LABELS = 60
+_LONGEST_LABEL = 48
+_FEW_LINES = 8
+_NO_VALUE, _NOT_FINITE, _SCHEDULE = "0.92", "#d7191c", "0.9"
+
+
+class Label(NamedTuple):
+    """What stands beside the rows of a heat-map."""
+
+    text: str
+    first: int
+    """The first of its rows."""
+    rows: int
+
+
+def check_picture(argument: str, path: str | Path) -> None:
+    """Raise if no picture can be drawn into such a file.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+        ValueError: If matplotlib does not know the format.
+    """
+    _check_matplotlib(argument)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known = FigureCanvasAgg.get_supported_filetypes()
+    is_known = isinstance(path, str | Path) and Path(path).suffix[1:].lower() in known
+    require(argument, "a file name that ends in .png, .pdf or .svg", path, is_known)
+
+
+def _check_matplotlib(argument: str) -> None:
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError(f"{argument} needs matplotlib: pip install 'lightning-lars[plot]'")
+
+
+def plot_trust_ratios(history: TrustRatioHistory, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """Draw a heat-map of the trust ratio, layers over steps, with colours on a logarithmic scale.
+
+    The first layer of the network is at the top. Many layers share labels by the modules that they are in.
+    Grey is where a layer was not adapted, red where its ratio is not finite.
+
+    Args:
+        history: With one record at least.
+        ax: To draw in; None makes a figure.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+        ValueError: If the history has no records.
+    """
+    _check_matplotlib("plot")
+    _check_recorded(history)
+    import numpy as np
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap, LogNorm
+
+    series = history.series("trust_ratio")
+    values = np.array(list(series.values()))
+    if ax is None:
+        ax = _figure(height=_heat_map_height(len(series))).subplots()
+    low, high = _limits(values[np.isfinite(values) & (values > 0)].tolist())
+    colours = colormaps["viridis"].with_extremes(bad="none")
+    edges = _edges(history.steps)
+    rows = np.arange(len(series) + 1)
+    positive = np.ma.masked_where(~(np.isfinite(values) & (values > 0)), values)
+    mesh = ax.pcolormesh(edges, rows, positive, cmap=colours, norm=LogNorm(low, high), rasterized=True)
+    not_finite = np.ma.masked_where(~np.isinf(values), np.ones_like(values))
+    ax.pcolormesh(edges, rows, not_finite, cmap=ListedColormap([_NOT_FINITE]), rasterized=True)
+    ax.set_facecolor(_NO_VALUE)
+    labels = layer_labels(list(series))
+    ax.set_yticks([label.first + label.rows / 2 for label in labels], [label.text for label in labels])
+    ax.tick_params(axis="y", length=0, labelsize=8 if len(labels) > 20 else 9)
+    for label in labels[1:] if len(labels) < len(series) else ():
+        ax.axhline(label.first, color="white", linewidth=0.6)
+    ax.invert_yaxis()
+    ax.set_xlabel("optimizer step")
+    ax.set_title("Trust ratio", loc="left", fontweight="bold", fontsize="medium")
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.colorbar(mesh, ax=ax, pad=0.01, extend="both", extendfrac=0.03, aspect=_bar_aspect(len(series)))
+    return figure, ax
+
+
+def plot_effective_lr(history: TrustRatioHistory, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """Draw a line for each layer, its learning rate times its trust ratio, before that learning rate.
+
+    Args:
+        history: With one record at least.
+        ax: To draw in; None makes a figure.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+        ValueError: If the history has no records.
+    """
+    _check_matplotlib("plot")
+    _check_recorded(history)
+    import numpy as np
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    if ax is None:
+        ax = _figure(height=4).subplots()
+    behind = ax.twinx()
+    behind.set_zorder(ax.get_zorder() - 1)
+    ax.patch.set_visible(False)
+    behind.fill_between(history.steps, history.learning_rates(), color=_SCHEDULE, linewidth=0)
+    behind.set_ylim(bottom=0)
+    behind.tick_params(axis="y", colors="0.5")
+
+    series = history.series("effective_lr")
+    values = np.array(list(series.values()))
+    values[~np.isfinite(values) | (values <= 0)] = np.nan
+    few = len(series) <= _FEW_LINES
+    width, alpha = (1.6, 1.0) if few else (0.8, 0.7)
+    marker = "." if len(history.steps) < 20 else ""
+    # Purple to orange, as yellow does not show on white.
+    share = 0.85 / max(len(series) - 1, 1)
+    for i, layer in enumerate(series):
+        colour = colormaps["plasma"](share * i, alpha)
+        ax.plot(history.steps, values[i], marker=marker, lw=width, color=colour, label=_short(layer))
+    ax.set_yscale("log")
+    if np.isfinite(values).any():
+        # A schedule that ends at zero would take most of a logarithmic scale.
+        ax.set_ylim(bottom=float(np.nanpercentile(values, 2)) / 2)
+    edges = _edges(history.steps)
+    ax.set_xlim(edges[0], edges[-1])
+    ax.set_xlabel("optimizer step")
+    title = "Effective learning rate, which is trust ratio times learning rate (grey, scale on the right)"
+    ax.set_title(title, loc="left", fontweight="bold", fontsize="medium")
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    if few:
+        ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4)
+    else:
+        bar = figure.colorbar(
+            ScalarMappable(Normalize(0, 1 / 0.85), "plasma"), ax=[ax, behind], pad=0.01, aspect=15
+        )
+        bar.ax.set_ylim(0, 1)
+        bar.ax.invert_yaxis()
+        bar.set_ticks([0, 1], labels=["first layer", "last layer"])
+    return figure, ax
+
+
+def plot_history(history: TrustRatioHistory) -> tuple[Figure, list[Axes]]:
+    """Draw heat-map and lines, one below the other.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+        ValueError: If the history has no records.
+    """
+    _check_matplotlib("plot")
+    _check_recorded(history)
+    heights = [_heat_map_height(len(history.series("trust_ratio"))), 3.5]
+    figure = _figure(height=sum(heights))
+    above, below = figure.subplots(2, 1, height_ratios=heights)
+    plot_trust_ratios(history, above)
+    plot_effective_lr(history, below)
+    return figure, [above, below]
+
+
+def save_picture(history: TrustRatioHistory, path: Path) -> None:
+    """Write heat-map and lines to a file, in the format that its suffix tells.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+        OSError: If the file cannot be written.
+        ValueError: If the history has no records, or matplotlib does not know the format.
+    """
+    figure, _ = plot_history(history)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def layer_labels(layers: list[str]) -> list[Label]:
+    """Return labels for rows of layers: every layer's name, or, where they are many, that of their module.
+
+    Example:
+        >>> from lightning_lars.trust_ratio_plot import layer_labels
+        >>> layer_labels(["conv.weight", "head.weight"])
+        [Label(text='conv', first=0, rows=1), Label(text='head', first=1, rows=1)]
+        >>> blocks = [f"blocks.{i}.{part}.weight" for i in range(12) for part in "abcdef"]
+        >>> layer_labels(blocks)[:2]
+        [Label(text='blocks.0', first=0, rows=6), Label(text='blocks.1', first=6, rows=6)]
+    """
+    if all(layer.endswith(".weight") for layer in layers):
+        layers = [layer.removesuffix(".weight") for layer in layers]
+    paths = [layer.split(".") for layer in layers]
+    depths = range(max(map(len, paths)), 0, -1)
+    by_depth = [[(".".join(p), len(list(run))) for p, run in groupby(q[:d] for q in paths)] for d in depths]
+    # One label for all says nothing.
+    telling = [runs for runs in by_depth if 6 * len(runs) >= min(len(layers), _MOST_LABELS)]
+    fitting = [runs for runs in telling if len(runs) <= _MOST_LABELS]
+    runs = fitting[0] if fitting else min(telling, key=len)
+    firsts = accumulate((rows for _, rows in runs), initial=0)
+    labels = [Label(_short(text), first, rows) for (text, rows), first in zip(runs, firsts, strict=False)]
+    return labels[:: math.ceil(len(labels) / _MOST_LABELS)]
+
+
+def _short(name: str) -> str:
+    half = _LONGEST_LABEL // 2
+    return name if len(name) <= _LONGEST_LABEL else f"{name[: half - 1]}…{name[-half:]}"
+
+
+def _check_recorded(history: TrustRatioHistory) -> None:
+    if not history.series("trust_ratio"):
+        raise ValueError(
+            "there is nothing to plot: no step with trust ratios has been recorded. Train for at least "
+            "log_every_n_steps steps first"
+        )
+
+
+def _figure(height: float) -> Figure:
+    # Without pyplot, which would keep every figure, and open windows.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _heat_map_height(layers: int) -> float:
+    return 1.2 + 0.17 * min(max(layers, 8), _MOST_LABELS)
+
+
+def _bar_aspect(layers: int) -> float:
+    # A sixth of an inch wide.
+    return 6 * _heat_map_height(layers)
+
+
+def _limits(values: list[float]) -> tuple[float, float]:
+    """Return where the colours begin and end: a few layers at the zero rule do not take them all."""
+    import numpy as np
+
+    if not values:
+        return 0.1, 1.0
+    low, high = (float(each) for each in np.percentile(values, [1, 99]))
+    return (low, high) if high > 1.5 * low else (low / 1.5, high * 1.5)
+
+
+def _edges(steps: list[int]) -> list[float]:
+    """Return where columns begin and end: each where the one before ended."""
+    first = steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1)
+    return [first, *steps]
