@@ -38,3 +38,18 @@ def test_the_picture_of_the_schedules_is_drawn_by_its_script(tmp_path):
     subprocess.run([sys.executable, script], check=True, capture_output=True)
     drawn, shown = (folder.joinpath("schedules.png").read_bytes() for folder in (tmp_path, ROOT / "docs"))
     assert drawn[:24] == shown[:24]  # a PNG of the same size
+
+
+def test_the_pictures_of_trust_ratios_are_drawn_by_their_script(tmp_path):
+    cases = ["healthy", "learning_rate_of_sgd", "learning_rate_too_large"]
+    script = [sys.executable, ROOT / "docs/plot_trust_ratios.py", "--dataset", "digits", "--epochs", "2"]
+    finished = subprocess.run(
+        [*script, "--folder", tmp_path], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert finished.stdout.count("Test accuracy") == 3
+    assert "LARS needs a larger learning rate than" in finished.stdout
+    for case in cases:
+        drawn, shown = (
+            folder.joinpath(f"trust_ratios_{case}.png").read_bytes() for folder in (tmp_path, ROOT / "docs")
+        )
+        assert drawn[:8] == shown[:8] == b"\x89PNG\r\n\x1a\n"
