@@ -4,6 +4,7 @@ from lightning_lars.batch_size import effective_batch_size
 from lightning_lars.callbacks import (
     BatchSizeScaling,
     ExcludeNormAndBias,
+    GradientNoiseScale,
     LearningRateWarmup,
     ParamGroupSummary,
     PreciseBatchNorm,
@@ -21,6 +22,7 @@ __all__ = [
     "LARS",
     "BatchSizeScaling",
     "ExcludeNormAndBias",
+    "GradientNoiseScale",
     "LargeBatchMixin",
     "LearningRateWarmup",
     "ParamGroupSummary",

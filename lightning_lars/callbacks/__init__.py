@@ -2,6 +2,7 @@
 
 from lightning_lars.callbacks.batch_size_scaling import BatchSizeScaling
 from lightning_lars.callbacks.exclude_norm_and_bias import ExcludeNormAndBias
+from lightning_lars.callbacks.gradient_noise_scale import GradientNoiseScale
 from lightning_lars.callbacks.learning_rate_warmup import LearningRateWarmup
 from lightning_lars.callbacks.param_group_summary import ParamGroupSummary
 from lightning_lars.callbacks.precise_batch_norm import PreciseBatchNorm
@@ -10,6 +11,7 @@ from lightning_lars.callbacks.trust_ratio_monitor import TrustRatioMonitor
 __all__ = [
     "BatchSizeScaling",
     "ExcludeNormAndBias",
+    "GradientNoiseScale",
     "LearningRateWarmup",
     "ParamGroupSummary",
     "PreciseBatchNorm",

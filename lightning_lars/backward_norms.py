@@ -1,0 +1,78 @@
+"""The norm of the gradient of each backward pass, before it is accumulated or averaged over processes."""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lightning_lars.optim.norms import layer_norms
+
+
+class BackwardNorms:
+    """Takes the squared norm of the gradient that each backward pass adds to ``p.grad``, as it arrives.
+
+    Hooks on the parameters see it before it is accumulated, and before DistributedDataParallel averages it.
+    Nothing is kept of it, ``p.grad`` is left alone, and nothing comes to the host.
+
+    Args:
+        params: At least one, leaves of the graph, all on one device. Those that are frozen are left out.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lars.backward_norms import BackwardNorms
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> norms = BackwardNorms([w])
+        >>> for slope in (3.0, 4.0):
+        ...     (slope * w[0]).backward()
+        ...     norms.end_pass()
+        >>> norms.remove()
+        >>> [square.item() for square in norms.squares], norms.accumulated().item()
+        ([9.0, 16.0], 49.0)
+    """
+
+    def __init__(self, params: Iterable[Parameter]) -> None:
+        params = list(params)
+        self._device = params[0].device
+        self._params = [p for p in params if p.requires_grad]
+        self.squares: list[Tensor] = []
+        """0-d, of each pass."""
+        self.in_parts = False
+        """Whether the gradient of a parameter came in several parts, whose norms say nothing of their sum."""
+        self._norms: dict[int, Tensor] = {}
+        self._hooks = [cast(Any, p).register_hook(partial(self._take, i)) for i, p in enumerate(self._params)]
+
+    def end_pass(self) -> None:
+        """Add what came since the last pass as that of one pass."""
+        norms, self._norms = self._norms, {}
+        self.squares.append(self._sum_of_squares(list(norms.values())))
+
+    def accumulated(self) -> Tensor:
+        """Return the squared norm of ``p.grad``, 0-d."""
+        alike: dict[torch.dtype, list[Tensor]] = {}
+        for p in self._params:
+            if p.grad is not None:
+                alike.setdefault(p.grad.dtype, []).append(_values(p.grad))
+        return self._sum_of_squares([layer_norms(grads) for grads in alike.values()])
+
+    def remove(self) -> None:
+        """Leave the parameters as they were."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _take(self, index: int, grad: Tensor) -> None:
+        self.in_parts |= index in self._norms
+        self._norms[index] = layer_norms([_values(grad)])
+
+    def _sum_of_squares(self, norms: Sequence[Tensor]) -> Tensor:
+        # MPS has no double precision.
+        dtype = torch.float32 if self._device.type == "mps" else torch.float64
+        if not norms:
+            return torch.zeros((), device=self._device, dtype=dtype)
+        return torch.cat(list(norms)).to(dtype).square().sum()
+
+
+def _values(grad: Tensor) -> Tensor:
+    return grad.detach().coalesce().values() if grad.is_sparse else grad.detach()

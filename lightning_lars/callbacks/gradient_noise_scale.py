@@ -1,0 +1,283 @@
+"""Measures the critical batch size while training, and says what it means for the batch at hand."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_lars.backward_norms import BackwardNorms
+from lightning_lars.batch_size import check_batch_size, effective_batch_size
+from lightning_lars.callbacks.both_roots import Callback
+from lightning_lars.callbacks.micro_batches import MicroBatches
+from lightning_lars.noise_scale import MovingNoiseScale, NoiseScale, in_words, two_batch_estimates
+from lightning_lars.optim.arguments import is_number, require
+
+
+class GradientNoiseScale(Callback):
+    """Logs the gradient noise scale of McCandlish et al. 2018, an estimate of the critical batch size.
+
+    ::
+
+        B_simple = tr_sigma / squared_gradient
+        steps    = fewest steps   * (1 + B_simple / batch size)
+        samples  = fewest samples * (1 + batch size / B_simple)
+
+    Far below it, twice the batch takes half the steps; far above it, a larger batch hardly saves any. It
+    grows as training goes on. What it means for the batch at hand is said when training ends.
+
+    It is estimated from the gradient of a micro-batch and that of the whole step, by
+    :func:`~lightning_lars.noise_scale.two_batch_estimates`. A micro-batch is what one process sees in one
+    backward pass: with accumulation, under DDP, or with both, a step has several. The loss must be a mean
+    over samples. All that differs between micro-batches is noise: dropout, the statistics of batch
+    normalization, the negatives of contrastive losses.
+
+    Not measured are steps with a gradient that is not finite, with a single micro-batch, or with
+    micro-batches of unequal size. Where batches do not show their size (no tensor has it as its first
+    dimension), all but the last of an epoch are taken to be full. Gradients are those before clipping.
+
+    A step that is measured reads its gradients once more in each backward pass, and once when they are whole;
+    DDP all-reduces three numbers. They come to the host only when Lightning logs.
+
+    Args:
+        every_n_steps: Optimizer steps from one measurement to the next, at least 1.
+        decay: What a measurement keeps of its weight at the next, from 0 to below 1: 0.99 averages over the
+            last hundred or so.
+        batch_size: Samples of a micro-batch. None reads it from the train loader, or, where that does not
+            tell it, from the first batch.
+
+    ================================================  =================================================
+    Key                                               Value
+    ================================================  =================================================
+    ``gradient_noise_scale/B_simple``                 Noise scale, in samples
+    ``gradient_noise_scale/B_simple_standard_error``  Its standard error; takes a drift for noise
+    ``gradient_noise_scale/batch_size_to_B_simple``   Effective batch size / ``B_simple``
+    ``gradient_noise_scale/tr_sigma``                 Trace of the covariance of the gradient of a sample
+    ``gradient_noise_scale/squared_gradient``         Squared norm of the gradient without noise
+    ================================================  =================================================
+
+    ``tr_sigma`` and ``squared_gradient`` are moving averages, ``B_simple`` is their quotient. Where one of
+    them is not above 0, it is lost in the other, and the first three are left out. All are also in
+    ``trainer.callback_metrics``, from the first log on, and when training ends.
+
+    Raises:
+        ValueError: If an argument breaks its rule.
+        MisconfigurationException: At the start of a fit, if a step has a single micro-batch, in manual
+            optimization, or under a strategy that hides the gradient of one process (FSDP,
+            ``ModelParallelStrategy``, DeepSpeed); at the first batch, if no batch size can be found.
+
+    Example:
+        >>> import lightning
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning_lars.callbacks.gradient_noise_scale import GradientNoiseScale
+        >>> quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        >>> quiet |= dict(enable_model_summary=False, accelerator="cpu", devices=1)
+        >>> noise_scale = GradientNoiseScale(every_n_steps=1)
+        >>> trainer = lightning.Trainer(
+        ...     max_steps=16, accumulate_grad_batches=4, callbacks=[noise_scale], **quiet
+        ... )
+        >>> trainer.fit(BoringModel())
+        >>> bool(trainer.callback_metrics["gradient_noise_scale/tr_sigma"] > 0)
+        True
+    """
+
+    def __init__(self, every_n_steps: int = 10, decay: float = 0.99, batch_size: int | None = None) -> None:
+        is_whole = isinstance(every_n_steps, int) and not isinstance(every_n_steps, bool)
+        require("every_n_steps", "a whole number above 0", every_n_steps, is_whole and every_n_steps > 0)
+        require("decay", "in [0, 1)", decay, is_number(decay) and 0 <= decay < 1)
+        if batch_size is not None:
+            check_batch_size("batch_size", batch_size)
+        self.every_n_steps = every_n_steps
+        self.decay = decay
+        self.batch_size = batch_size
+        self._moving = MovingNoiseScale(decay)
+        self._micro_batches = MicroBatches(batch_size)
+        self._norms: BackwardNorms | None = None
+        # Of the batch at hand, and of all in the step.
+        self._is_full = self._all_full = self._had_backward = False
+        self._effective_batch_size: int | None = None
+        self._has_stepped = self._has_news = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            _check(trainer, pl_module)
+            self._moving = MovingNoiseScale(self.decay)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._micro_batches.forget()
+        self._effective_batch_size = None
+        self._has_stepped = self._has_news = False
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._micro_batches.forget()
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._had_backward = False
+        self._is_full = self._is_due(trainer) and self._micro_batches.is_full(trainer, batch)
+
+    @override
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._stop_watching()
+        if self._is_due(trainer):
+            params = dict.fromkeys(p for group in optimizer.param_groups for p in group["params"])
+            self._norms = BackwardNorms(params)
+            self._all_full = True
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._had_backward = True
+        if self._norms is not None:
+            self._norms.end_pass()
+            self._all_full &= self._is_full
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._has_stepped = True
+        norms = self._stop_watching()
+        if norms is None or not norms.squares:
+            return
+        # Where the last batch has no loss, Lightning leaves gradients scaled that it otherwise does not.
+        is_sound = self._all_full and self._had_backward and not norms.in_parts
+        if trainer.world_size == 1 and (len(norms.squares) == 1 or not is_sound):
+            return
+        small, big = _squares(trainer, norms, optimizer)
+        shared = torch.stack([small, big, torch.full_like(small, is_sound)])
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(shared)
+            shared = shared / trainer.world_size
+        # Processes have the same gradient in the end, unless a communication hook does not average it.
+        counts = (shared[2] == 1) & ((shared[1] - big).abs() <= 1e-6 * big)
+        size = self._micro_batches.size
+        big_batch = size * len(norms.squares) * trainer.world_size
+        self._moving.update(*two_batch_estimates(shared[0], shared[1], size, big_batch), counts)
+        self._effective_batch_size = effective_batch_size(trainer, size)
+        self._has_news = True
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        # Lightning asks for logs on every batch that is accumulated for a step; the step is in the last.
+        stepped, self._has_stepped = self._has_stepped, False
+        # Only the connector knows when Lightning logs its own metrics, and only the loop on which x-axis.
+        if stepped and self._has_news and trainer._logger_connector.should_update_logs:
+            self._has_news = False
+            metrics = self._metrics(self._moving.read())
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            _publish(trainer, metrics)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        measured = self._moving.read()
+        if measured is not None and self._effective_batch_size is not None:
+            _publish(trainer, self._metrics(measured))
+            rank_zero_info(f"GradientNoiseScale: {in_words(measured, self._effective_batch_size)}.")
+        elif not cast(Any, trainer).fast_dev_run:
+            rank_zero_warn(
+                f"GradientNoiseScale measured no step. One in every_n_steps={self.every_n_steps} is, if its "
+                "gradients are finite, the same on all processes, and from two or more micro-batches of one "
+                "size. Train for longer, lower every_n_steps, or give the train loader drop_last=True"
+            )
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop_watching()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stop_watching()
+        # Off the device, and still there for a checkpoint.
+        self._moving = MovingNoiseScale(self.decay, self._moving.state())
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"moving": self._moving.state()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._moving = MovingNoiseScale(self.decay, state_dict["moving"])
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        return trainer.global_step % self.every_n_steps == 0
+
+    def _stop_watching(self) -> BackwardNorms | None:
+        norms, self._norms = self._norms, None
+        if norms is not None:
+            norms.remove()
+        return norms
+
+    def _metrics(self, measured: NoiseScale | None) -> dict[str, float]:
+        if measured is None or self._effective_batch_size is None:
+            return {}
+        b_simple = measured.b_simple
+        metrics = {
+            "B_simple": b_simple,
+            "B_simple_standard_error": measured.standard_error,
+            "batch_size_to_B_simple": self._effective_batch_size / b_simple if b_simple else None,
+            "tr_sigma": measured.tr_sigma,
+            "squared_gradient": measured.squared_gradient,
+        }
+        return {f"gradient_noise_scale/{key}": value for key, value in metrics.items() if value is not None}
+
+
+def _squares(trainer: Trainer, norms: BackwardNorms, optimizer: Optimizer) -> tuple[Tensor, Tensor]:
+    """Return the squared norm of the gradient of a micro-batch, on average, and of the step."""
+    # Lightning divides the loss by this, also where an epoch ends before so many batches.
+    divisor = trainer.accumulate_grad_batches
+    small = torch.stack(norms.squares).mean() * divisor**2
+    big = norms.accumulated() * (divisor / len(norms.squares)) ** 2
+    scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None:
+        loss_scale = scaler.scale(torch.ones_like(small))
+        small = small / loss_scale**2
+        # Lightning has unscaled p.grad by now, unless the optimizer does so in its step, as torch's fused do.
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            big = big / loss_scale**2
+    return small, big
+
+
+def _check(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Raise where there are no two gradients to compare."""
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            "GradientNoiseScale cannot know which backward passes belong to a step in manual optimization, "
+            f"got {type(pl_module).__name__} with automatic_optimization=False: measure with automatic "
+            "optimization or leave the callback out"
+        )
+    # By name, as lightning.pytorch and pytorch_lightning have strategies of their own.
+    kinds = {base.__name__ for base in type(trainer.strategy).__mro__}
+    hiding_ddp = {"DeepSpeedStrategy", "XLAStrategy"}
+    if kinds & hiding_ddp or not kinds & {"SingleDeviceStrategy", "DDPStrategy"}:
+        raise MisconfigurationException(
+            "GradientNoiseScale needs the gradient of one process before it is averaged, which "
+            f"{type(trainer.strategy).__name__} hides: measure in a shorter run with strategy='ddp', or on "
+            "one device with accumulate_grad_batches=2 or more, or leave the callback out"
+        )
+    accumulates = trainer.accumulate_grad_batches > 1 or any(
+        # GradientAccumulationScheduler, of either package.
+        each.going_to_accumulate_grad_batches()
+        for each in cast(Any, trainer).callbacks
+        if hasattr(each, "going_to_accumulate_grad_batches")
+    )
+    if trainer.world_size == 1 and not accumulates:
+        raise MisconfigurationException(
+            "GradientNoiseScale compares gradients of two batch sizes, got one process and "
+            "accumulate_grad_batches=1: set accumulate_grad_batches=2, with half the batch size to take the "
+            "same steps, or use strategy='ddp' on several devices"
+        )
+
+
+def _publish(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
