@@ -1,9 +1,9 @@
-"""What ``TrustRatioMonitor`` costs a step of a ResNet-50-sized model, logging every 50 steps and every step.
+"""What ``TrustRatioMonitor`` and ``GradientNoiseScale`` cost a step of a ResNet-50-sized model.
 
-    python -m benchmarks.monitor_overhead
+    python -m benchmarks.callback_overhead
 
-A real Trainer trains; the hooks of the monitor are timed inside it, as the noise of two trainings would hide
-what is a hundredth of either. The model has the layers of ResNet-50, over images of 64 x 64.
+Real Trainers train; what is a hundredth of a step would be lost in the noise between two trainings, and is
+timed within one. The model has the layers of ResNet-50, over images of 64 x 64.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_lars import LARS, TrustRatioMonitor, build_optimizer
+from lightning_lars import LARS, GradientNoiseScale, TrustRatioMonitor, build_optimizer
 
 
 def conv(before: int, width: int, kernel: int, stride: int = 1) -> nn.Sequential:
@@ -112,23 +112,42 @@ class Clock(Callback):
         self.batches.append(time.perf_counter() - self.start)
 
 
-def measure(batch_size: int, steps: int, log_every_n_steps: int) -> tuple[float, float]:
-    """Return the seconds of a step, and of the monitor in it, means over one training."""
-    monitor, clock = Timed(), Clock()
+def train(batch_size: int, steps: int, *callbacks: Callback, **options: Any) -> list[float]:
+    """Return the seconds of every batch."""
+    clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator="auto",
             devices=1,
             max_epochs=1,
-            callbacks=[monitor, clock],
+            callbacks=[*callbacks, clock],
             logger=CSVLogger(folder),
-            log_every_n_steps=log_every_n_steps,
             enable_checkpointing=False,
             enable_model_summary=False,
+            **options,
         )
         trainer.fit(ResNet50(batch_size, steps))
+    return clock.batches
+
+
+def monitor(batch_size: int, steps: int, log_every_n_steps: int) -> tuple[float, float]:
+    """Return the seconds of a step, and of the monitor in it, means over one training."""
+    timed = Timed()
+    batches = train(batch_size, steps, timed, log_every_n_steps=log_every_n_steps)
     # Without the first, which allocates.
-    return statistics.mean(clock.batches[1:]), statistics.mean(monitor.spent[1:])
+    return statistics.mean(batches[1:]), statistics.mean(timed.spent[1:])
+
+
+def noise_scale(batch_size: int, steps: int) -> tuple[float, float]:
+    """Return the seconds of a step, and by how much more one takes that is measured; medians.
+
+    Hooks in the backward pass do the work, which only the whole step shows: every second one is measured.
+    """
+    measure = GradientNoiseScale(every_n_steps=2)
+    batches = train(batch_size, 2 * steps, measure, accumulate_grad_batches=2)
+    of_steps = [first + second for first, second in zip(batches[::2], batches[1::2], strict=True)]
+    measured, plain = statistics.median(of_steps[2::2]), statistics.median(of_steps[1::2])
+    return plain, measured - plain
 
 
 def main() -> None:
@@ -136,15 +155,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch-size", type=int, default=64, help="Images in a step.")
+    parser.add_argument("--batch-size", type=int, default=64, help="Images in a batch.")
     parser.add_argument(
         "--steps", type=int, default=51, help="Steps of each training; the first is not counted."
     )
     arguments = parser.parse_args()
-    table = Table("Logs every ... steps", "Step, ms", "Monitor, ms", "Share")
-    for every in (50, 1):
-        step, monitor = measure(arguments.batch_size, arguments.steps, every)
-        table.add_row(str(every), f"{1e3 * step:.0f}", f"{1e3 * monitor:.2f}", f"{monitor / step:.2%}")
+    size, steps = arguments.batch_size, arguments.steps
+    table = Table("Callback", "Step, ms", "Callback, ms", "Share")
+    for name, (step, callback) in (
+        ("TrustRatioMonitor, logs every 50 steps", monitor(size, steps, 50)),
+        ("TrustRatioMonitor, logs every step", monitor(size, steps, 1)),
+        ("GradientNoiseScale, in a step of 2 batches that it measures", noise_scale(size, steps)),
+    ):
+        table.add_row(name, f"{1e3 * step:.0f}", f"{1e3 * callback:.2f}", f"{callback / step:.2%}")
     Console().print(table)
 
 
