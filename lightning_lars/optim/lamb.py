@@ -13,7 +13,7 @@ from lightning_lars.optim.arguments import (
     is_number,
     require,
 )
-from lightning_lars.optim.kernels.cpu import adam_direction, can_fuse
+from lightning_lars.optim.kernels.cpu import adam_direction, can_fuse, subtract_scaled
 from lightning_lars.optim.layerwise import LayerwiseOptimizer, subtract
 from lightning_lars.optim.norms import Tensors, accumulation_dtype
 from lightning_lars.optim.shards import laid_out_as, local
@@ -146,10 +146,7 @@ class LAMB(LayerwiseOptimizer):
         if group["decoupled_weight_decay"]:
             torch._foreach_mul_(weights, 1 - lr * weight_decay)
             weight_decay = 0.0
-        u = self._adam_direction(params, grads, group)
-        if weight_decay != 0:
-            torch._foreach_add_(u, weights, alpha=weight_decay)
-        return u
+        return self._adam_direction(params, weights, grads, weight_decay, group)
 
     def _trust_ratios(
         self, weight_norm: Tensor, direction_norm: Tensor, lr: float | Tensor, group: Mapping[str, Any]
@@ -172,12 +169,22 @@ class LAMB(LayerwiseOptimizer):
         lr: float | Tensor,
         group: Mapping[str, Any],
     ) -> None:
+        if ratios is not None and group["fused"] is not False and can_fuse(weights, direction):
+            subtract_scaled(weights, direction, ratios.tolist(), lr=float(lr))
+            return
         if ratios is not None:
             torch._foreach_mul_(direction, ratios.unbind())
         subtract(weights, direction, lr)
 
-    def _adam_direction(self, params: list[Tensor], grads: Tensors, group: Mapping[str, Any]) -> Tensors:
-        """Advance ``m`` and ``v``, return ``m_hat / (sqrt(v_hat) + eps)``, a new tensor for each layer."""
+    def _adam_direction(
+        self,
+        params: list[Tensor],
+        weights: list[Tensor],
+        grads: Tensors,
+        weight_decay: float,
+        group: Mapping[str, Any],
+    ) -> Tensors:
+        """Advance ``m`` and ``v``, return ``m_hat / (sqrt(v_hat) + eps) + weight_decay * w``, new tensors."""
         states = [self.state[p] for p in params]
         for p, state, g in zip(params, states, grads, strict=True):
             if "exp_avg" not in state:
@@ -191,8 +198,12 @@ class LAMB(LayerwiseOptimizer):
 
         torch._foreach_add_(t, 1.0)
         is_adam = group["bias_correction"] and group["grad_averaging"]
-        if is_adam and group["fused"] is not False and can_fuse(grads, m, v):
-            return adam_direction(grads, m, v, t, betas=(beta1, beta2), eps=group["eps"])
+        if is_adam and group["fused"] is not False and can_fuse(weights, grads, m, v):
+            u = self._scratch.like(grads)
+            adam_direction(
+                weights, grads, m, v, t, u, betas=(beta1, beta2), eps=group["eps"], weight_decay=weight_decay
+            )
+            return u
         torch._foreach_mul_(m, beta1)
         torch._foreach_add_(m, grads, alpha=1 - beta1 if group["grad_averaging"] else 1.0)
         torch._foreach_mul_(v, beta2)
@@ -208,6 +219,8 @@ class LAMB(LayerwiseOptimizer):
         u = torch._foreach_div(m, denominator)
         if group["bias_correction"]:
             torch._foreach_div_(u, correction1.unbind())
+        if weight_decay != 0:
+            torch._foreach_add_(u, weights, alpha=weight_decay)
         return u
 
 

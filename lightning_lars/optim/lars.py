@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lars.optim.arguments import check_non_negative, is_number, require
-from lightning_lars.optim.kernels.cpu import SMALLEST_SCALE, adapted_sgd, can_fuse
+from lightning_lars.optim.kernels.cpu import SMALLEST_SCALE, adapted_sgd, are_small, can_fuse, sgd
 from lightning_lars.optim.layerwise import LayerwiseOptimizer, subtract
 from lightning_lars.optim.norms import Tensors
 from lightning_lars.optim.shards import laid_out_as, local
@@ -59,8 +59,8 @@ class LARS(LayerwiseOptimizer):
         max_grad_norm: Bound, above 0, on the norm over all gradients of all groups. Gradients that are
             not finite do not count.
         maximize: Whether to climb instead of descend.
-        fused: None takes torch's fused kernels on the CPU where they can do the step (contiguous layers,
-            ``denominator="gradient"``, momentum without nesterov), False never.
+        fused: None takes torch's fused kernels on the CPU where they can do the step (contiguous float32 or
+            half-precision layers, any ``denominator`` but "momentum"), False never.
 
     Raises:
         ValueError: If an argument, here or in a group, breaks its rule.
@@ -183,24 +183,30 @@ class LARS(LayerwiseOptimizer):
         lr: float | Tensor,
         group: Mapping[str, Any],
     ) -> None:
-        if ratios is not None and self._descend_fused(params, weights, direction, ratios, lr, group):
+        u, weight_decay = direction, _decay(group)
+        is_fused = group["fused"] is not False and can_fuse(weights, u)
+        if ratios is None and is_fused and not group["lr_in_momentum"]:
+            if self._descend_by_kernel(params, weights, u, lr, weight_decay, group):
+                return
+        if ratios is not None and is_fused and self._scale_in_kernel(params, weights, u, ratios, lr, group):
             return
-        u = direction
         if ratios is None or group["denominator"] == "gradient":
             u = _decayed(u, weights, group)
         if ratios is not None:
             if group["denominator"] == "momentum":
                 subtract(weights, torch._foreach_mul(u, ratios.unbind()), lr)
                 return
-            if _decay(group) == 0:  # u are the gradients, which are read-only
+            if weight_decay == 0:  # u are the gradients, which are read-only
                 u = torch._foreach_mul(u, ratios.unbind())
             else:
                 torch._foreach_mul_(u, ratios.unbind())
         if group["lr_in_momentum"]:
             u, lr = torch._foreach_mul(u, lr), 1.0
+        if is_fused and self._descend_by_kernel(params, weights, u, lr, 0.0, group):
+            return
         subtract(weights, self._momentum(params, u, group), lr)
 
-    def _descend_fused(
+    def _scale_in_kernel(
         self,
         params: list[Tensor],
         weights: list[Tensor],
@@ -209,39 +215,63 @@ class LARS(LayerwiseOptimizer):
         lr: float | Tensor,
         group: Mapping[str, Any],
     ) -> bool:
-        """Move the weights by one kernel for each layer; return whether there is one for these."""
-        if group["fused"] is False or group["denominator"] != "gradient" or group["nesterov"]:
+        """Move the weights by a kernel for each layer that scales, too; return whether that can be done."""
+        if group["denominator"] != "gradient" or group["nesterov"] or are_small(weights):
             return False
-        if group["momentum"] == 0 or not can_fuse(weights, grads):
-            return False
+        momentum = group["momentum"]
         states = [self.state[p] for p in params]
         has_v = [state.get("momentum_buffer") is not None for state in states]
-        if not can_fuse(
-            weights, [local(s["momentum_buffer"]) for s, has in zip(states, has_v, strict=True) if has]
-        ):
-            return False
         scales = [
             (1 - group["dampening"]) * ratio if has else ratio
             for ratio, has in zip(ratios.tolist(), has_v, strict=True)
         ]
         if not all(scale > SMALLEST_SCALE for scale in scales):
             return False
-        for p, state, has, g in zip(params, states, has_v, grads, strict=True):
-            if not has:  # v = u at the first step
-                state["momentum_buffer"] = laid_out_as(p, torch.zeros_like(g))
+        v = self._zero_buffers(params, grads) if momentum else []
+        if not can_fuse(v):
+            return False
         lr = float(lr)
         if group["lr_in_momentum"]:
             scales, lr = [scale * lr for scale in scales], 1.0
-        adapted_sgd(
+        adapted_sgd(weights, grads, v, scales, lr=lr, momentum=momentum, weight_decay=_decay(group))
+        return True
+
+    def _descend_by_kernel(
+        self,
+        params: list[Tensor],
+        weights: list[Tensor],
+        u: Tensors,
+        lr: float | Tensor,
+        weight_decay: float,
+        group: Mapping[str, Any],
+    ) -> bool:
+        """Advance ``v`` and move the weights by one kernel for all; return whether that can be done."""
+        dampening = group["dampening"]
+        if group["momentum"] and dampening:
+            if any(self.state[p].get("momentum_buffer") is None for p in params):
+                return False  # their v is u, undamped
+        v = self._zero_buffers(params, u) if group["momentum"] else []
+        if not can_fuse(u, v):
+            return False
+        sgd(
             weights,
-            grads,
-            [local(state["momentum_buffer"]) for state in states],
-            scales,
-            lr=lr,
+            u,
+            v,
+            lr=float(lr),
             momentum=group["momentum"],
-            weight_decay=_decay(group),
+            weight_decay=weight_decay,
+            dampening=dampening,
+            nesterov=group["nesterov"],
         )
         return True
+
+    def _zero_buffers(self, params: list[Tensor], like: Tensors) -> list[Tensor]:
+        """Return ``v`` of each layer, 0 where there is none yet: the first step makes ``u`` of it."""
+        for p, tensor in zip(params, like, strict=True):
+            state = self.state[p]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = laid_out_as(p, torch.zeros_like(tensor))
+        return [local(self.state[p]["momentum_buffer"]) for p in params]
 
     def _momentum(self, params: list[Tensor], u: Tensors, group: Mapping[str, Any]) -> Tensors:
         """Advance ``v`` and return the direction: ``u + momentum * v`` if nesterov else ``v``."""

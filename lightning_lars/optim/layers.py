@@ -12,7 +12,7 @@ from lightning_lars.optim.shards import Shard, local, local_gradient
 # How many elements are worked on at once. Their updates exist at the same time, for weights of half precision
 # beside a float32 copy: 256 MiB of scratch for four tensors of this size.
 # On the CPU less, which its cache holds better.
-_ELEMENTS_AT_ONCE, _ELEMENTS_AT_ONCE_ON_CPU = 2**24, 2**22
+_ELEMENTS_AT_ONCE, _ELEMENTS_AT_ONCE_ON_CPU = 2**24, 2**21
 
 Shards = Mapping[Tensor, Shard | None]
 """For each parameter, where the rest of it is; None for one that no strategy has laid out."""
@@ -43,7 +43,8 @@ def sort_layers(group: dict[str, Any], shards: Shards, name: Callable[[Tensor], 
     Raises:
         RuntimeError: If a gradient is sparse.
     """
-    buckets: dict[tuple[torch.device, torch.dtype, bool, int], Layers] = {}
+    buckets: list[Layers] = []
+    latest: dict[tuple[torch.device, torch.dtype, bool], Layers] = {}
     elements: dict[tuple[torch.device, torch.dtype, bool], int] = {}
     for p in group["params"]:
         if p.grad is None:
@@ -58,14 +59,17 @@ def sort_layers(group: dict[str, Any], shards: Shards, name: Callable[[Tensor], 
         if shard is not None:
             part, grad, is_divided = local(p), local_gradient(p), len(shard.groups) > 0
         kind = (part.device, part.dtype, is_divided)
-        elements[kind] = elements.get(kind, 0) + part.numel()
         at_once = _ELEMENTS_AT_ONCE_ON_CPU if part.device.type == "cpu" else _ELEMENTS_AT_ONCE
-        bucket = (*kind, elements[kind] // at_once)
-        layers = buckets.setdefault(bucket, Layers(group, [], [], [], is_divided))
+        elements[kind] = elements.get(kind, 0) + part.numel()
+        if kind not in latest or elements[kind] > at_once:
+            latest[kind] = Layers(group, [], [], [], is_divided)
+            elements[kind] = part.numel()
+            buckets.append(latest[kind])
+        layers = latest[kind]
         layers.params.append(p)
         layers.parts.append(part)
         layers.grads.append(grad)
-    return buckets.values()
+    return buckets
 
 
 def norm_of_all(

@@ -29,6 +29,7 @@ from lightning_lars.optim.layers import (
 from lightning_lars.optim.norms import Tensors, layer_norms
 from lightning_lars.optim.parameters import check_params, named_params
 from lightning_lars.optim.partitions import check_not_partitioned, check_sees_all_gradients, given_shapes
+from lightning_lars.optim.scratch import Scratch
 from lightning_lars.optim.shards import Shard, find_shards
 from lightning_lars.optim.trust_ratio import TrustRatios
 
@@ -49,6 +50,9 @@ class LayerwiseOptimizer(Optimizer, ABC):
     # For the layers of the last step that moved together: themselves and their ratios.
     _last_trust_ratios: list[tuple[list[Tensor], TrustRatios]]
 
+    # What the directions of layers are kept in until they have moved.
+    _scratch: Scratch
+
     # The parameters that have been looked at; None for those that no strategy has laid out.
     _shards: dict[Tensor, Shard | None]
     _given_shapes: set[tuple[int, ...] | None]
@@ -56,6 +60,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         self._last_trust_ratios = []
         self._shards, self._given_shapes = {}, set()
+        self._scratch = Scratch()
         if isinstance(params, Mapping) or not isinstance(params, Iterable):
             raise TypeError(
                 f"params must be an iterable of parameters, named parameters or groups, got {params!r}: "
@@ -156,8 +161,10 @@ class LayerwiseOptimizer(Optimizer, ABC):
                 self._finish(moving, None)
             elif layers.are_divided:
                 divided.append(moving)
+                self._scratch.hand_over()
             else:
                 self._finish(moving, (layer_norms(moving.weights), layer_norms(moving.direction)))
+        self._scratch.shrink()
         self._finish_divided(divided)
         return loss
 
@@ -165,8 +172,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
         group, params, parts, grads, _ = layers
         # Half precision is only how a weight is stored: all arithmetic is in at least float32.
         dtype = torch.promote_types(params[0].dtype, torch.float32)
-        weights = [part.to(dtype) for part in parts]
-        gradients: Tensors = [grad.to(dtype) for grad in grads]
+        weights, gradients = in_dtype(parts, dtype), in_dtype(grads, dtype)
         if group["maximize"]:
             gradients = torch._foreach_neg(gradients)
         if gradient_scale is not None:
@@ -271,6 +277,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
         super().__setstate__(state)
         self._last_trust_ratios = []
         self._shards = {}
+        self._scratch = Scratch()
         if "_given_shapes" not in self.__dict__:  # a copy, not an optimizer that loads a state dict
             self._given_shapes = given_shapes(_params(self.param_groups))
 
@@ -324,6 +331,11 @@ class LayerwiseOptimizer(Optimizer, ABC):
 
 def _params(groups: Iterable[Mapping[str, Any]]) -> Iterable[Tensor]:
     return chain.from_iterable(group["params"] for group in groups)
+
+
+def in_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return the tensors in a dtype, themselves where they have it."""
+    return [tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]
 
 
 def subtract(weights: list[Tensor], direction: Tensors, lr: float | Tensor) -> None:

@@ -40,6 +40,10 @@ def layer_norms(tensors: Tensors) -> Tensor:
     if not long:
         return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
     norms = {i: _norm_in_blocks(tensors[i]) for i in long}
+    low, high = torch.stack(list(norms.values())).aminmax()
+    if not _SQUARE_FITS[0] < low.item() <= high.item() < _SQUARE_FITS[1]:
+        # Squares of such numbers are beyond float32.
+        norms = {i: torch.linalg.vector_norm(tensors[i], dtype=torch.float64) for i in long}
     short = [i for i, tensor in enumerate(tensors) if tensor.numel() < _LONG]
     if short:
         of_short = torch._foreach_norm([tensors[i] for i in short], 2, dtype=dtype)
@@ -52,19 +56,25 @@ def _norm_in_blocks(tensor: Tensor) -> Tensor:
 
     As exact as float64 throughout, to float32's last digit, and as fast as float32.
     """
-    # In the order of memory, which is no matter to a norm, and needs no copy where there are no gaps.
-    strides = tensor.stride()
-    flat = tensor.permute(sorted(range(tensor.ndim), key=lambda d: -strides[d])).reshape(-1)
+    flat = _flat(tensor)
     in_blocks = flat.numel() // _BLOCK * _BLOCK
-    blocks, rest = flat[:in_blocks], flat[in_blocks:]
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    of_blocks = torch.linalg.vector_norm(blocks.view(-1, _BLOCK), dim=1, dtype=dtype)
-    of_rest = torch.linalg.vector_norm(rest, dtype=dtype)
-    norm: Tensor = torch.linalg.vector_norm(torch.cat([of_blocks, of_rest[None]]), dtype=torch.float64)
-    if not _SQUARE_FITS[0] < norm.item() < _SQUARE_FITS[1]:
-        # Squares of such numbers are beyond float32.
-        norm = torch.linalg.vector_norm(flat, dtype=torch.float64)
+    parts = torch.linalg.vector_norm(flat[:in_blocks].view(-1, _BLOCK), dim=1, dtype=dtype)
+    if in_blocks < flat.numel():
+        parts = torch.cat([parts, torch.linalg.vector_norm(flat[in_blocks:], dtype=dtype)[None]])
+    norm: Tensor = torch.linalg.vector_norm(parts, dtype=torch.float64)
     return norm
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Return the elements in the order of memory, which is no matter to a norm.
+
+    That needs no copy where there are no gaps.
+    """
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    strides = tensor.stride()
+    return tensor.permute(sorted(range(tensor.ndim), key=lambda d: -strides[d])).reshape(-1)
 
 
 def whole_norms(parts: Sequence[Tensor | None], shards: Sequence[Shard]) -> list[Tensor]:

@@ -17,7 +17,8 @@ def groups(params):
     """An adapted and an excluded group of (name, parameter) pairs."""
     adapted = [(name, p) for name, p in params.items() if name not in EXCLUDED]
     excluded = [(name, p) for name, p in params.items() if name in EXCLUDED]
-    return [{"params": adapted}, {"params": excluded, "layer_adaptation": False, "weight_decay": 0.0}]
+    apart = {"params": excluded, "layer_adaptation": False, "weight_decay": 0.0}
+    return [{"params": adapted}, apart] if excluded else [{"params": adapted}]
 
 
 def give_gradients(params, step):

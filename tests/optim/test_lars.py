@@ -16,12 +16,12 @@ SGD_OPTIONS = [
 ]
 
 
-def beside_sgd(options, dtype, lr):
+def beside_sgd(options, dtype, lr, fused):
     """Step LARS without adaptation and SGD; yield the parameters and states of both after each step."""
     params, other = layers(dtype), layers(dtype)
     options = {"lr": lr, "momentum": 0.9, **options}
-    lars = LARS([{"params": list(params.items()), "layer_adaptation": False}], **options)
-    sgd = torch.optim.SGD(other.items(), **options)
+    lars = LARS([{"params": list(params.items()), "layer_adaptation": False}], **options, fused=fused)
+    sgd = torch.optim.SGD(other.items(), **options, fused=fused is None)
     for step in range(4):
         walk(lars, range(step, step + 1))
         walk(sgd, range(step, step + 1))
@@ -32,16 +32,20 @@ def beside_sgd(options, dtype, lr):
 
 
 @pytest.mark.parametrize("options", SGD_OPTIONS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_without_layer_adaptation_lars_is_sgd_bit_for_bit(options, dtype):
-    for lars, sgd in beside_sgd(options, dtype, lr=0.1):
+@pytest.mark.parametrize(
+    ("dtype", "fused"), [(torch.float64, False), (torch.float32, False), (torch.float32, None)], ids=str
+)
+def test_without_layer_adaptation_lars_is_sgd_bit_for_bit(options, dtype, fused):
+    for lars, sgd in beside_sgd(options, dtype, lr=0.1, fused=fused):
         torch.testing.assert_close(lars, sgd, rtol=0.0, atol=0.0)
 
 
 @pytest.mark.parametrize("options", SGD_OPTIONS, ids=str)
 def test_without_layer_adaptation_lars_is_sgd_up_to_rounding_under_a_tensor_lr(options):
     """SGD reads the tensor back to the host and multiplies inside of the addition; LARS cannot."""
-    for lars, sgd in beside_sgd(options, torch.float64, lr=torch.tensor(0.1, dtype=torch.float64)):
+    for lars, sgd in beside_sgd(
+        options, torch.float64, lr=torch.tensor(0.1, dtype=torch.float64), fused=False
+    ):
         torch.testing.assert_close(lars, sgd, rtol=1e-14, atol=1e-15)
 
 

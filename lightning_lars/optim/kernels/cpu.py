@@ -14,16 +14,25 @@ SMALLEST_SCALE = 1e-8
 """Below, ``1 - (1 - scale)`` has lost more digits than float32 has."""
 
 
+SMALL = 4096
+"""Elements of a layer below which the call of a kernel takes longer than its work."""
+
+
+def are_small(layers: Tensors) -> bool:
+    """Tell whether the layers are so small that they had better share a call."""
+    return sum(layer.numel() for layer in layers) < SMALL * len(layers)
+
+
 def can_fuse(*layers: Tensors) -> bool:
     """Tell whether torch's kernels can work on these lists of tensors, which correspond to each other."""
     if torch.compiler.is_compiling():
         return False
     # The kernels go through memory without regard to strides. float64 is for those who want every digit.
     return all(
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.device.type == "cpu"
-        and tensor.dtype == torch.float32
+        tensor.is_cpu
+        and tensor.dtype is torch.float32
         and tensor.is_contiguous()
+        and type(tensor) in (Tensor, torch.nn.Parameter)
         for tensors in layers
         for tensor in tensors
     )
@@ -41,42 +50,92 @@ def adapted_sgd(
 ) -> None:
     """Apply ``v = momentum * v + scale * (g + weight_decay * w); w = w - lr * v`` in place, layer by layer.
 
-    This is SGD whose ``dampening`` is ``1 - scale``.
+    This is SGD whose ``dampening`` is ``1 - scale``, and without momentum, whose learning rate is
+    ``lr * scale``.
     """
-    for layer, g, of_layer, scale in zip(weights, grads, v, scales, strict=True):
+    for i, (layer, g, scale) in enumerate(zip(weights, grads, scales, strict=True)):
         torch._fused_sgd_(
             [layer],
             [g],
-            [of_layer],
+            [v[i]] if momentum else [],
             weight_decay=weight_decay,
             momentum=momentum,
-            lr=lr,
-            dampening=1 - scale,
+            lr=lr if momentum else lr * scale,
+            dampening=1 - scale if momentum else 0.0,
             nesterov=False,
             maximize=False,
             is_first_step=False,
         )
 
 
-def adam_direction(
-    grads: Tensors, m: Tensors, v: Tensors, steps: Tensors, *, betas: tuple[float, float], eps: float
-) -> list[Tensor]:
-    """Advance ``m`` and ``v`` in place and return ``m_hat / (sqrt(v_hat) + eps)``.
+def sgd(
+    weights: Tensors,
+    u: Tensors,
+    v: Tensors,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    dampening: float,
+    nesterov: bool,
+) -> None:
+    """Apply SGD in place, with ``u`` for the gradients.
 
-    This is where weights that are zero end, after a step of Adam with ``lr=-1``.
+    ::
+
+        u = u + weight_decay * w
+        v = momentum * v + (1 - dampening) * u
+        w = w - lr * (u + momentum * v  if nesterov else  v)
+    """
+    torch._fused_sgd_(
+        list(weights),
+        list(u),
+        list(v),
+        weight_decay=weight_decay,
+        momentum=momentum,
+        lr=lr,
+        dampening=dampening,
+        nesterov=nesterov,
+        maximize=False,
+        is_first_step=False,
+    )
+
+
+def adam_direction(
+    weights: Tensors,
+    grads: Tensors,
+    m: Tensors,
+    v: Tensors,
+    steps: Tensors,
+    u: Tensors,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Advance ``m`` and ``v`` in place and write ``u = m_hat / (sqrt(v_hat) + eps) + weight_decay * w``.
+
+    This is where ``weight_decay * w`` ends after a step of Adam with ``lr=-1``.
 
     Args:
+        weights: ``w`` of each layer, only read.
         grads: ``g`` of each layer.
         m: First moment of each layer.
         v: Second moment of each layer.
         steps: 0-d, the number of this step for each layer, from 1.
+        u: Where the direction of each layer is written.
         betas: Decay of ``m`` and ``v``.
         eps: Added to the denominator.
+        weight_decay: Decay of the weights.
     """
-    u = [torch.zeros_like(g) for g in grads]
+    if weight_decay == 0:  # 0 * w is not 0 where w is not finite
+        torch._foreach_zero_(list(u))
+    else:
+        for w, of_layer in zip(weights, u, strict=True):
+            torch.mul(w, weight_decay, out=of_layer)
     beta1, beta2 = betas
     torch._fused_adam_(
-        u,
+        list(u),
         list(grads),
         list(m),
         list(v),
@@ -90,4 +149,9 @@ def adam_direction(
         amsgrad=False,
         maximize=False,
     )
-    return u
+
+
+def subtract_scaled(weights: Tensors, u: Tensors, scales: Sequence[float], *, lr: float) -> None:
+    """Apply ``w = w - lr * scale * u`` in place, in one pass over each layer."""
+    for w, of_layer, scale in zip(weights, u, scales, strict=True):
+        w.add_(of_layer, alpha=-lr * scale)
