@@ -1,8 +1,8 @@
 """LAMB: layer-wise adaptive moments (You et al. 2019, arXiv:1904.00962)."""
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeGuard
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from lightning_lars.optim.arguments import (
     is_number,
     require,
 )
-from lightning_lars.optim.kernels.cpu import adam_direction, can_fuse, subtract_scaled
+from lightning_lars.optim.kernels.cpu import adam_direction, subtract_scaled
+from lightning_lars.optim.kernels.layer_table import LayerTable
+from lightning_lars.optim.layers import Layers
 from lightning_lars.optim.layerwise import LayerwiseOptimizer, subtract
 from lightning_lars.optim.norms import Tensors, accumulation_dtype
 from lightning_lars.optim.shards import laid_out_as, local
@@ -135,18 +137,37 @@ class LAMB(LayerwiseOptimizer):
         require("trust_clip", rule, trust_clip, holds)
 
     def _direction(
-        self,
-        params: list[Tensor],
-        weights: list[Tensor],
-        grads: Tensors,
-        lr: float | Tensor,
-        group: Mapping[str, Any],
+        self, layers: Layers, weights: list[Tensor], grads: Tensors, lr: float | Tensor
     ) -> Tensors:
-        weight_decay = group["weight_decay"]
+        group = layers.group
+        weight_decay, (beta1, beta2) = group["weight_decay"], group["betas"]
         if group["decoupled_weight_decay"]:
             torch._foreach_mul_(weights, 1 - lr * weight_decay)
             weight_decay = 0.0
-        return self._adam_direction(params, weights, grads, weight_decay, group)
+        t, m, v = self._next_moments(layers)
+        if layers.are_fused:
+            u: Tensors = self._scratch.like(grads)
+            eps = group["eps"]
+            adam_direction(
+                weights, grads, m, v, t, u, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay
+            )
+            return u
+        torch._foreach_mul_(m, beta1)
+        torch._foreach_add_(m, grads, alpha=1 - beta1 if group["grad_averaging"] else 1.0)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, grads, grads, value=1 - beta2)
+
+        denominator = torch._foreach_sqrt(v)
+        if group["bias_correction"]:
+            correction1, correction2 = _corrections(t, group["betas"], accumulation_dtype(grads[0]))
+            torch._foreach_div_(denominator, correction2.unbind())
+        torch._foreach_add_(denominator, group["eps"])
+        u = torch._foreach_div(m, denominator)
+        if group["bias_correction"]:
+            torch._foreach_div_(u, correction1.unbind())
+        if weight_decay != 0:
+            torch._foreach_add_(u, weights, alpha=weight_decay)
+        return u
 
     def _trust_ratios(
         self, weight_norm: Tensor, direction_norm: Tensor, lr: float | Tensor, group: Mapping[str, Any]
@@ -162,66 +183,94 @@ class LAMB(LayerwiseOptimizer):
 
     def _descend(
         self,
-        params: list[Tensor],
+        layers: Layers,
         weights: list[Tensor],
         direction: Tensors,
         ratios: Tensor | None,
         lr: float | Tensor,
-        group: Mapping[str, Any],
     ) -> None:
-        if ratios is not None and group["fused"] is not False and can_fuse(weights, direction):
+        if ratios is not None and layers.are_fused:
             subtract_scaled(weights, direction, ratios.tolist(), lr=float(lr))
             return
         if ratios is not None:
             torch._foreach_mul_(direction, ratios.unbind())
         subtract(weights, direction, lr)
 
-    def _adam_direction(
-        self,
-        params: list[Tensor],
-        weights: list[Tensor],
-        grads: Tensors,
-        weight_decay: float,
-        group: Mapping[str, Any],
-    ) -> Tensors:
-        """Advance ``m`` and ``v``, return ``m_hat / (sqrt(v_hat) + eps) + weight_decay * w``, new tensors."""
-        states = [self.state[p] for p in params]
-        for p, state, g in zip(params, states, grads, strict=True):
+    def _next_moments(self, layers: Layers) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return the number of this step and the moments before it."""
+        states = [self.state[p] for p in layers.params]
+        for p, part, state in zip(layers.params, layers.parts, states, strict=True):
             if "exp_avg" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=g.device)
-                state["exp_avg"] = laid_out_as(p, torch.zeros_like(g))
-                state["exp_avg_sq"] = laid_out_as(p, torch.zeros_like(g))
+                dtype = torch.promote_types(part.dtype, torch.float32)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
+                state["exp_avg"] = laid_out_as(p, torch.zeros_like(part, dtype=dtype))
+                state["exp_avg_sq"] = laid_out_as(p, torch.zeros_like(part, dtype=dtype))
         t = [state["step"] for state in states]
-        m = [local(state["exp_avg"]) for state in states]
-        v = [local(state["exp_avg_sq"]) for state in states]
-        beta1, beta2 = group["betas"]
-
         torch._foreach_add_(t, 1.0)
-        is_adam = group["bias_correction"] and group["grad_averaging"]
-        if is_adam and group["fused"] is not False and can_fuse(weights, grads, m, v):
-            u = self._scratch.like(grads)
-            adam_direction(
-                weights, grads, m, v, t, u, betas=(beta1, beta2), eps=group["eps"], weight_decay=weight_decay
-            )
-            return u
-        torch._foreach_mul_(m, beta1)
-        torch._foreach_add_(m, grads, alpha=1 - beta1 if group["grad_averaging"] else 1.0)
-        torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, grads, grads, value=1 - beta2)
+        m = [local(state["exp_avg"]) for state in states]
+        return t, m, [local(state["exp_avg_sq"]) for state in states]
 
-        denominator = torch._foreach_sqrt(v)
-        if group["bias_correction"]:
-            steps = torch.stack(t).to(accumulation_dtype(grads[0]))
-            correction1 = _one_minus_power(beta1, steps)
-            correction2 = _one_minus_power(beta2, steps)
-            torch._foreach_div_(denominator, correction2.sqrt().unbind())
-        torch._foreach_add_(denominator, group["eps"])
-        u = torch._foreach_div(m, denominator)
-        if group["bias_correction"]:
-            torch._foreach_div_(u, correction1.unbind())
-        if weight_decay != 0:
-            torch._foreach_add_(u, weights, alpha=weight_decay)
-        return u
+    def _why_no_cpu_kernel(self, group: Mapping[str, Any]) -> str | None:
+        if not (group["bias_correction"] and group["grad_averaging"]):
+            return "torch's kernel on the CPU needs bias_correction=True and grad_averaging=True"
+        return None
+
+    def _measure_in_triton(
+        self, layers: Layers, gradient_scale: Tensor | None, lr: Tensor
+    ) -> tuple[LayerTable, tuple[Tensor, Tensor] | None]:
+        t, m, v = self._next_moments(layers)
+        table = self._tables.table((layers.parts, layers.grads, m, v, t))
+        if not layers.group["layer_adaptation"]:
+            return table, None
+        return table, self._in_triton("measure", layers, table, None, gradient_scale, lr)
+
+    def _descend_in_triton(
+        self,
+        layers: Layers,
+        table: LayerTable,
+        ratios: Tensor | None,
+        gradient_scale: Tensor | None,
+        lr: Tensor,
+    ) -> None:
+        self._in_triton("descend", layers, table, ratios, gradient_scale, lr)
+
+    def _in_triton(
+        self,
+        task: Literal["measure", "descend"],
+        layers: Layers,
+        table: LayerTable,
+        ratios: Tensor | None,
+        gradient_scale: Tensor | None,
+        lr: Tensor,
+    ) -> tuple[Tensor, Tensor] | None:
+        from lightning_lars.optim.kernels.triton_lamb import lamb
+
+        group = layers.group
+        beta1, beta2 = group["betas"]
+        return lamb(
+            table,
+            layers.parts[0].dtype,
+            advances=task == "measure" or ratios is None,
+            measures=task == "measure",
+            ratios=ratios,
+            lr=lr,
+            gradient_scale=gradient_scale,
+            betas=(float(beta1), float(beta2)),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+            bias_correction=group["bias_correction"],
+            grad_averaging=group["grad_averaging"],
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+            maximize=group["maximize"],
+        )
+
+
+def _corrections(
+    t: Sequence[Tensor], betas: tuple[float, float], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return ``1 - beta1 ** t`` and ``sqrt(1 - beta2 ** t)`` of each layer."""
+    steps = torch.stack(list(t)).to(dtype)
+    return _one_minus_power(betas[0], steps), _one_minus_power(betas[1], steps).sqrt()
 
 
 def _one_minus_power(beta: float, steps: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_lars.optim.arguments import check_non_negative, is_number, require
-from lightning_lars.optim.kernels.cpu import SMALLEST_SCALE, adapted_sgd, are_small, can_fuse, sgd
+from lightning_lars.optim.kernels.cpu import SMALLEST_SCALE, adapted_sgd, are_small, sgd
+from lightning_lars.optim.kernels.layer_table import LayerTable
+from lightning_lars.optim.layers import Layers
 from lightning_lars.optim.layerwise import LayerwiseOptimizer, subtract
 from lightning_lars.optim.norms import Tensors
 from lightning_lars.optim.shards import laid_out_as, local
@@ -144,19 +146,15 @@ class LARS(LayerwiseOptimizer):
             require("lr_in_momentum", rule, lr_in_momentum, not lr_in_momentum)
 
     def _direction(
-        self,
-        params: list[Tensor],
-        weights: list[Tensor],
-        grads: Tensors,
-        lr: float | Tensor,
-        group: Mapping[str, Any],
+        self, layers: Layers, weights: list[Tensor], grads: Tensors, lr: float | Tensor
     ) -> Tensors:
+        group = layers.group
         if group["decoupled_weight_decay"]:
             torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         if group["denominator"] == "gradient" or not group["layer_adaptation"]:
             return grads
         u = _decayed(grads, weights, group)
-        return self._momentum(params, u, group) if group["denominator"] == "momentum" else u
+        return self._momentum(layers.params, u, group) if group["denominator"] == "momentum" else u
 
     def _trust_ratios(
         self, weight_norm: Tensor, direction_norm: Tensor, lr: float | Tensor, group: Mapping[str, Any]
@@ -176,102 +174,147 @@ class LARS(LayerwiseOptimizer):
 
     def _descend(
         self,
-        params: list[Tensor],
+        layers: Layers,
         weights: list[Tensor],
         direction: Tensors,
         ratios: Tensor | None,
         lr: float | Tensor,
-        group: Mapping[str, Any],
     ) -> None:
-        u, weight_decay = direction, _decay(group)
-        is_fused = group["fused"] is not False and can_fuse(weights, u)
-        if ratios is None and is_fused and not group["lr_in_momentum"]:
-            if self._descend_by_kernel(params, weights, u, lr, weight_decay, group):
-                return
-        if ratios is not None and is_fused and self._scale_in_kernel(params, weights, u, ratios, lr, group):
+        u, group = direction, layers.group
+        if ratios is not None and group["denominator"] == "momentum":
+            subtract(weights, torch._foreach_mul(u, ratios.unbind()), lr)
             return
+        if layers.are_fused:
+            if ratios is None and not group["lr_in_momentum"]:
+                self._descend_by_sgd(layers, weights, u, float(lr), _decay(group))
+                return
+            if ratios is not None and self._descend_by_adapted_sgd(layers, weights, u, ratios, float(lr)):
+                return
         if ratios is None or group["denominator"] == "gradient":
             u = _decayed(u, weights, group)
         if ratios is not None:
-            if group["denominator"] == "momentum":
-                subtract(weights, torch._foreach_mul(u, ratios.unbind()), lr)
-                return
-            if weight_decay == 0:  # u are the gradients, which are read-only
+            if _decay(group) == 0:  # u are the gradients, which are read-only
                 u = torch._foreach_mul(u, ratios.unbind())
             else:
                 torch._foreach_mul_(u, ratios.unbind())
         if group["lr_in_momentum"]:
             u, lr = torch._foreach_mul(u, lr), 1.0
-        if is_fused and self._descend_by_kernel(params, weights, u, lr, 0.0, group):
-            return
-        subtract(weights, self._momentum(params, u, group), lr)
+        if layers.are_fused:
+            self._descend_by_sgd(layers, weights, u, float(lr), 0.0)
+        else:
+            subtract(weights, self._momentum(layers.params, u, group), lr)
 
-    def _scale_in_kernel(
-        self,
-        params: list[Tensor],
-        weights: list[Tensor],
-        grads: Tensors,
-        ratios: Tensor,
-        lr: float | Tensor,
-        group: Mapping[str, Any],
+    def _descend_by_adapted_sgd(
+        self, layers: Layers, weights: list[Tensor], grads: Tensors, ratios: Tensor, lr: float
     ) -> bool:
-        """Move the weights by a kernel for each layer that scales, too; return whether that can be done."""
+        """Move the weights by a kernel for each layer that scales too, if it can; return whether it has."""
+        group = layers.group
         if group["denominator"] != "gradient" or group["nesterov"] or are_small(weights):
             return False
-        momentum = group["momentum"]
-        states = [self.state[p] for p in params]
-        has_v = [state.get("momentum_buffer") is not None for state in states]
         scales = [
-            (1 - group["dampening"]) * ratio if has else ratio
-            for ratio, has in zip(ratios.tolist(), has_v, strict=True)
+            (1 - group["dampening"]) * ratio if self._has_momentum(p) else ratio
+            for p, ratio in zip(layers.params, ratios.tolist(), strict=True)
         ]
         if not all(scale > SMALLEST_SCALE for scale in scales):
             return False
-        v = self._zero_buffers(params, grads) if momentum else []
-        if not can_fuse(v):
-            return False
-        lr = float(lr)
         if group["lr_in_momentum"]:
             scales, lr = [scale * lr for scale in scales], 1.0
+        momentum = group["momentum"]
+        v = self._buffers(layers) if momentum else []
         adapted_sgd(weights, grads, v, scales, lr=lr, momentum=momentum, weight_decay=_decay(group))
         return True
 
-    def _descend_by_kernel(
-        self,
-        params: list[Tensor],
-        weights: list[Tensor],
-        u: Tensors,
-        lr: float | Tensor,
-        weight_decay: float,
-        group: Mapping[str, Any],
-    ) -> bool:
-        """Advance ``v`` and move the weights by one kernel for all; return whether that can be done."""
-        dampening = group["dampening"]
-        if group["momentum"] and dampening:
-            if any(self.state[p].get("momentum_buffer") is None for p in params):
-                return False  # their v is u, undamped
-        v = self._zero_buffers(params, u) if group["momentum"] else []
-        if not can_fuse(u, v):
-            return False
-        sgd(
-            weights,
-            u,
-            v,
-            lr=float(lr),
-            momentum=group["momentum"],
-            weight_decay=weight_decay,
-            dampening=dampening,
-            nesterov=group["nesterov"],
-        )
-        return True
+    def _descend_by_sgd(
+        self, layers: Layers, weights: list[Tensor], u: Tensors, lr: float, weight_decay: float
+    ) -> None:
+        """Advance ``v`` and move the weights by one kernel for all layers."""
+        group = layers.group
+        dampened: list[int] = []
+        undampened: list[int] = []
+        for i, p in enumerate(layers.params):
+            # At the first step v = u.
+            (dampened if self._has_momentum(p) else undampened).append(i)
+        v = self._buffers(layers) if group["momentum"] else []
+        for indices, dampening in ((dampened, group["dampening"]), (undampened, 0.0)):
+            if indices:
+                sgd(
+                    [weights[i] for i in indices],
+                    [u[i] for i in indices],
+                    [v[i] for i in indices] if v else [],
+                    lr=lr,
+                    momentum=group["momentum"],
+                    weight_decay=weight_decay,
+                    dampening=dampening,
+                    nesterov=group["nesterov"],
+                )
 
-    def _zero_buffers(self, params: list[Tensor], like: Tensors) -> list[Tensor]:
-        """Return ``v`` of each layer, 0 where there is none yet: the first step makes ``u`` of it."""
-        for p, tensor in zip(params, like, strict=True):
-            state = self.state[p]
-            if state.get("momentum_buffer") is None:
-                state["momentum_buffer"] = laid_out_as(p, torch.zeros_like(tensor))
-        return [local(self.state[p]["momentum_buffer"]) for p in params]
+    def _has_momentum(self, p: Tensor) -> bool:
+        return self.state[p].get("momentum_buffer") is not None
+
+    def _buffers(self, layers: Layers) -> list[Tensor]:
+        """Return ``v`` of each layer, 0 where there is none yet."""
+        for p, part in zip(layers.params, layers.parts, strict=True):
+            if not self._has_momentum(p):
+                self.state[p]["momentum_buffer"] = laid_out_as(p, torch.zeros_like(part, dtype=torch.float32))
+        return [local(self.state[p]["momentum_buffer"]) for p in layers.params]
+
+    def _why_no_cpu_kernel(self, group: Mapping[str, Any]) -> str | None:
+        if group["denominator"] == "momentum" and group["layer_adaptation"]:
+            return 'torch has no kernel on the CPU that does denominator="momentum"'
+        return None
+
+    def _measure_in_triton(
+        self, layers: Layers, gradient_scale: Tensor | None, lr: Tensor
+    ) -> tuple[LayerTable, tuple[Tensor, Tensor] | None]:
+        from lightning_lars.optim.kernels import triton_lars
+
+        group = layers.group
+        are_first = [int(not self._has_momentum(p)) for p in layers.params]
+        v = self._buffers(layers) if group["momentum"] else layers.parts
+        table = self._tables.table((layers.parts, layers.grads, v), (are_first,))
+        if not group["layer_adaptation"]:
+            return table, None
+        norms = triton_lars.measure(
+            table,
+            layers.parts[0].dtype,
+            lr=lr,
+            gradient_scale=gradient_scale,
+            denominator=group["denominator"],
+            momentum=float(group["momentum"]),
+            dampening=float(group["dampening"]),
+            nesterov=group["nesterov"],
+            weight_decay=float(group["weight_decay"]),
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+            maximize=group["maximize"],
+        )
+        return table, norms
+
+    def _descend_in_triton(
+        self,
+        layers: Layers,
+        table: LayerTable,
+        ratios: Tensor | None,
+        gradient_scale: Tensor | None,
+        lr: Tensor,
+    ) -> None:
+        from lightning_lars.optim.kernels import triton_lars
+
+        group = layers.group
+        triton_lars.descend(
+            table,
+            layers.parts[0].dtype,
+            ratios,
+            lr=lr,
+            gradient_scale=gradient_scale,
+            has_moved=ratios is not None and group["denominator"] == "momentum",
+            momentum=float(group["momentum"]),
+            dampening=float(group["dampening"]),
+            nesterov=group["nesterov"],
+            lr_in_momentum=group["lr_in_momentum"],
+            weight_decay=float(group["weight_decay"]),
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+            maximize=group["maximize"],
+        )
 
     def _momentum(self, params: list[Tensor], u: Tensors, group: Mapping[str, Any]) -> Tensors:
         """Advance ``v`` and return the direction: ``u + momentum * v`` if nesterov else ``v``."""

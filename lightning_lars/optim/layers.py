@@ -1,11 +1,14 @@
 """The layers of a step: sorted into lists that can move together, and the norms they need for it."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_lars.optim.kernels.choice import takes_triton
+from lightning_lars.optim.kernels.layer_table import LayerTable
 from lightning_lars.optim.norms import Tensors, layer_norms, whole_norms
 from lightning_lars.optim.shards import Shard, local, local_gradient
 
@@ -26,15 +29,24 @@ class Layers(NamedTuple):
     parts: list[Tensor]
     grads: list[Tensor]
     are_divided: bool
+    are_fused: bool = False
+    """Whether kernels take their step."""
 
 
 class Moving(NamedTuple):
-    """Layers in the middle of a step, which wait for their norms."""
+    """Layers in the middle of a step, which wait for their whole norms."""
 
     layers: Layers
+    lr: float | Tensor
+    norms: tuple[Tensor, Tensor] | None
+    """Of weights and direction, as far as they are here, each of shape ``(layers,)``; None without need."""
+
     weights: list[Tensor]
     direction: Tensors
-    lr: float | Tensor
+    table: LayerTable | None = None
+    """In place of weights and direction, where Triton's kernels take the step."""
+
+    gradient_scale: Tensor | None = None
 
 
 def sort_layers(group: dict[str, Any], shards: Shards, name: Callable[[Tensor], str]) -> Iterable[Layers]:
@@ -59,7 +71,7 @@ def sort_layers(group: dict[str, Any], shards: Shards, name: Callable[[Tensor], 
         if shard is not None:
             part, grad, is_divided = local(p), local_gradient(p), len(shard.groups) > 0
         kind = (part.device, part.dtype, is_divided)
-        at_once = _ELEMENTS_AT_ONCE_ON_CPU if part.device.type == "cpu" else _ELEMENTS_AT_ONCE
+        at_once = _elements_at_once(part, group)
         elements[kind] = elements.get(kind, 0) + part.numel()
         if kind not in latest or elements[kind] > at_once:
             latest[kind] = Layers(group, [], [], [], is_divided)
@@ -72,6 +84,12 @@ def sort_layers(group: dict[str, Any], shards: Shards, name: Callable[[Tensor], 
     return buckets
 
 
+def _elements_at_once(part: Tensor, group: Mapping[str, Any]) -> float:
+    if takes_triton(part) and group["fused"] is not False and part.dtype != torch.float64:
+        return math.inf  # these kernels need no scratch
+    return _ELEMENTS_AT_ONCE_ON_CPU if part.device.type == "cpu" else _ELEMENTS_AT_ONCE
+
+
 def norm_of_all(
     layers_with_grad: Sequence[Layers], params: Iterable[Tensor], shards: Shards
 ) -> Tensor | None:
@@ -82,10 +100,11 @@ def norm_of_all(
     norms = [layer_norms(layers.grads) for layers in layers_with_grad if not layers.are_divided]
     divided = _divided(params, shards)
     if divided:
-        grads: dict[Tensor, Tensor] = {}
+        here: dict[Tensor, Tensor] = {}
         for layers in layers_with_grad:
-            grads.update(zip(layers.params, layers.grads, strict=True))
-        norms.append(torch.stack(whole_norms([grads.get(p) for p in divided], list(divided.values()))))
+            if layers.are_divided:
+                here.update(zip(layers.params, layer_norms(layers.grads).unbind(), strict=True))
+        norms.append(torch.stack(whole_norms([here.get(p) for p in divided], list(divided.values()))))
     if not norms:
         return None
     norm_of_each = torch.cat([norm.to(norms[0].device, non_blocking=True) for norm in norms])
@@ -112,10 +131,12 @@ def norms_of_divided(
     weights: dict[Tensor, Tensor] = {}
     directions: dict[Tensor, Tensor] = {}
     for each in moving:
-        weights.update(zip(each.layers.params, each.weights, strict=True))
-        directions.update(zip(each.layers.params, each.direction, strict=True))
-    parts = [weights.get(p) for p in divided] + [directions.get(p) for p in divided]
-    norms = whole_norms(parts, [*divided.values(), *divided.values()])
+        assert each.norms is not None
+        of_weights, of_direction = each.norms
+        weights.update(zip(each.layers.params, of_weights.unbind(), strict=True))
+        directions.update(zip(each.layers.params, of_direction.unbind(), strict=True))
+    here = [weights.get(p) for p in divided] + [directions.get(p) for p in divided]
+    norms = whole_norms(here, [*divided.values(), *divided.values()])
     pairs = zip(norms[: len(divided)], norms[len(divided) :], strict=True)
     return dict(zip(divided, pairs, strict=True))
 

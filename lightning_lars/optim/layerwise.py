@@ -17,6 +17,8 @@ from lightning_lars.optim.arguments import (
     require,
 )
 from lightning_lars.optim.checkpoint import adapt_state_dict, restore_dtypes
+from lightning_lars.optim.kernels.choice import takes_triton, why_not_fused
+from lightning_lars.optim.kernels.layer_table import LayerTable, LayerTables
 from lightning_lars.optim.layers import (
     Layers,
     Moving,
@@ -30,7 +32,7 @@ from lightning_lars.optim.norms import Tensors, layer_norms
 from lightning_lars.optim.parameters import check_params, named_params
 from lightning_lars.optim.partitions import check_not_partitioned, check_sees_all_gradients, given_shapes
 from lightning_lars.optim.scratch import Scratch
-from lightning_lars.optim.shards import Shard, find_shards
+from lightning_lars.optim.shards import Shard, find_shards, local
 from lightning_lars.optim.trust_ratio import TrustRatios
 
 
@@ -52,6 +54,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
 
     # What the directions of layers are kept in until they have moved.
     _scratch: Scratch
+    _tables: LayerTables
 
     # The parameters that have been looked at; None for those that no strategy has laid out.
     _shards: dict[Tensor, Shard | None]
@@ -60,7 +63,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         self._last_trust_ratios = []
         self._shards, self._given_shapes = {}, set()
-        self._scratch = Scratch()
+        self._scratch, self._tables = Scratch(), LayerTables()
         if isinstance(params, Mapping) or not isinstance(params, Iterable):
             raise TypeError(
                 f"params must be an iterable of parameters, named parameters or groups, got {params!r}: "
@@ -77,12 +80,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
 
     @abstractmethod
     def _direction(
-        self,
-        params: list[Tensor],
-        weights: list[Tensor],
-        grads: Tensors,
-        lr: float | Tensor,
-        group: Mapping[str, Any],
+        self, layers: Layers, weights: list[Tensor], grads: Tensors, lr: float | Tensor
     ) -> Tensors:
         """Return, for each layer, what its trust ratio measures the weights against.
 
@@ -98,14 +96,34 @@ class LayerwiseOptimizer(Optimizer, ABC):
     @abstractmethod
     def _descend(
         self,
-        params: list[Tensor],
+        layers: Layers,
         weights: list[Tensor],
         direction: Tensors,
         ratios: Tensor | None,
         lr: float | Tensor,
-        group: Mapping[str, Any],
     ) -> None:
         """Move the weights in place along the direction, by the ratios if the group is adapted."""
+
+    @abstractmethod
+    def _measure_in_triton(
+        self, layers: Layers, gradient_scale: Tensor | None, lr: Tensor
+    ) -> tuple[LayerTable, tuple[Tensor, Tensor] | None]:
+        """Do what comes before the norms by kernels in Triton; return them too if the group is adapted."""
+
+    @abstractmethod
+    def _descend_in_triton(
+        self,
+        layers: Layers,
+        table: LayerTable,
+        ratios: Tensor | None,
+        gradient_scale: Tensor | None,
+        lr: Tensor,
+    ) -> None:
+        """Do what comes after the norms by kernels in Triton."""
+
+    @abstractmethod
+    def _why_no_cpu_kernel(self, group: Mapping[str, Any]) -> str | None:
+        """Return which option of the group torch's fused kernels on the CPU do not have, None if none."""
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         """Raise ValueError if a hyperparameter of the group breaks its rule."""
@@ -118,12 +136,8 @@ class LayerwiseOptimizer(Optimizer, ABC):
         check_none_or_positive("max_grad_norm", group["max_grad_norm"])
         for argument in self.switches:
             require(argument, "True or False", group[argument], isinstance(group[argument], bool))
-        require(
-            "fused",
-            "None or False (fused kernels are taken where there are some, and cannot be enforced)",
-            group["fused"],
-            not group["fused"],
-        )
+        fused = group["fused"]
+        require("fused", "None, True or False", fused, fused is None or isinstance(fused, bool))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -140,8 +154,8 @@ class LayerwiseOptimizer(Optimizer, ABC):
             What the closure returned, or None without one.
 
         Raises:
-            RuntimeError: If a gradient is sparse, or a parameter is a part of a layer whose norm cannot be
-                known; nothing has moved then.
+            RuntimeError: If a gradient is sparse, a parameter is a part of a layer whose norm cannot be
+                known, or no kernel can do what ``fused=True`` asks for; nothing has moved then.
         """
         loss = None
         if closure is not None:
@@ -150,50 +164,86 @@ class LayerwiseOptimizer(Optimizer, ABC):
 
         self._look_at_params()
         layers_with_grad = [
-            layers for group in self.param_groups for layers in sort_layers(group, self._shards, self._name)
+            layers._replace(are_fused=self._are_fused(layers))
+            for group in self.param_groups
+            for layers in sort_layers(group, self._shards, self._name)
         ]
         gradient_scale = self._gradient_scale(layers_with_grad)
         self._last_trust_ratios.clear()
         divided = []
         for layers in layers_with_grad:
             moving = self._begin(layers, gradient_scale)
-            if not layers.group["layer_adaptation"]:
-                self._finish(moving, None)
-            elif layers.are_divided:
+            if moving.norms is not None and layers.are_divided:
                 divided.append(moving)
                 self._scratch.hand_over()
             else:
-                self._finish(moving, (layer_norms(moving.weights), layer_norms(moving.direction)))
+                self._finish(moving, moving.norms)
         self._scratch.shrink()
         self._finish_divided(divided)
         return loss
 
+    def _are_fused(self, layers: Layers) -> bool:
+        fused = layers.group["fused"]
+        if fused is False:
+            return False
+        reason = None
+        if not takes_triton(layers.parts[0]):
+            reason = self._why_no_cpu_kernel(layers.group)
+        if reason is None:
+            reason = why_not_fused(layers.parts, layers.grads, [self._moments(p) for p in layers.params])
+        if reason is not None and fused:
+            names = ", ".join(repr(self._name(p)) for p in layers.params[:3])
+            raise RuntimeError(
+                f"fused=True, but {reason} (parameters {names} ...): pass fused=None, which takes kernels "
+                "where they can be taken"
+            )
+        return reason is None
+
+    def _moments(self, p: Tensor) -> list[Tensor]:
+        """Return what the state of a layer has of its size, as far as it is here."""
+        state = self.state.get(p, {})
+        moments = [state.get(key) for key in sorted(self.state_keys - {"step"})]
+        return [local(moment) for moment in moments if moment is not None]
+
     def _begin(self, layers: Layers, gradient_scale: Tensor | None) -> Moving:
-        group, params, parts, grads, _ = layers
+        group, params, parts, grads = layers.group, layers.params, layers.parts, layers.grads
         # Half precision is only how a weight is stored: all arithmetic is in at least float32.
         dtype = torch.promote_types(params[0].dtype, torch.float32)
-        weights, gradients = in_dtype(parts, dtype), in_dtype(grads, dtype)
+        lr, device = group["lr"], parts[0].device
+        if isinstance(lr, Tensor):
+            lr = lr.to(device, dtype, non_blocking=True).reshape(())
+        if gradient_scale is not None:
+            gradient_scale = gradient_scale.to(device, dtype, non_blocking=True)
+        if layers.are_fused and takes_triton(parts[0]):
+            on_device = lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=dtype, device=device)
+            table, norms = self._measure_in_triton(layers, gradient_scale, on_device)
+            return Moving(layers, on_device, norms, [], [], table, gradient_scale)
+        weights = in_dtype(parts, dtype)
+        gradients: Tensors = in_dtype(grads, dtype)
         if group["maximize"]:
             gradients = torch._foreach_neg(gradients)
         if gradient_scale is not None:
-            scale = gradient_scale.to(parts[0].device, dtype, non_blocking=True)
-            gradients = torch._foreach_mul(gradients, scale)
-        lr = group["lr"]
-        if isinstance(lr, Tensor):
-            lr = lr.to(parts[0].device, dtype, non_blocking=True).reshape(())
-        return Moving(layers, weights, self._direction(params, weights, gradients, lr, group), lr)
+            gradients = torch._foreach_mul(gradients, gradient_scale)
+        direction = self._direction(layers, weights, gradients, lr)
+        norms = (layer_norms(weights), layer_norms(direction)) if group["layer_adaptation"] else None
+        return Moving(layers, lr, norms, weights, direction)
 
     def _finish(self, moving: Moving, norms: tuple[Tensor, Tensor] | None) -> None:
-        (group, params, parts, _, _), weights, direction, lr = moving
-        if norms is None:
-            self._descend(params, weights, direction, None, lr, group)
-        else:
-            ratios = self._trust_ratios(*norms, lr, group)
-            ratios = ratios._replace(ratio=ratios.ratio.to(weights[0].dtype))
-            self._last_trust_ratios.append((params, ratios))
-            self._descend(params, weights, direction, ratios.ratio, lr, group)
-        if weights[0].dtype != parts[0].dtype:
-            torch._foreach_copy_(parts, weights)
+        layers, lr, _, weights, direction, table, gradient_scale = moving
+        ratio = None
+        if norms is not None:
+            ratios = self._trust_ratios(*norms, lr, layers.group)
+            dtype = torch.promote_types(layers.parts[0].dtype, torch.float32)
+            ratios = ratios._replace(ratio=ratios.ratio.to(dtype))
+            self._last_trust_ratios.append((layers.params, ratios))
+            ratio = ratios.ratio
+        if table is not None:
+            assert isinstance(lr, Tensor)
+            self._descend_in_triton(layers, table, ratio, gradient_scale, lr)
+            return
+        self._descend(layers, weights, direction, ratio, lr)
+        if weights[0].dtype != layers.parts[0].dtype:
+            torch._foreach_copy_(layers.parts, weights)
 
     def trust_ratios(self) -> dict[str, Tensor]:
         """Return the trust ratio that the last step used for each adapted layer.
@@ -277,7 +327,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
         super().__setstate__(state)
         self._last_trust_ratios = []
         self._shards = {}
-        self._scratch = Scratch()
+        self._scratch, self._tables = Scratch(), LayerTables()
         if "_given_shapes" not in self.__dict__:  # a copy, not an optimizer that loads a state dict
             self._given_shapes = given_shapes(_params(self.param_groups))
 
@@ -318,7 +368,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
         adapted = [group for group in self.param_groups if group["layer_adaptation"]]
         norms = norms_of_divided(divided, _params(adapted), self._shards)
         for moving in divided:
-            device = moving.weights[0].device
+            device = moving.layers.parts[0].device
             self._finish(moving, stack_norms(moving.layers.params, norms, device))
         for group in adapted:
             # Nothing of these layers is here to move, but their ratios are known, and are everyone's.

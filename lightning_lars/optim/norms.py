@@ -77,14 +77,14 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.permute(sorted(range(tensor.ndim), key=lambda d: -strides[d])).reshape(-1)
 
 
-def whole_norms(parts: Sequence[Tensor | None], shards: Sequence[Shard]) -> list[Tensor]:
+def whole_norms(norms: Sequence[Tensor | None], shards: Sequence[Shard]) -> list[Tensor]:
     """Return the L2 norm of every layer, of which each process holds a part.
 
     All processes that hold a part of any of the layers must call this, with the layers in the same order.
     One collective for each mesh dimension that divides layers, whatever their number.
 
     Args:
-        parts: What of each layer is here, on any device and of any dtype; None where nothing is.
+        norms: 0-d, of what of each layer is here, on any device; None where nothing is.
         shards: Where the rest of each layer is.
 
     Returns:
@@ -96,12 +96,12 @@ def whole_norms(parts: Sequence[Tensor | None], shards: Sequence[Shard]) -> list
     }
     squares = [zeros[shard.device] for shard in shards]
     alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, part in enumerate(parts):
-        if part is not None:
-            alike.setdefault((part.device, part.dtype), []).append(i)
+    for i, norm in enumerate(norms):
+        if norm is not None:
+            alike.setdefault((norm.device, norm.dtype), []).append(i)
     for indices in alike.values():
-        norms = layer_norms([part for i in indices if (part := parts[i]) is not None])
-        for i, square in zip(indices, norms.double().square().unbind(), strict=True):
+        here = torch.stack([norm for i in indices if (norm := norms[i]) is not None])
+        for i, square in zip(indices, here.double().square().unbind(), strict=True):
             squares[i] = square.to(shards[i].device)
     return list(torch._foreach_sqrt(add_up(squares, shards)))
 

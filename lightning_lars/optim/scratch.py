@@ -11,7 +11,8 @@ _KEPT = 2**22
 class Scratch:
     """Memory that is given out again and again.
 
-    A large tensor that is new comes from the operating system page by page, which takes longer than to fill it.
+    A large tensor that is new comes from the operating system page by page, which takes longer than to
+    fill it.
 
     Example:
         >>> import torch
@@ -28,18 +29,22 @@ class Scratch:
         self._memory: Tensor | None = None
 
     def like(self, tensors: Tensors) -> list[Tensor]:
-        """Return a tensor of the shape, dtype and device of each of these, with anything in it.
+        """Return for each of these a tensor that is laid out alike, with anything in it.
 
         Args:
-            tensors: All of one dtype and device. What was given out before is no longer the caller's.
+            tensors: Of one dtype and device, without gaps in memory. What was given out before is no longer
+                the caller's.
         """
         sizes = [tensor.numel() for tensor in tensors]
         memory = self._memory
         if memory is None or memory.numel() < sum(sizes) or not _are_alike(memory, tensors[0]):
             self._memory = None  # before there is more
             self._memory = memory = tensors[0].new_empty(sum(sizes))
-        parts = memory[: sum(sizes)].split(sizes)
-        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+        parts = memory[: sum(sizes)].split_with_sizes(sizes)
+        return [
+            part.as_strided(tensor.shape, tensor.stride())
+            for part, tensor in zip(parts, tensors, strict=True)
+        ]
 
     def hand_over(self) -> None:
         """Leave to the caller what was given out."""

@@ -25,7 +25,7 @@ def give_gradients(params, step):
     """Set the gradients of a step, the same at every call."""
     generator = torch.Generator().manual_seed(1000 + step)
     for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
 
 
 def walk(optimizer, steps):

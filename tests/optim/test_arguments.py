@@ -19,7 +19,7 @@ BOTH_REFUSE = {
     "weight_decay": NOT_A_SIZE,
     "eps": NOT_A_SIZE,
     "max_grad_norm": NOT_POSITIVE,
-    "fused": [True],
+    "fused": [1, 0, "cuda"],
 }
 LARS_REFUSES = {
     "momentum": NOT_A_SHARE,

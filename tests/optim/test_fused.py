@@ -1,4 +1,7 @@
-"""The fused kernels of the CPU give what the single operations give, up to the rounding of float32."""
+"""Fused kernels give what single operations give, up to rounding: torch's on the CPU, and those in Triton.
+
+Without a GPU the kernels in Triton run in its interpreter, which cuts to bfloat16 where a GPU rounds.
+"""
 
 from copy import deepcopy
 from unittest.mock import patch
@@ -8,9 +11,10 @@ import torch
 from torch.nn import Parameter
 
 from lightning_lars import LAMB, LARS
+from lightning_lars.optim.kernels import choice, cpu
 from tests.optim.layers import EXCLUDED, give_gradients, groups, layers, values, walk
 
-FUSED = [
+OPTIONS = [
     (LARS, {}),
     (LARS, {"weight_decay": 0.1}),
     (LARS, {"weight_decay": 0.1, "dampening": 0.3}),
@@ -20,35 +24,70 @@ FUSED = [
     (LARS, {"trust_clip": 0.002, "max_grad_norm": 1.0, "maximize": True}),
     (LARS, {"nesterov": True}),
     (LARS, {"nesterov": True, "weight_decay": 0.1, "dampening": 0.3, "lr_in_momentum": True}),
+    (LARS, {"nesterov": True, "weight_decay": 0.5, "trust_coefficient": 0.5, "trust_clip": 10.0}),
     (LARS, {"momentum": 0.0, "weight_decay": 0.1}),
     (LARS, {"denominator": "decayed_gradient", "weight_decay": 0.1}),
     (LARS, {"denominator": "decayed_gradient", "nesterov": True, "trust_clip": "larc"}),
+    (LARS, {"denominator": "momentum", "weight_decay": 0.1, "dampening": 0.3}),
+    (LARS, {"denominator": "momentum", "momentum": 0.0, "maximize": True}),
     (LARS, {"trust_coefficient": 1e-9, "weight_decay": 0.1}),
     (LAMB, {}),
+    (LAMB, {"weight_decay": 0.0}),
     (LAMB, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
     (LAMB, {"betas": (0.0, 0.9), "eps": 1e-3, "max_grad_norm": 1.0, "maximize": True}),
     (LAMB, {"trust_clip": (0.1, 2.0), "max_weight_norm": 1.0}),
 ]
-NOT_FUSED = [
-    (LARS, {"denominator": "momentum"}),
+ONLY_IN_TRITON = [
+    (LARS, {"denominator": "momentum", "nesterov": True, "weight_decay": 0.1, "dampening": 0.3}),
+    (LARS, {"denominator": "momentum", "nesterov": True, "decoupled_weight_decay": True, "weight_decay": 0.1}),
     (LAMB, {"bias_correction": False}),
-    (LAMB, {"grad_averaging": False}),
+    (LAMB, {"grad_averaging": False, "max_grad_norm": 1.0}),
 ]
-KERNEL = {LARS: "_fused_sgd_", LAMB: "_fused_adam_"}
+CASES = [("torch", *case) for case in OPTIONS] + [("triton", *case) for case in OPTIONS + ONLY_IN_TRITON]
+BOTH = [(kernels, optimizer_class) for kernels in ("torch", "triton") for optimizer_class in (LARS, LAMB)]
+both_kernels = pytest.mark.parametrize(("kernels", "optimizer_class"), BOTH)
+
+
+@pytest.fixture
+def device(kernels, monkeypatch):
+    """Where these kernels run."""
+    if kernels == "torch":
+        return "cpu"
+    pytest.importorskip("triton", reason="there is no triton for this system")
+    if torch.cuda.is_available():
+        return "cuda"
+    monkeypatch.setattr(choice, "TRITON_DEVICES", {"cpu"})
+    return "cpu"
 
 
 class Calls:
-    """Counts the calls of a kernel, which are made."""
+    """Counts the calls of torch's kernels, or the launches of those in Triton, which are made."""
 
-    def __init__(self, optimizer_class):
-        name = KERNEL[optimizer_class]
-        self.patch = patch.object(torch, name, wraps=getattr(torch, name))
+    def __init__(self, kernels):
+        if kernels == "torch":
+            self.patches = [
+                patch.object(torch, name, wraps=getattr(torch, name))
+                for name in ("_fused_sgd_", "_fused_adam_")
+            ]
+        else:
+            from lightning_lars.optim.kernels import triton_lamb, triton_lars
+
+            self.patches = [
+                patch.object(module, name, wraps=getattr(module, name))
+                for module, name in ((triton_lars, "descend"), (triton_lamb, "lamb"))
+            ]
 
     def __enter__(self):
-        return self.patch.__enter__()
+        self.mocks = [each.__enter__() for each in self.patches]
+        return self
 
     def __exit__(self, *args):
-        self.patch.__exit__(*args)
+        for each in self.patches:
+            each.__exit__(*args)
+
+    @property
+    def count(self):
+        return sum(mock.call_count for mock in self.mocks)
 
 
 def close(actual, expected, dtype=torch.float32):
@@ -57,91 +96,137 @@ def close(actual, expected, dtype=torch.float32):
 
 
 def large_layers(dtype=torch.float32):
-    """Layers that are worth a call of a kernel each, and one that is not."""
+    """Layers of several chunks of the kernels in Triton, whole ones and cut ones."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {"conv.weight": (64, 16, 3, 3), "linear.weight": (61, 97), "norm.bias": (61,)}
+    shapes = {"conv.weight": (64, 16, 3, 3), "linear.weight": (61, 301), "norm.bias": (8192,)}
     return {name: Parameter(torch.randn(s, generator=generator).to(dtype)) for name, s in shapes.items()}
 
 
-def compare(optimizer_class, options, dtype=torch.float32, steps=6, tensor_lr=False, layers=layers):
-    """Walk with and without kernels side by side, and compare after every step; return the kernel's calls."""
-    fused, single = layers(dtype), layers(dtype)
-    lr = torch.tensor(0.1) if tensor_lr else 0.1
-    left = optimizer_class(groups(fused), lr=lr, **options)
-    right = optimizer_class(groups(single), lr=lr, fused=False, **options)
-    with Calls(optimizer_class) as kernel:
-        for step in range(steps):
-            walk(left, [step])
-            calls = kernel.call_count
-            walk(right, [step])
-            assert kernel.call_count == calls
-            close(values(fused), values(single), dtype)
-            close(left.trust_ratios(), right.trust_ratios())
-            for p, other in zip(fused.values(), single.values(), strict=True):
-                assert left.state[p].keys() == right.state[other].keys()
-                for key, state in left.state[p].items():
-                    close(state, right.state[other][key], dtype)
-    return calls
+def channels_last_layers(dtype=torch.float32):
+    """Layers of which one has no gaps in memory, but another order of dimensions."""
+    params = layers(dtype)
+    weight = params["conv.weight"].detach().to(memory_format=torch.channels_last)
+    return {**params, "conv.weight": Parameter(weight)}
 
 
-@pytest.mark.parametrize(("optimizer_class", "options"), FUSED, ids=str)
+def on(device, params):
+    return {name: Parameter(p.detach().to(device)) for name, p in params.items()}
+
+
+def compare(device, optimizer_class, options, dtype=torch.float32, steps=4, tensor_lr=False, layers=layers):
+    """Walk with and without kernels side by side, and compare after every step.
+
+    Both start each step from the same weights, so that a difference is that of one step.
+    """
+    fused, single = on(device, layers(dtype)), on(device, layers(dtype))
+    lr = torch.tensor(0.1, device=device) if tensor_lr else 0.1
+    left = optimizer_class(groups(fused), lr=lr, **{"fused": True, **options})
+    right = optimizer_class(groups(single), lr=lr, **{**options, "fused": False})
+    for step in range(steps):
+        walk(left, [step])
+        walk(right, [step])
+        close(values(fused), values(single), dtype)
+        close(left.trust_ratios(), right.trust_ratios())
+        for p, other in zip(fused.values(), single.values(), strict=True):
+            assert left.state[p].keys() == right.state[other].keys()
+            for key, state in left.state[p].items():
+                assert state.dtype == right.state[other][key].dtype
+                close(state, right.state[other][key])
+            p.data.copy_(other.data)
+
+
+@pytest.mark.parametrize(("kernels", "optimizer_class", "options"), CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tensor_lr", [False, True])
 @pytest.mark.parametrize("layers", [layers, large_layers])
-def test_the_kernels_give_the_steps_of_single_operations(optimizer_class, options, dtype, tensor_lr, layers):
-    assert compare(optimizer_class, options, dtype, tensor_lr=tensor_lr, layers=layers) > 0
+def test_the_kernels_give_the_steps_of_single_operations(
+    device, kernels, optimizer_class, options, dtype, layers
+):
+    with Calls(kernels) as calls:
+        compare(device, optimizer_class, options, dtype, layers=layers)
+    # A smaller ratio than torch's kernel has digits for is left to single operations.
+    assert calls.count > 0
 
 
-@pytest.mark.parametrize(("optimizer_class", "options"), NOT_FUSED, ids=str)
-def test_what_no_kernel_does_is_done_by_single_operations(optimizer_class, options):
-    def adapted_layers(dtype):
-        return {name: p for name, p in layers(dtype).items() if name not in EXCLUDED}
-
-    assert compare(optimizer_class, options, layers=adapted_layers) == 0
+@pytest.mark.parametrize(("kernels", "optimizer_class", "options"), CASES, ids=str)
+def test_the_kernels_take_a_tensor_lr(device, optimizer_class, options):
+    compare(device, optimizer_class, options, tensor_lr=True)
 
 
-@pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
-def test_float64_is_left_to_single_operations(optimizer_class):
-    assert compare(optimizer_class, {}, torch.float64) == 0
+@both_kernels
+def test_the_kernels_take_layers_in_another_memory_format(device, kernels, optimizer_class):
+    with Calls(kernels) as calls:
+        compare(device, optimizer_class, {"weight_decay": 0.1}, layers=channels_last_layers)
+    assert calls.count > 0
 
 
-@pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
-def test_layers_that_are_not_contiguous_are_left_to_single_operations(optimizer_class):
-    moved = []
-    for fused in (None, False):
-        weight = layers()["conv.weight"].detach().to(memory_format=torch.channels_last)
-        p = torch.nn.Parameter(weight)
-        optimizer = optimizer_class([p], fused=fused)
-        with Calls(optimizer_class) as kernel:
-            for step in range(3):
-                give_gradients([p], step)
-                p.grad = p.grad.to(memory_format=torch.channels_last)
-                optimizer.step()
-        assert kernel.call_count == 0
-        moved.append(p.detach())
-    torch.testing.assert_close(moved[0], moved[1], rtol=0.0, atol=0.0)
+@both_kernels
+def test_the_kernels_take_layers_without_elements(device, optimizer_class):
+    def with_empty(dtype):
+        empty = {name: Parameter(torch.zeros(0, 3, dtype=dtype)) for name in ("empty", "norm.bias")}
+        return {**layers(dtype), **empty}
+
+    def only_empty(dtype):
+        return {"empty": Parameter(torch.zeros(0, 3, dtype=dtype))}
+
+    compare(device, optimizer_class, {"max_grad_norm": 1.0}, layers=with_empty)
+    compare(device, optimizer_class, {}, layers=only_empty)
 
 
-@pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
-def test_the_gradients_stay_as_they_are(optimizer_class):
-    params = layers()
+@both_kernels
+def test_layers_of_zeros_and_gradients_of_zeros_follow_the_zero_rule(device, optimizer_class):
+    def zeros(dtype):
+        return {name: Parameter(torch.zeros_like(p)) for name, p in layers(dtype).items()}
+
+    compare(device, optimizer_class, {"weight_decay": 0.1}, layers=zeros)
+    params = on(device, layers())
+    optimizer = optimizer_class(groups(params), fused=True, **({"eps": 0.0}))
+    for p in params.values():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    if optimizer_class is LARS:  # 0 / 0 is Adam's own direction without eps
+        assert all(value.isfinite().all() for value in values(params).values())
+        assert all(is_at.item() for is_at in optimizer.at_zero_rule().values())
+
+
+@both_kernels
+def test_the_kernels_take_addresses_that_are_not_aligned(device, optimizer_class):
+    def cut(dtype):
+        return {
+            name: Parameter(p.detach().new_empty(p.numel() + 1)[1:].view(p.shape).copy_(p.detach()))
+            for name, p in large_layers(dtype).items()
+        }
+
+    fused, single = cut(torch.float32), cut(torch.float32)
+    left = optimizer_class(groups(fused), fused=True)
+    right = optimizer_class(groups(single), fused=False)
+    if device == "cuda":
+        pytest.skip("a parameter that moves to the GPU is aligned there")
+    for step in range(3):
+        walk(left, [step])
+        walk(right, [step])
+    close(values(fused), values(single))
+
+
+@both_kernels
+def test_the_gradients_stay_as_they_are(device, optimizer_class):
+    params = on(device, layers())
     give_gradients(params.values(), 0)
     before = [p.grad.clone() for p in params.values()]
-    optimizer_class(groups(params), weight_decay=0.1).step()
+    optimizer_class(groups(params), weight_decay=0.1, maximize=True, max_grad_norm=0.1, fused=True).step()
     for p, grad in zip(params.values(), before, strict=True):
         torch.testing.assert_close(p.grad, grad, rtol=0.0, atol=0.0)
 
 
-@pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
-@pytest.mark.parametrize("first", [None, False])
-def test_a_checkpoint_goes_on_with_the_kernels_or_without(optimizer_class, first):
-    params = layers()
+@both_kernels
+@pytest.mark.parametrize("first", [True, False])
+def test_a_checkpoint_goes_on_with_the_kernels_or_without(device, optimizer_class, first):
+    params = on(device, layers())
     optimizer = optimizer_class(groups(params), fused=first, weight_decay=0.1)
     walk(optimizer, range(3))
     saved, weights = deepcopy(optimizer.state_dict()), values(params)
     ends = []
-    for fused in (None, False):
-        own = {name: torch.nn.Parameter(weight.clone()) for name, weight in weights.items()}
+    for fused in (True, False):
+        own = {name: Parameter(weight.clone()) for name, weight in weights.items()}
         resumed = optimizer_class(groups(own), fused=fused, weight_decay=0.1)
         resumed.load_state_dict(deepcopy(saved))
         assert all(group["fused"] is fused for group in resumed.param_groups)
@@ -150,12 +235,12 @@ def test_a_checkpoint_goes_on_with_the_kernels_or_without(optimizer_class, first
     close(*ends)
 
 
-@pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
+@both_kernels
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_gradient_that_is_not_finite_spoils_no_other_layer(optimizer_class, bad):
+def test_a_gradient_that_is_not_finite_spoils_no_other_layer(device, optimizer_class, bad):
     ends = []
-    for fused in (None, False):
-        params = layers()
+    for fused in (True, False):
+        params = on(device, layers())
         optimizer = optimizer_class(groups(params), fused=fused)
         give_gradients(params.values(), 0)
         params["linear.weight"].grad[0, 0] = bad
@@ -165,3 +250,117 @@ def test_a_gradient_that_is_not_finite_spoils_no_other_layer(optimizer_class, ba
         torch.testing.assert_close(fused, ends[1][name], rtol=1e-5, atol=2e-7, equal_nan=True)
         if name != "linear.weight":
             assert fused.isfinite().all()
+
+
+def adapted_layers(dtype=torch.float32):
+    return {name: p for name, p in layers(dtype).items() if name not in EXCLUDED}
+
+
+def with_gaps(dtype=torch.float32):
+    return {"layer": Parameter(torch.randn(4, 6).to(dtype)[:, :3])}
+
+
+NOT_FUSED = [
+    ("torch", LARS, {"denominator": "momentum", "nesterov": True}, torch.float32, adapted_layers, "momentum"),
+    ("torch", LAMB, {"bias_correction": False}, torch.float32, layers, "bias_correction=True"),
+    ("torch", LAMB, {"grad_averaging": False}, torch.float32, layers, "grad_averaging=True"),
+    *(
+        (kernels, optimizer_class, {}, dtype, own, reason)
+        for kernels, optimizer_class in BOTH
+        for dtype, own, reason in (
+            (torch.float64, layers, "parameters are torch.float64"),
+            (torch.float32, with_gaps, "gaps in memory"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("kernels", "optimizer_class", "options", "dtype", "own", "reason"), NOT_FUSED, ids=str
+)
+def test_what_no_kernel_does_is_done_by_single_operations(
+    device, kernels, optimizer_class, options, dtype, own, reason
+):
+    with Calls(kernels) as calls:
+        compare(device, optimizer_class, {**options, "fused": None}, dtype, layers=own)
+    assert calls.count == 0
+
+
+@pytest.mark.parametrize(
+    ("kernels", "optimizer_class", "options", "dtype", "own", "reason"), NOT_FUSED, ids=str
+)
+def test_fused_is_refused_where_no_kernel_can_do_the_step(
+    device, optimizer_class, options, dtype, own, reason
+):
+    params = on(device, own(dtype))
+    optimizer = optimizer_class(groups(params), fused=True, **options)
+    before = values(params)
+    give_gradients(params.values(), 0)
+    with pytest.raises(RuntimeError, match=rf"fused=True, but .*{reason}.*pass fused=None"):
+        optimizer.step()
+    torch.testing.assert_close(values(params), before, rtol=0.0, atol=0.0)
+    assert not optimizer.state
+
+
+def test_a_gpu_without_triton_takes_single_operations(monkeypatch):
+    monkeypatch.setattr(choice, "TRITON_DEVICES", {"cpu"})
+    monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    reason = choice.why_not_fused([torch.ones(2)], [torch.ones(2)], [])
+    assert reason == "kernels for GPUs need triton, which is not installed (pip install triton)"
+
+
+def test_other_devices_take_single_operations():
+    on_meta = [torch.ones(2, device="meta")]
+    assert "the parameters are on meta" in choice.why_not_fused(on_meta, on_meta, [])
+
+
+def test_a_subclass_of_tensor_takes_single_operations():
+    class Own(torch.Tensor):
+        pass
+
+    own = [torch.ones(2).as_subclass(Own)]
+    assert "subclass of Tensor" in choice.why_not_fused([torch.ones(2)], own, [])
+    assert choice.why_not_fused([torch.ones(2)], [torch.ones(2)], own)
+
+
+def test_a_layer_whose_decay_would_cancel_the_kernels_first_half_takes_single_operations():
+    # lr * ratio * weight_decay = 1: nesterov's two halves cannot be told apart.
+    params = {"layer": Parameter(torch.tensor([3.0, 4.0]))}
+    same = {"layer": Parameter(torch.tensor([3.0, 4.0]))}
+    options = {"lr": 2.0, "weight_decay": 0.5, "trust_coefficient": 1.0, "trust_clip": 1.0, "nesterov": True}
+    left, right = LARS(groups(params), **options), LARS(groups(same), fused=False, **options)
+    for _ in range(2):
+        for p in (*params.values(), *same.values()):
+            p.grad = torch.tensor([0.1, 0.0])
+        left.step()
+        right.step()
+        close(values(params), values(same))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_kernel_for_an_adapted_layer_is_the_papers_step(momentum, nesterov):
+    if nesterov and not momentum:
+        pytest.skip("there is nothing to look ahead along")
+    torch.manual_seed(1)
+    w, g, v = torch.randn(3, 50, dtype=torch.float64)
+    lr, weight_decay, scale, entering = 0.5, 0.1, 0.3, 0.2
+    u = g + weight_decay * w
+    expected_v = momentum * v + entering * u
+    ahead = scale * u + momentum * expected_v if nesterov else expected_v
+    expected_w = w - lr * (ahead if momentum else scale * u)
+    weights, held = w.float(), v.float()
+    cpu.adapted_sgd(
+        [weights],
+        [g.float()],
+        [held] if momentum else [],
+        [scale],
+        [entering],
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+    )
+    torch.testing.assert_close(weights.double(), expected_w, rtol=1e-6, atol=1e-6)
+    if momentum:
+        torch.testing.assert_close(held.double(), expected_v, rtol=1e-6, atol=1e-6)

@@ -23,21 +23,6 @@ def are_small(layers: Tensors) -> bool:
     return sum(layer.numel() for layer in layers) < SMALL * len(layers)
 
 
-def can_fuse(*layers: Tensors) -> bool:
-    """Tell whether torch's kernels can work on these lists of tensors, which correspond to each other."""
-    if torch.compiler.is_compiling():
-        return False
-    # The kernels go through memory without regard to strides. float64 is for those who want every digit.
-    return all(
-        tensor.is_cpu
-        and tensor.dtype is torch.float32
-        and tensor.is_contiguous()
-        and type(tensor) in (Tensor, torch.nn.Parameter)
-        for tensors in layers
-        for tensor in tensors
-    )
-
-
 def adapted_sgd(
     weights: Tensors,
     grads: Tensors,
