@@ -436,7 +436,11 @@ def test_lamb_follows_optax(theirs, ours):
     assert_same_after_every_step(ours_step, rule_step(optax_lamb, **theirs))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    ("fused", "dtype"),
+    [(False, torch.float32), (False, torch.float64), (True, torch.float32)],
+    ids=["float32", "float64", "fused"],
+)
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
 @pytest.mark.parametrize("weight_decay", [0.0, WEIGHT_DECAY])
 @pytest.mark.parametrize(
@@ -449,8 +453,8 @@ def test_lamb_follows_optax(theirs, ours):
     ],
     ids=["no-momentum", "momentum", "dampening", "nesterov"],
 )
-def test_lars_without_adaptation_is_torch_sgd_bit_for_bit(momentum, weight_decay, maximize, dtype):
-    options = {"lr": 1.0, "weight_decay": weight_decay, "maximize": maximize, **momentum}
+def test_lars_without_adaptation_is_torch_sgd_bit_for_bit(fused, momentum, weight_decay, maximize, dtype):
+    options = {"lr": 1.0, "weight_decay": weight_decay, "maximize": maximize, "fused": fused, **momentum}
     ours = torch_step(lambda g: LARS(g, **options), start(dtype=dtype), ALL, layer_adaptation=False)
     theirs = torch_step(lambda g: SGD(g, **options), start(dtype=dtype), ALL)
     for lr, grads in zip(LEARNING_RATES, gradients(dtype=dtype), strict=True):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lars.optim.arguments import check_non_negative, is_number, require
-from lightning_lars.optim.kernels.cpu import SMALLEST_SCALE, adapted_sgd, are_small, sgd
+from lightning_lars.optim.kernels.cpu import adapted_sgd, can_adapt, sgd, subtract_scaled
 from lightning_lars.optim.kernels.layer_table import LayerTable
 from lightning_lars.optim.layers import Layers
 from lightning_lars.optim.layerwise import LayerwiseOptimizer, subtract
@@ -61,8 +61,10 @@ class LARS(LayerwiseOptimizer):
         max_grad_norm: Bound, above 0, on the norm over all gradients of all groups. Gradients that are
             not finite do not count.
         maximize: Whether to climb instead of descend.
-        fused: None takes torch's fused kernels on the CPU where they can do the step (contiguous float32 or
-            half-precision layers, any ``denominator`` but "momentum"), False never.
+        fused: None takes fused kernels where they can do the step: Triton's on a GPU, for all options; torch's
+            own on the CPU, except for ``nesterov`` with ``denominator="momentum"``. Both work on float32 or
+            half-precision layers without gaps in memory. True raises RuntimeError in :meth:`step` where they
+            cannot, False takes none.
 
     Raises:
         ValueError: If an argument, here or in a group, breaks its rule.
@@ -153,6 +155,9 @@ class LARS(LayerwiseOptimizer):
             torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         if group["denominator"] == "gradient" or not group["layer_adaptation"]:
             return grads
+        if layers.are_fused and _momentum_is_first(group):
+            self._descend_by_sgd(layers, weights, grads, 0.0, _decay(group))
+            return self._buffers(layers)
         u = _decayed(grads, weights, group)
         return self._momentum(layers.params, u, group) if group["denominator"] == "momentum" else u
 
@@ -182,46 +187,63 @@ class LARS(LayerwiseOptimizer):
     ) -> None:
         u, group = direction, layers.group
         if ratios is not None and group["denominator"] == "momentum":
-            subtract(weights, torch._foreach_mul(u, ratios.unbind()), lr)
+            if layers.are_fused:
+                subtract_scaled(weights, u, ratios.tolist(), lr=float(lr))
+            else:
+                subtract(weights, torch._foreach_mul(u, ratios.unbind()), lr)
             return
+        weight_decay = _decay(group) if ratios is None or group["denominator"] == "gradient" else 0.0
         if layers.are_fused:
             if ratios is None and not group["lr_in_momentum"]:
-                self._descend_by_sgd(layers, weights, u, float(lr), _decay(group))
+                self._descend_by_sgd(layers, weights, u, float(lr), weight_decay)
                 return
-            if ratios is not None and self._descend_by_adapted_sgd(layers, weights, u, ratios, float(lr)):
+            if self._descend_by_adapted_sgd(layers, weights, u, ratios, float(lr), weight_decay):
                 return
-        if ratios is None or group["denominator"] == "gradient":
-            u = _decayed(u, weights, group)
+        if weight_decay != 0:
+            u = torch._foreach_add(u, weights, alpha=weight_decay)
         if ratios is not None:
-            if _decay(group) == 0:  # u are the gradients, which are read-only
-                u = torch._foreach_mul(u, ratios.unbind())
-            else:
-                torch._foreach_mul_(u, ratios.unbind())
+            u = torch._foreach_mul(u, ratios.unbind())
         if group["lr_in_momentum"]:
             u, lr = torch._foreach_mul(u, lr), 1.0
-        if layers.are_fused:
-            self._descend_by_sgd(layers, weights, u, float(lr), 0.0)
-        else:
-            subtract(weights, self._momentum(layers.params, u, group), lr)
+        subtract(weights, self._momentum(layers.params, u, group), lr)
 
     def _descend_by_adapted_sgd(
-        self, layers: Layers, weights: list[Tensor], grads: Tensors, ratios: Tensor, lr: float
+        self,
+        layers: Layers,
+        weights: list[Tensor],
+        u: Tensors,
+        ratios: Tensor | None,
+        lr: float,
+        weight_decay: float,
     ) -> bool:
-        """Move the weights by a kernel for each layer that scales too, if it can; return whether it has."""
+        """Move the weights by a kernel for each layer, if it has the digits; return whether it has."""
         group = layers.group
-        if group["denominator"] != "gradient" or group["nesterov"] or are_small(weights):
-            return False
-        scales = [
-            (1 - group["dampening"]) * ratio if self._has_momentum(p) else ratio
-            for p, ratio in zip(layers.params, ratios.tolist(), strict=True)
-        ]
-        if not all(scale > SMALLEST_SCALE for scale in scales):
-            return False
+        scales = [1.0] * len(layers.params) if ratios is None else ratios.tolist()
         if group["lr_in_momentum"]:
             scales, lr = [scale * lr for scale in scales], 1.0
+        entering = scales
+        if group["dampening"]:  # but at the first step v = u
+            share = 1 - group["dampening"]
+            entering = [
+                share * scale if self._has_momentum(p) else scale
+                for p, scale in zip(layers.params, scales, strict=True)
+            ]
+        nesterov = group["nesterov"]
+        if not can_adapt(scales, entering, lr=lr, weight_decay=weight_decay, nesterov=nesterov):
+            return False
         momentum = group["momentum"]
         v = self._buffers(layers) if momentum else []
-        adapted_sgd(weights, grads, v, scales, lr=lr, momentum=momentum, weight_decay=_decay(group))
+        adapted_sgd(
+            weights,
+            u,
+            v,
+            scales,
+            entering,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+        )
         return True
 
     def _descend_by_sgd(
@@ -259,8 +281,8 @@ class LARS(LayerwiseOptimizer):
         return [local(self.state[p]["momentum_buffer"]) for p in layers.params]
 
     def _why_no_cpu_kernel(self, group: Mapping[str, Any]) -> str | None:
-        if group["denominator"] == "momentum" and group["layer_adaptation"]:
-            return 'torch has no kernel on the CPU that does denominator="momentum"'
+        if group["denominator"] == "momentum" and group["nesterov"] and group["layer_adaptation"]:
+            return 'torch has no kernel on the CPU that does nesterov with denominator="momentum"'
         return None
 
     def _measure_in_triton(
@@ -274,12 +296,15 @@ class LARS(LayerwiseOptimizer):
         table = self._tables.table((layers.parts, layers.grads, v), (are_first,))
         if not group["layer_adaptation"]:
             return table, None
+        denominator = group["denominator"]
+        if denominator == "momentum" and not _momentum_is_first(group):
+            denominator = "decayed_gradient"
         norms = triton_lars.measure(
             table,
             layers.parts[0].dtype,
             lr=lr,
             gradient_scale=gradient_scale,
-            denominator=group["denominator"],
+            denominator=denominator,
             momentum=float(group["momentum"]),
             dampening=float(group["dampening"]),
             nesterov=group["nesterov"],
@@ -306,7 +331,7 @@ class LARS(LayerwiseOptimizer):
             ratios,
             lr=lr,
             gradient_scale=gradient_scale,
-            has_moved=ratios is not None and group["denominator"] == "momentum",
+            has_moved=ratios is not None and _momentum_is_first(group),
             momentum=float(group["momentum"]),
             dampening=float(group["dampening"]),
             nesterov=group["nesterov"],
@@ -332,6 +357,11 @@ class LARS(LayerwiseOptimizer):
                 state["momentum_buffer"] = laid_out_as(p, first.clone())
         v = [local(state["momentum_buffer"]) for state in states]
         return torch._foreach_add(u, v, alpha=momentum) if group["nesterov"] else v
+
+
+def _momentum_is_first(group: Mapping[str, Any]) -> bool:
+    """Tell whether ``v`` is advanced before the ratio is known."""
+    return bool(group["momentum"]) and group["denominator"] == "momentum"
 
 
 def _decay(group: Mapping[str, Any]) -> float:

@@ -10,17 +10,23 @@ from torch import Tensor
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
-SMALLEST_SCALE = 1e-8
-"""Below, ``1 - (1 - scale)`` has lost more digits than float32 has."""
+# Below, 1 - (1 - scale) has lost more digits than float32 has.
+_SMALLEST_SCALE = 1e-8
+
+# Share of the weights that decays in a step, up to which g + weight_decay * w can be told after it.
+_MOST_DECAY = 0.5
+
+# Elements of a layer from which on one pass over it takes longer than to begin another.
+_LONG = 16384
 
 
-SMALL = 4096
-"""Elements of a layer below which the call of a kernel takes longer than its work."""
-
-
-def are_small(layers: Tensors) -> bool:
-    """Tell whether the layers are so small that they had better share a call."""
-    return sum(layer.numel() for layer in layers) < SMALL * len(layers)
+def can_adapt(
+    scales: Sequence[float], entering: Sequence[float], *, lr: float, weight_decay: float, nesterov: bool
+) -> bool:
+    """Tell whether :func:`adapted_sgd` has the digits for these factors."""
+    if not all(factor > _SMALLEST_SCALE for factor in entering):
+        return False
+    return not nesterov or all(lr * scale * weight_decay < _MOST_DECAY for scale in scales)
 
 
 def adapted_sgd(
@@ -28,29 +34,52 @@ def adapted_sgd(
     grads: Tensors,
     v: Tensors,
     scales: Sequence[float],
+    entering: Sequence[float],
     *,
     lr: float,
     momentum: float,
     weight_decay: float,
+    nesterov: bool,
 ) -> None:
-    """Apply ``v = momentum * v + scale * (g + weight_decay * w); w = w - lr * v`` in place, layer by layer.
+    """Take the step of LARS in place, layer by layer.
 
-    This is SGD whose ``dampening`` is ``1 - scale``, and without momentum, whose learning rate is
-    ``lr * scale``.
+    ::
+
+        u = g + weight_decay * w
+        v = momentum * v + entering * u
+        w = w - lr * (scale * u + momentum * v  if nesterov else  v)
+
+    This is SGD whose ``dampening`` is ``1 - entering``. SGD's own Nesterov is undampened, so the step is made
+    of two: ``w = w - lr * scale * u``, after which ``g + weight_decay * w`` is
+    ``(1 - lr * scale * weight_decay) * u``, and ``w = w - lr * momentum * v``.
+
+    Args:
+        weights: ``w`` of each layer.
+        grads: ``g`` of each layer, only read.
+        v: Momentum of each layer; empty without, and then ``w = w - lr * scale * u``.
+        scales: The trust ratio of each layer.
+        entering: Factor of each layer on what enters ``v``: the ratio, dampened.
+        lr: Learning rate.
+        momentum: Share of ``v`` that is kept.
+        weight_decay: Decay of the weights.
+        nesterov: Whether to look ahead.
     """
-    for i, (layer, g, scale) in enumerate(zip(weights, grads, scales, strict=True)):
-        torch._fused_sgd_(
-            [layer],
-            [g],
-            [v[i]] if momentum else [],
-            weight_decay=weight_decay,
-            momentum=momentum,
-            lr=lr if momentum else lr * scale,
-            dampening=1 - scale if momentum else 0.0,
-            nesterov=False,
-            maximize=False,
-            is_first_step=False,
-        )
+    for i, (w, g, scale, factor) in enumerate(zip(weights, grads, scales, entering, strict=True)):
+        rate = lr
+        if nesterov or not momentum:
+            sgd([w], [g], [], lr=lr * scale, momentum=0.0, weight_decay=weight_decay)
+        if nesterov:
+            rate, factor = lr * momentum, factor / (1 - lr * scale * weight_decay)
+        if momentum:
+            sgd(
+                [w],
+                [g],
+                [v[i]],
+                lr=rate,
+                momentum=momentum,
+                weight_decay=weight_decay,
+                dampening=1 - factor,
+            )
 
 
 def sgd(
@@ -61,8 +90,8 @@ def sgd(
     lr: float,
     momentum: float,
     weight_decay: float,
-    dampening: float,
-    nesterov: bool,
+    dampening: float = 0.0,
+    nesterov: bool = False,
 ) -> None:
     """Apply SGD in place, with ``u`` for the gradients.
 
@@ -115,6 +144,9 @@ def adam_direction(
     """
     if weight_decay == 0:  # 0 * w is not 0 where w is not finite
         torch._foreach_zero_(list(u))
+    elif sum(map(Tensor.numel, weights)) < _LONG * len(weights):
+        torch._foreach_copy_(list(u), list(weights))
+        torch._foreach_mul_(list(u), weight_decay)
     else:
         for w, of_layer in zip(weights, u, strict=True):
             torch.mul(w, weight_decay, out=of_layer)

@@ -192,4 +192,4 @@ def lamb(
 
 
 def _log(beta: float) -> float:
-    return math.log(beta) if beta > 0 else -1e30
+    return math.log(beta) if beta > 0 else -100.0  # whose exp is nothing beside 1
