@@ -61,10 +61,10 @@ class LARS(LayerwiseOptimizer):
         max_grad_norm: Bound, above 0, on the norm over all gradients of all groups. Gradients that are
             not finite do not count.
         maximize: Whether to climb instead of descend.
-        fused: None takes fused kernels where they can do the step: Triton's on a GPU, for all options; torch's
-            own on the CPU, except for ``nesterov`` with ``denominator="momentum"``. Both work on float32 or
-            half-precision layers without gaps in memory. True raises RuntimeError in :meth:`step` where they
-            cannot, False takes none.
+        fused: None takes fused kernels where they can do the step: Triton's on a GPU, for all options;
+            torch's on the CPU, except for ``nesterov`` with ``denominator="momentum"``. Both work on
+            float32 or half-precision layers without gaps in memory. True raises RuntimeError in
+            :meth:`step` where they cannot, False takes none.
 
     Raises:
         ValueError: If an argument, here or in a group, breaks its rule.
