@@ -1,10 +1,11 @@
 """What is wrong with a layer whose trust ratio is not as it should be, said once."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import median
 
+from lightning_lars.name_folding import fold
 from lightning_lars.step_statistics import OverSteps
 
 PATIENCE = 3
@@ -19,13 +20,41 @@ NEGLIGIBLE = 1e-3
 PLATEAU = 500
 """Looks without a higher learning rate after which it is taken to have reached its peak."""
 
+NAMES = 4
+"""Names in a message; what is more is counted."""
+
+CAUSES = {
+    "non-finite": (
+        "trust ratios that are not finite, as weights or gradients are not: {layers}. Lower the learning "
+        "rate, warm up for longer, or set max_grad_norm"
+    ),
+    "clip": (
+        "trust ratios at trust_clip in every step: {layers}. The clip, not the layer, decides how far it "
+        "moves: widen trust_clip or leave it out, unless that is meant"
+    ),
+    "far": (
+        "trust ratios far from that of the median layer ({median:.3g}): {layers}. Name in exclude what "
+        "should not be adapted, or look at how it is initialized"
+    ),
+    "frozen": (
+        "weights that do not move, at a learning rate above 0: {layers}. Gradients are zero, or steps are "
+        "lost in rounding (precision='bf16-true': use 'bf16-mixed')"
+    ),
+}
+"""Messages, with the layers and their trust ratios in them."""
+
 
 class TrustRatioAlerts:
-    """Looks at what the steps did, and returns a message for each layer and cause that is new."""
+    """Looks at what the steps did, and returns a message for each cause that is new, with its layers.
 
-    def __init__(self) -> None:
+    Args:
+        is_resumed: Whether there were steps before, so that the learning rate may be past its peak.
+    """
+
+    def __init__(self, is_resumed: bool = False) -> None:
         self._told: set[tuple[str, str]] = set()
         self._in_a_row: Counter[tuple[str, str]] = Counter()
+        self._has_risen = not is_resumed
         self._peak = 0.0
         self._since_peak = 0
 
@@ -38,41 +67,33 @@ class TrustRatioAlerts:
         ratios = {layer: ratio.mean for layer, ratio in quantities.get("trust_ratio", {}).items()}
         finite = [ratio for ratio in ratios.values() if math.isfinite(ratio)]
         typical = median(finite) if finite else math.nan
-        found: dict[tuple[str, str], str] = {}
-        lasting: dict[tuple[str, str], str] = {}
+        found: list[tuple[str, str]] = []
+        lasting: list[tuple[str, str]] = []
         for layer, ratio in ratios.items():
             clipped = quantities.get("at_trust_clip", {}).get(layer)
             no_scale = quantities.get("at_zero_rule", {}).get(layer)
             effective_lr = quantities.get("effective_lr", {}).get(layer)
             update = quantities.get("update_to_weight", {}).get(layer)
             if not math.isfinite(ratio):
-                found[layer, "non-finite"] = (
-                    f"the trust ratio of layer {layer!r} is {ratio}: its weights or gradients are not "
-                    "finite. Lower the learning rate, warm up for longer, or set max_grad_norm"
-                )
+                found.append(("non-finite", layer))
                 continue
             if clipped and clipped.mean == 1:
-                lasting[layer, "clip"] = (
-                    f"the trust ratio of layer {layer!r} ({ratio:.3g}) is at trust_clip in every step: the "
-                    "clip, not the layer, decides how far it moves. Raise trust_clip, or lower "
-                    "trust_coefficient"
-                )
+                lasting.append(("clip", layer))
             elif typical and not (no_scale and no_scale.mean) and not 1 / FAR < ratio / typical < FAR:
-                lasting[layer, "far"] = (
-                    f"the trust ratio of layer {layer!r} ({ratio:.3g}) is far from that of the median layer "
-                    f"({typical:.3g}): exclude it (exclude={layer!r}), or look at how it is initialized"
-                )
+                lasting.append(("far", layer))
             if update and update.maximum == 0 and effective_lr and effective_lr.maximum > 0:
-                lasting[layer, "frozen"] = (
-                    f"the weights of layer {layer!r} do not move, at an effective learning rate of "
-                    f"{effective_lr.mean:.3g}: its gradients are zero, or its steps are lost in rounding "
-                    "(precision='bf16-true': use 'bf16-mixed')"
-                )
+                lasting.append(("frozen", layer))
         self._in_a_row = Counter({key: self._in_a_row[key] + 1 for key in lasting})
-        found.update({key: text for key, text in lasting.items() if self._in_a_row[key] >= PATIENCE})
-        new = {key: text for key, text in found.items() if key not in self._told}
-        self._told |= new.keys()
-        return list(new.values())
+        found += [key for key in lasting if self._in_a_row[key] >= PATIENCE]
+        new: defaultdict[str, list[str]] = defaultdict(list)
+        for cause, layer in found:
+            if (cause, layer) not in self._told:
+                self._told.add((cause, layer))
+                new[cause].append(layer)
+        return [
+            CAUSES[cause].format(layers=_named([(layer, ratios[layer]) for layer in layers]), median=typical)
+            for cause, layers in new.items()
+        ]
 
     def look_at_peak(self, rates: Sequence[tuple[float, float]], is_over: bool = False) -> list[str]:
         """Return a message if the learning rate was negligible at its peak, when the peak is known.
@@ -82,14 +103,28 @@ class TrustRatioAlerts:
             is_over: Whether training has ended.
         """
         now = max((lr * coefficient for lr, coefficient in rates), default=0.0)
+        self._has_risen |= 0 < self._peak < now
         self._since_peak = 0 if now > self._peak else self._since_peak + 1
         self._peak = max(self._peak, now)
         is_past = is_over or now < self._peak or self._since_peak >= PLATEAU
-        if not is_past or not 0 < self._peak < NEGLIGIBLE or ("", "negligible") in self._told:
+        is_known = is_past and self._has_risen
+        if not is_known or not 0 < self._peak < NEGLIGIBLE or ("negligible", "") in self._told:
             return []
-        self._told.add(("", "negligible"))
+        self._told.add(("negligible", ""))
         return [
             f"trust_coefficient * lr is {self._peak:.3g} at its peak, so no layer moves by more than about "
             f"{100 * self._peak:.2g} % of its norm in a step. LARS needs a larger learning rate than SGD: "
             "1 to 10 and more with trust_coefficient=1e-3"
         ]
+
+
+def _named(layers: Sequence[tuple[str, float]]) -> str:
+    """Return names and trust ratios of layers, folded and counted where they are many."""
+    if len(layers) <= NAMES:
+        return ", ".join(f"{layer!r} ({ratio:.3g})" for layer, ratio in layers)
+    ratios = [ratio for _, ratio in layers]
+    spread = f" ({min(ratios):.3g} to {max(ratios):.3g})" if all(map(math.isfinite, ratios)) else ""
+    folded = fold((layer, None) for layer, _ in layers)
+    hidden = sum(count for _, count, _ in folded[NAMES:])
+    names = ", ".join(repr(name) for name, *_ in folded[:NAMES])
+    return f"{len(layers)} layers{spread}: {names}{f' and {hidden} more' if hidden else ''}"

@@ -156,7 +156,7 @@ class TrustRatioMonitor(Callback):
 
         for name, watched in _by_name(optimizers).items():
             self._watched[name] = StepStatistics(watched, measures_updates)
-            self._alerts[name] = TrustRatioAlerts()
+            self._alerts[name] = TrustRatioAlerts(is_resumed=trainer.global_step > 0)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -183,14 +183,14 @@ class TrustRatioMonitor(Callback):
                 _log_histograms(logger, quantities, name, step)
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in summary.items()})
         for name, quantities in taken.items():
-            self._warn(self._alerts[name].look(quantities))
-            self._warn(self._alerts[name].look_at_peak(self._watched[name].rates))
+            self._warn(name, self._alerts[name].look(quantities))
+            self._warn(name, self._alerts[name].look_at_peak(self._watched[name].rates))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._take(trainer)
         for name, watched in self._watched.items():
-            self._warn(self._alerts[name].look_at_peak(watched.rates, is_over=True))
+            self._warn(name, self._alerts[name].look_at_peak(watched.rates, is_over=True))
         self._show(trainer)
 
     @override
@@ -270,10 +270,12 @@ class TrustRatioMonitor(Callback):
         self._watched.clear()
         self._alerts.clear()
 
-    def _warn(self, messages: Iterable[str]) -> None:
+    def _warn(self, optimizer: str, messages: Iterable[str]) -> None:
         if self.alerts:
             for message in messages:
-                rank_zero_warn(message)
+                rank_zero_warn(
+                    f"TrustRatioMonitor found in {optimizer[:-1]} {message}" if optimizer else message
+                )
 
     def _check_patterns(self, optimizers: Sequence[HasTrustRatios]) -> None:
         names = [
