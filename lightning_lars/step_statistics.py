@@ -41,6 +41,27 @@ class OverSteps(NamedTuple):
     maximum: float
 
 
+def names_by_number(named: Mapping[str, Tensor], names: Mapping[Tensor, str]) -> dict[str, str]:
+    """Return the names of parameters that an optimizer was given without, by the number that it has instead.
+
+    Args:
+        named: Parameters of the optimizer.
+        names: Of parameters, of this optimizer or others.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lars.step_statistics import names_by_number
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> names_by_number({"0": w}, {w: "head.weight"})
+        {'0': 'head.weight'}
+    """
+    return {
+        number: names[p]
+        for number, p in named.items()
+        if number.isdigit() and p in names and names[p] not in named
+    }
+
+
 class StepStatistics:
     """Accumulates on the device, in hooks around ``optimizer.step()``, and reads nothing back until asked.
 
@@ -49,11 +70,19 @@ class StepStatistics:
             and ``LAMB`` have them are used where they are.
         measures_updates: Asked before each step whether to find out by how much it moves the weights,
             which takes a copy of them. All processes must get the same answer.
+        names: Those of parameters, for layers that the optimizer was given without a name.
     """
 
-    def __init__(self, optimizer: HasTrustRatios, measures_updates: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        optimizer: HasTrustRatios,
+        measures_updates: Callable[[], bool],
+        names: Mapping[Tensor, str] | None = None,
+    ) -> None:
         self._optimizer = optimizer
         self._measures_updates = measures_updates
+        self._names = names or {}
+        self._by_number: dict[str, str] = {}
         self._quantities: dict[str, LayerStatistics] = {}
         self.has_stepped = False
         """Whether a step had trust ratios since this was last set to False."""
@@ -124,10 +153,11 @@ class StepStatistics:
         if not ratios:
             return
         self.has_stepped = True
+        named = dict(named_params(self._optimizer.param_groups))
+        self._by_number = names_by_number(named, self._names)
         layers = list(ratios)
         ratio = _stack(ratios)
         self._add("trust_ratio", layers, ratio)
-        named = dict(named_params(self._optimizer.param_groups))
         if ratios.keys() <= named.keys():
             self._add("effective_lr", layers, self._times_lr(layers, ratio, named))
             if before:
@@ -141,6 +171,7 @@ class StepStatistics:
                 self._add(quantity, list(flags), _stack(flags).to(ratio.dtype))
 
     def _add(self, quantity: str, layers: list[str], values: Tensor) -> None:
+        layers = [self._by_number.get(layer, layer) for layer in layers]
         self._quantities.setdefault(quantity, LayerStatistics()).update(layers, values)
 
     def _times_lr(self, layers: list[str], ratio: Tensor, named: Mapping[str, Tensor]) -> Tensor:

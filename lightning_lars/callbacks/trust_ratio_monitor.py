@@ -16,14 +16,16 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_lars.callbacks.both_roots import Callback
+from lightning_lars.introspection import classify
 from lightning_lars.optim.arguments import require
 from lightning_lars.optim.parameters import named_params
 from lightning_lars.param_groups import check_holds_parameters
 from lightning_lars.rich_tables import print_table
-from lightning_lars.step_statistics import HasTrustRatios, OverSteps, StepStatistics
+from lightning_lars.step_statistics import HasTrustRatios, OverSteps, StepStatistics, names_by_number
 from lightning_lars.trust_ratio_alerts import TrustRatioAlerts
 from lightning_lars.trust_ratio_history import TrustRatioHistory
 from lightning_lars.trust_ratio_plot import check_picture, plot_history, plot_trust_ratios, save_picture
@@ -51,10 +53,10 @@ class TrustRatioMonitor(Callback):
     Args:
         layers: fnmatch patterns over parameter names, of layers to be logged one by one: ``"*"`` for all.
             By default none is, and loggers with histograms (TensorBoard, Weights & Biases) get one of all
-            layers.
+            layers. Names are those of the optimizer, or of the LightningModule where it has none.
         update_to_weight: Whether to measure by how much the steps that are logged move the weights, for
             which the adapted weights are copied before the step.
-        alerts: Whether to warn.
+        alerts: Whether to warn of layers.
         picture: File to draw into when training ends, be it by an error: a heat-map of the trust ratios,
             layers over steps, and the effective learning rate of each layer before the schedule. What is no
             absolute path lies in ``trainer.log_dir``. Needs matplotlib (``lightning-lars[plot]``).
@@ -80,11 +82,13 @@ class TrustRatioMonitor(Callback):
     ``trainer.callback_metrics``, from the first log on.
 
     Picture and table show what was logged, from the beginning of training, also of one that was resumed.
-    However long that was, the picture has at most 512 columns. ``plot()`` draws it at any time.
+    However long that was, the picture has at most 512 columns. ``plot()`` draws it at any time. Several
+    monitors in one Trainer must differ in ``layers``, in ``table``, or in whether they have a ``picture``.
 
     Raises:
         ModuleNotFoundError: If ``picture`` is asked for without matplotlib.
-        ValueError: If ``layers`` is no pattern; at the start of training, if a pattern matches no layer.
+        ValueError: If ``layers`` is no pattern; at the start of training, if a pattern matches no layer, be
+            it frozen.
         MisconfigurationException: At the start of training, if there is nowhere to log to, or no
             optimizer that has trust ratios.
 
@@ -144,8 +148,11 @@ class TrustRatioMonitor(Callback):
             )
         for optimizer in optimizers:
             check_holds_parameters(optimizer, trainer.model or pl_module)
-        self._check_patterns(optimizers)
-        self._history.set_order(name for name, _ in pl_module.named_parameters())
+        names: dict[Tensor, str] = {
+            layer.parameter: layer.name for layer in classify(pl_module, (), exclude_bias=False)
+        }
+        self._check_layers(optimizers, names)
+        self._history.set_order(names.values())
         if self.picture is not None and not cast(Any, trainer).fast_dev_run:
             # Joined, an absolute path stays what it is. All processes must ask for the folder.
             self._picture = Path(trainer.log_dir or trainer.default_root_dir, self.picture)
@@ -155,7 +162,7 @@ class TrustRatioMonitor(Callback):
             return self.update_to_weight and trainer._logger_connector.should_update_logs
 
         for name, watched in _by_name(optimizers).items():
-            self._watched[name] = StepStatistics(watched, measures_updates)
+            self._watched[name] = StepStatistics(watched, measures_updates, names)
             self._alerts[name] = TrustRatioAlerts(is_resumed=trainer.global_step > 0)
 
     @override
@@ -277,17 +284,27 @@ class TrustRatioMonitor(Callback):
                     f"TrustRatioMonitor found in {optimizer[:-1]} {message}" if optimizer else message
                 )
 
-    def _check_patterns(self, optimizers: Sequence[HasTrustRatios]) -> None:
-        names = [
-            name
-            for optimizer in optimizers
-            for name, p in named_params(
-                [group for group in optimizer.param_groups if group.get("layer_adaptation", True)]
+    def _check_layers(self, optimizers: Sequence[HasTrustRatios], names: Mapping[Tensor, str]) -> None:
+        """Raise if a pattern is for nothing, and warn if all of the monitor is."""
+        adapted: list[str] = []
+        held: set[Tensor] = set()
+        for optimizer in optimizers:
+            named = dict(named_params(optimizer.param_groups))
+            held.update(named.values())
+            by_number = names_by_number(named, names)
+            groups = [group for group in optimizer.param_groups if group.get("layer_adaptation", True)]
+            layers = {p for group in groups for p in group["params"]}
+            adapted += [by_number.get(name, name) for name, p in named.items() if p in layers]
+        if not adapted:
+            rank_zero_warn(
+                f"TrustRatioMonitor has nothing to log: {[type(each).__name__ for each in optimizers]} hold "
+                "no layer that is adapted, as all are excluded or frozen. ParamGroupSummary() prints why"
             )
-        ]
+        # What is frozen may be thawed, and added to an optimizer.
+        known = [*adapted, *(name for p, name in names.items() if p not in held)]
         for pattern in self.layers:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                close = get_close_matches(pattern, names, n=3, cutoff=0.0)
+            if known and not any(fnmatchcase(name, pattern) for name in known):
+                close = get_close_matches(pattern, known, n=3, cutoff=0.0)
                 raise ValueError(
                     f"layers must match the name of an adapted layer, got {pattern!r}; the closest are "
                     f"{', '.join(map(repr, close))}"

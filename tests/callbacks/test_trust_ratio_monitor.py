@@ -1,6 +1,7 @@
 """What the monitor logs, when, and at which cost."""
 
 import csv
+import warnings
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
@@ -9,7 +10,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import BackboneFinetuning, EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -273,6 +274,83 @@ def test_an_optimizer_of_someone_else_is_logged_by_its_own_names(tmp_path):
     rows = logged(logger)
     assert sorted(rows) == list(range(8))
     assert all(row["trust_ratio/max"] == 0.25 for row in rows.values())
+
+
+def test_layers_that_an_optimizer_numbers_are_called_as_in_the_module(tmp_path):
+    class Unnamed(Boring):
+        def configure_optimizers(self):
+            return LARS(self.parameters(), lr=1.0, weight_decay=0.1)
+
+    logger, monitor = CSVLogger(tmp_path), TrustRatioMonitor("net.0.*")
+    trainer(tmp_path, logger=logger, log_every_n_steps=1, max_steps=2, callbacks=[monitor]).fit(
+        Unnamed(optimizer=LARS)
+    )
+    for row in logged(logger).values():
+        named = {key for key in row if key.startswith("trust_ratio_per_layer")}
+        assert named == {"trust_ratio_per_layer/net.0.weight", "trust_ratio_per_layer/net.0.bias"}
+        assert 0 <= row["trust_ratio/at_zero_rule"] < 1
+    layers = [f"net.{i}.{kind}" for i in range(3) for kind in ("weight", "bias")]
+    assert list(monitor._history.series("trust_ratio")) == layers
+    assert list(monitor._history.statistics["at_trust_clip"]) == layers
+
+
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist within another group")
+def test_layers_that_are_thawed_and_added_without_names_are_called_as_in_the_module(tmp_path):
+    class Tuned(Unlogged):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.net = self.net[0], self.net[1]
+
+        def training_step(self, batch, batch_idx):
+            return self.net(self.backbone(batch)).pow(2).mean()
+
+    logger = CSVLogger(tmp_path)
+    fit = trainer(
+        tmp_path,
+        logger=logger,
+        log_every_n_steps=8,
+        max_epochs=2,
+        callbacks=[BackboneFinetuning(1), TrustRatioMonitor("backbone.*")],
+    )
+    fit.fit(Tuned())
+    before, after = logged(logger).values()
+    assert not any("backbone" in key for key in before)
+    assert "trust_ratio_per_layer/backbone.weight" in after
+
+
+def test_an_optimizer_that_adapts_no_layer_warns(tmp_path):
+    class Plain(Unlogged):
+        def configure_optimizers(self):
+            return build_optimizer(self, LARS, lr=1.0, exclude="*")
+
+    fit = trainer(tmp_path, logger=CSVLogger(tmp_path), callbacks=[TrustRatioMonitor("*")])
+    with pytest.warns(UserWarning, match=r"nothing to log: \['LARS'\] hold no layer that is adapted"):
+        fit.fit(Plain())
+
+
+def test_a_training_resumed_after_its_peak_is_not_told_that_this_was_negligible(tmp_path):
+    class Decaying(Boring):
+        def configure_optimizers(self):
+            optimizer = build_optimizer(self, LARS, lr=2.0)
+            decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+
+    def fit(epochs, **options):
+        run = trainer(
+            tmp_path,
+            logger=CSVLogger(tmp_path),
+            log_every_n_steps=1,
+            max_epochs=epochs,
+            callbacks=[TrustRatioMonitor()],
+        )
+        run.fit(Decaying(optimizer=LARS), **options)
+        return run
+
+    fit(1).save_checkpoint(tmp_path / "half.ckpt")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(2, ckpt_path=tmp_path / "half.ckpt")
+    assert not any("at its peak" in str(warning.message) for warning in caught)
 
 
 def test_two_monitors_log_side_by_side(tmp_path):
