@@ -1,20 +1,39 @@
 """A table of what the trust ratio of every layer did over a training."""
 
 import math
+from collections.abc import Collection
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lightning_lars.rich_tables import is_too_wide, print_table
 from lightning_lars.trust_ratio_history import TrustRatioHistory
 
+_LEFT_OUT_FIRST = ("last", "Effective\nlr", "min", "max")
+_SHORTEST_NAME = 24
 
-def trust_ratio_table(history: TrustRatioHistory, max_rows: int = 100) -> Table:
+
+def print_trust_ratios(console: Console, history: TrustRatioHistory) -> None:
+    """Print :func:`trust_ratio_table`, in a narrow terminal without those columns that say least."""
+    for number in range(len(_LEFT_OUT_FIRST) + 1):
+        table = trust_ratio_table(history, left_out=_LEFT_OUT_FIRST[:number])
+        if not is_too_wide(console, table):
+            break
+    console.print("Trust ratios", highlight=False)
+    print_table(console, table)
+
+
+def trust_ratio_table(
+    history: TrustRatioHistory, max_rows: int = 100, left_out: Collection[str] = ()
+) -> Table:
     """Return a row for each layer, in the order of the network.
 
     Args:
         history: What was recorded.
         max_rows: Rows to fill at most. Of more layers, those with the smallest and the largest mean trust
             ratios are shown, half each.
+        left_out: Headings of columns that are not shown, but named below.
 
     Example:
         >>> import rich
@@ -24,32 +43,39 @@ def trust_ratio_table(history: TrustRatioHistory, max_rows: int = 100) -> Table:
         >>> history = TrustRatioHistory()
         >>> history.record(10, {"trust_ratio": {"conv.weight": OverSteps(0.02, 0.01, 0.03)}})
         >>> rich.print(trust_ratio_table(history))
-        ┏━━━━━━━━━━━━━┳━━━━━━━━━━━━━┳━━━━━━┳━━━━━━┳━━━━━━┓
-        ┃ Layer       ┃ Trust ratio ┃  min ┃  max ┃ last ┃
-        ┡━━━━━━━━━━━━━╇━━━━━━━━━━━━━╇━━━━━━╇━━━━━━╇━━━━━━┩
-        │ conv.weight │        0.02 │ 0.01 │ 0.03 │ 0.02 │
-        └─────────────┴─────────────┴──────┴──────┴──────┘
+        ┏━━━━━━━━━━━━━┳━━━━━━━┳━━━━━━┳━━━━━━┳━━━━━━┓
+        ┃             ┃ Trust ┃      ┃      ┃      ┃
+        ┃ Layer       ┃ ratio ┃  min ┃  max ┃ last ┃
+        ┡━━━━━━━━━━━━━╇━━━━━━━╇━━━━━━╇━━━━━━╇━━━━━━┩
+        │ conv.weight │  0.02 │ 0.01 │ 0.03 │ 0.02 │
+        └─────────────┴───────┴──────┴──────┴──────┘
     """
     of_ratio = history.statistics.get("trust_ratio", {})
-    rates, updates, clipped, zero = (
-        history.statistics.get(quantity, {})
-        for quantity in ("effective_lr", "update_to_weight", "at_trust_clip", "at_zero_rule")
-    )
-    table = Table()
-    table.add_column("Layer", overflow="fold")
-    optional = (
-        ("Effective lr", rates, _number),
-        ("Update / weight", updates, _number),
-        ("At clip", clipped, _share),
-        ("At zero rule", zero, _share),
-    )
-    # A column in which nothing ever happened says nothing.
-    shown = [
-        (heading, values, written)
-        for heading, values, written in optional
-        if any(value.maximum > 0 for value in values.values())
+    columns = [
+        ("Trust\nratio", of_ratio, "mean", _number),
+        ("min", of_ratio, "minimum", _number),
+        ("max", of_ratio, "maximum", _number),
+        ("last", of_ratio, "last", _number),
     ]
-    for heading in ("Trust ratio", "min", "max", "last", *(heading for heading, *_ in shown)):
+    optional = (
+        ("Effective\nlr", "effective_lr", _number),
+        ("Update /\nweight", "update_to_weight", _number),
+        ("At\nclip", "at_trust_clip", _share),
+        ("At zero\nrule", "at_zero_rule", _share),
+    )
+    for heading, quantity, written in optional:
+        of_layers = history.statistics.get(quantity, {})
+        # A column in which nothing ever happened says nothing.
+        if any(value.maximum > 0 for value in of_layers.values()):
+            columns.append((heading, of_layers, "mean", written))
+    hiding = [heading for heading in left_out if any(heading == column[0] for column in columns)]
+    columns = [column for column in columns if column[0] not in hiding]
+    caption = f"without {', '.join(hiding)}: widen the terminal".replace("\n", " ") if hiding else None
+    table = Table(caption=caption)
+    # A name that is longer is folded, but never away.
+    shortest = min(_SHORTEST_NAME, max(map(len, of_ratio), default=0))
+    table.add_column("Layer", overflow="fold", min_width=shortest)
+    for heading, *_ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     layers = history.in_order(of_ratio)
     by_mean = sorted(layers, key=lambda layer: _rank(of_ratio[layer].mean))
@@ -57,9 +83,10 @@ def trust_ratio_table(history: TrustRatioHistory, max_rows: int = 100) -> Table:
     hidden = set(by_mean[half : len(by_mean) - (max_rows - half)]) if len(layers) > max_rows else set()
     for layer in layers:
         if layer not in hidden:
-            ratio = of_ratio[layer]
-            cells = [_number(each) for each in (ratio.mean, ratio.minimum, ratio.maximum, ratio.last)]
-            cells += [written(values[layer].mean) if layer in values else "-" for _, values, written in shown]
+            cells = (
+                written(getattr(of_layers[layer], statistic)) if layer in of_layers else "-"
+                for _, of_layers, statistic, written in columns
+            )
             table.add_row(Text(layer), *cells)
     if hidden:
         low, high = (_number(of_ratio[by_mean[i]].mean) for i in (half, len(by_mean) - (max_rows - half) - 1))

@@ -10,7 +10,7 @@ from rich.text import Text
 from lightning_lars.rich_tables import is_too_wide, print_table
 from lightning_lars.step_statistics import OverSteps
 from lightning_lars.trust_ratio_history import TrustRatioHistory
-from lightning_lars.trust_ratio_table import trust_ratio_table
+from lightning_lars.trust_ratio_table import print_trust_ratios, trust_ratio_table
 
 
 def history(**quantities):
@@ -45,7 +45,7 @@ def test_has_a_row_for_each_layer_and_a_column_for_what_happened():
         )
     )
     assert cells(table) == [
-        ["Layer", "Trust ratio", "min", "max", "last", "Effective lr", "At clip"],
+        ["Layer", "Trust\nratio", "min", "max", "last", "Effective\nlr", "At\nclip"],
         ["conv.weight", "0.02", "0.01", "0.04", "0.02", "0.04", "25%"],
         ["fc.weight", "0.1", "0.05", "0.2", "0.1", "0.2", "0%"],
     ]
@@ -81,3 +81,33 @@ def test_a_file_gets_the_names_in_one_piece_and_a_narrow_terminal_gets_all_numbe
     lines = [Text.from_ansi(line).plain for line in terminal.file.getvalue().splitlines()]
     assert max(map(len, lines)) == 60
     assert sum("0.125" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("width", "left_out"),
+    [(103, []), (93, ["last"]), (81, ["last", "Effective lr"]), (70, ["last", "Effective lr", "min", "max"])],
+)
+def test_a_narrow_terminal_gets_whole_names_and_fewer_columns(width, left_out):
+    layers = {f"backbone.layer{i}.0.downsample.0.weight": 0.00512 for i in range(4)}
+    quantities = dict.fromkeys(("trust_ratio", "effective_lr", "update_to_weight"), layers)
+    terminal = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    print_trust_ratios(terminal, history(**quantities))
+    lines = terminal.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert sum(any(name in line for name in layers) for line in lines) == 4
+    heading = " ".join(lines[2:4])
+    assert [word for word in ("last", "Effective", "min", "max") if word not in heading] == [
+        word.split()[0] for word in left_out
+    ]
+    assert (lines[-1].strip() == f"without {', '.join(left_out)}: widen the terminal") == bool(left_out)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_names_that_do_not_fit_are_folded_not_dropped(width):
+    name = "model." + "encoder." * 10 + "weight"
+    quantities = ("trust_ratio", "effective_lr", "update_to_weight", "at_trust_clip", "at_zero_rule")
+    terminal = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    print_trust_ratios(terminal, history(**{key: {name: 0.00512} for key in quantities}))
+    rows = [line.split("│")[1].strip() for line in terminal.file.getvalue().splitlines() if line[0] == "│"]
+    assert "".join(rows) == name
+    assert min(map(len, rows[:-1])) >= 24

@@ -24,12 +24,11 @@ from lightning_lars.introspection import classify
 from lightning_lars.optim.arguments import require
 from lightning_lars.optim.parameters import named_params
 from lightning_lars.param_groups import check_holds_parameters
-from lightning_lars.rich_tables import print_table
 from lightning_lars.step_statistics import HasTrustRatios, OverSteps, StepStatistics, names_by_number
 from lightning_lars.trust_ratio_alerts import TrustRatioAlerts
 from lightning_lars.trust_ratio_history import TrustRatioHistory
 from lightning_lars.trust_ratio_plot import check_picture, plot_history, plot_trust_ratios, save_picture
-from lightning_lars.trust_ratio_table import trust_ratio_table
+from lightning_lars.trust_ratio_table import print_trust_ratios
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -259,9 +258,7 @@ class TrustRatioMonitor(Callback):
         if not trainer.is_global_zero or not self._history.steps:
             return
         if self.table:
-            console = rich.get_console()
-            console.print("Trust ratios", highlight=False)
-            print_table(console, trust_ratio_table(self._history))
+            print_trust_ratios(rich.get_console(), self._history)
         if self._picture is not None:
             try:
                 save_picture(self._history, self._picture)
