@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _MOST_LABELS = 60
 _LONGEST_LABEL = 48
-_FEW_LINES = 8
+_FEW_LINES, _MANY_LINES = 8, 60
+_GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 _NO_VALUE, _NOT_FINITE, _SCHEDULE = "0.92", "#d7191c", "0.9"
 
 
@@ -84,7 +85,7 @@ def plot_trust_ratios(history: TrustRatioHistory, ax: Axes | None = None) -> tup
     ax.pcolormesh(edges, rows, not_finite, cmap=ListedColormap([_NOT_FINITE]), rasterized=True)
     ax.set_facecolor(_NO_VALUE)
     labels = layer_labels(list(series))
-    ax.set_yticks([label.first + label.rows / 2 for label in labels], [label.text for label in labels])
+    ax.set_yticks(list(map(_middle, labels)), [label.text for label in labels])
     ax.tick_params(axis="y", length=0, labelsize=8 if len(labels) > 20 else 9)
     for label in labels[1:] if len(labels) < len(series) else ():
         ax.axhline(label.first, color="white", linewidth=0.6)
@@ -128,13 +129,18 @@ def plot_effective_lr(history: TrustRatioHistory, ax: Axes | None = None) -> tup
     values = np.array(list(series.values()))
     values[~np.isfinite(values) | (values <= 0)] = np.nan
     few = len(series) <= _FEW_LINES
-    width, alpha = (1.6, 1.0) if few else (0.8, 0.7)
+    # Where there are many, those that lie on each other show that they do.
+    width, alpha = (1.6, 1.0) if few else (0.8, max(0.7 * min(1, _MANY_LINES / len(series)), 0.25))
     marker = "." if len(history.steps) < 20 else ""
     # Purple to orange, as yellow does not show on white.
     share = 0.85 / max(len(series) - 1, 1)
     for i, layer in enumerate(series):
         colour = colormaps["plasma"](share * i, alpha)
-        ax.plot(history.steps, values[i], marker=marker, lw=width, color=colour, label=_short(layer))
+        # In turns, so that not the last layers alone are on top.
+        order = 2 + i * _GOLDEN_RATIO % 1
+        ax.plot(
+            history.steps, values[i], marker=marker, lw=width, color=colour, label=_short(layer), zorder=order
+        )
     ax.set_yscale("log")
     if np.isfinite(values).any():
         # A schedule that ends at zero would take most of a logarithmic scale.
@@ -210,7 +216,16 @@ def layer_labels(layers: list[str]) -> list[Label]:
     runs = fitting[0] if fitting else min(telling, key=len)
     firsts = accumulate((rows for _, rows in runs), initial=0)
     labels = [Label(_short(text), first, rows) for (text, rows), first in zip(runs, firsts, strict=False)]
-    return labels[:: math.ceil(len(labels) / _MOST_LABELS)]
+    kept = labels[:1]
+    for label in labels[1:]:
+        # Beside a block, there is room for its label alone.
+        if _middle(label) - _middle(kept[-1]) >= len(layers) / _MOST_LABELS:
+            kept.append(label)
+    return kept
+
+
+def _middle(label: Label) -> float:
+    return label.first + label.rows / 2
 
 
 def _short(name: str) -> str:

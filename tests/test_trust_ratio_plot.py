@@ -27,6 +27,7 @@ TRANSFORMER = [
     for i in range(66)
     for part in ("attention.query", "attention.key", "attention.value", "attention.output", "up", "down")
 ]
+BERT = ["embeddings.words.weight", "embeddings.positions.weight", *TRANSFORMER, "head.weight"]
 FLAT = [f"params.{i}" for i in range(400)]
 FEW = ["conv1.weight", "conv2.weight", "fc.weight"]
 
@@ -109,7 +110,9 @@ def overlaps(axes):
 
 
 @pytest.mark.parametrize(
-    "layers", [FEW, RESNET, TRANSFORMER, FLAT], ids=["few", "60", "396 in blocks", "400 in none"]
+    "layers",
+    [FEW, RESNET, TRANSFORMER, BERT, FLAT],
+    ids=["few", "60", "396 in blocks", "399 with some between", "400 in none"],
 )
 def test_labels_do_not_overlap_and_stay_in_the_picture(layers):
     figure, (above, below) = plot_history(recorded(layers))
@@ -138,6 +141,17 @@ def test_layers_are_named_by_what_tells_them_apart(layers, texts, rows):
     labels = layer_labels(layers)
     assert [label.text for label in labels] == texts
     assert rows is None or [label.rows for label in labels] == rows
+
+
+@pytest.mark.parametrize(("layers", "alpha"), [(FEW, 1.0), (RESNET, 0.7), (RESNET * 2, 0.35), (FLAT, 0.25)])
+def test_lines_that_are_many_do_not_hide_each_other(layers, alpha):
+    layers = [f"{i}.{name}" for i, name in enumerate(layers)]
+    _, ax = plot_effective_lr(recorded(layers))
+    lines = ax.get_lines()
+    assert len(lines) == len(layers)
+    assert {line.get_color()[3] for line in lines} == {alpha}
+    from_top = sorted(range(len(lines)), key=lambda i: -lines[i].get_zorder())
+    assert len(layers) < 10 or len({i * 10 // len(layers) for i in from_top[:20]}) == 10
 
 
 def test_draws_in_axes_that_are_given():
