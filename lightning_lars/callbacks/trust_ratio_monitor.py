@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any, cast
 
 import rich
@@ -27,15 +25,13 @@ from lightning_lars.param_groups import check_holds_parameters
 from lightning_lars.step_statistics import HasTrustRatios, OverSteps, StepStatistics, names_by_number
 from lightning_lars.trust_ratio_alerts import TrustRatioAlerts
 from lightning_lars.trust_ratio_history import TrustRatioHistory
+from lightning_lars.trust_ratio_metrics import log_histograms, per_layer_metrics, summary_metrics
 from lightning_lars.trust_ratio_plot import check_picture, plot_history, plot_trust_ratios, save_picture
 from lightning_lars.trust_ratio_table import print_trust_ratios
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_QUANTITIES = ("trust_ratio", "effective_lr", "update_to_weight")
-_SHARES = ("at_trust_clip", "at_zero_rule")
 
 
 class TrustRatioMonitor(Callback):
@@ -181,12 +177,12 @@ class TrustRatioMonitor(Callback):
         summary: dict[str, float] = {}
         per_layer: dict[str, float] = {}
         for name, quantities in taken.items():
-            summary.update(_summary(quantities, name))
-            per_layer.update(self._of_layers(quantities, name))
+            summary.update(summary_metrics(quantities, name))
+            per_layer.update(per_layer_metrics(quantities, name, self.layers))
         for logger in trainer.loggers:
             logger.log_metrics({**summary, **per_layer}, step=step)
             for name, quantities in taken.items():
-                _log_histograms(logger, quantities, name, step)
+                log_histograms(logger, quantities, name, step)
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in summary.items()})
         for name, quantities in taken.items():
             self._warn(name, self._alerts[name].look(quantities))
@@ -306,51 +302,6 @@ class TrustRatioMonitor(Callback):
                     f"layers must match the name of an adapted layer, got {pattern!r}; the closest are "
                     f"{', '.join(map(repr, close))}"
                 )
-
-    def _of_layers(
-        self, quantities: Mapping[str, Mapping[str, OverSteps]], optimizer: str
-    ) -> dict[str, float]:
-        return {
-            f"{quantity}_per_layer/{optimizer}{layer}": over_steps.mean
-            for quantity in _QUANTITIES
-            for layer, over_steps in quantities.get(quantity, {}).items()
-            if any(fnmatchcase(layer, pattern) for pattern in self.layers)
-        }
-
-
-def _summary(quantities: Mapping[str, Mapping[str, OverSteps]], optimizer: str) -> dict[str, float]:
-    summary = {}
-    for quantity in _QUANTITIES:
-        layers = quantities.get(quantity, {}).values()
-        if layers:
-            # A layer that is not finite shows: min and max would order nan by chance.
-            spoiled = math.nan if any(math.isnan(layer.mean) for layer in layers) else 0.0
-            summary[f"{quantity}/{optimizer}min"] = spoiled + min(layer.minimum for layer in layers)
-            summary[f"{quantity}/{optimizer}median"] = spoiled + median(layer.mean for layer in layers)
-            summary[f"{quantity}/{optimizer}max"] = spoiled + max(layer.maximum for layer in layers)
-    for share in _SHARES:
-        layers = quantities.get(share, {}).values()
-        if layers:
-            summary[f"trust_ratio/{optimizer}{share}"] = sum(layer.mean for layer in layers) / len(layers)
-    return summary
-
-
-def _log_histograms(
-    logger: Any, quantities: Mapping[str, Mapping[str, OverSteps]], optimizer: str, step: int
-) -> None:
-    for quantity in _QUANTITIES:
-        values = [layer.mean for layer in quantities.get(quantity, {}).values() if math.isfinite(layer.mean)]
-        if not values:
-            continue
-        key = f"{quantity}_per_layer/{optimizer}all"
-        # By name, as lightning.pytorch and pytorch_lightning have loggers of their own.
-        kinds = {base.__name__ for base in type(logger).__mro__}
-        if "TensorBoardLogger" in kinds:
-            logger.experiment.add_histogram(key, torch.tensor(values), step)
-        elif "WandbLogger" in kinds:
-            from wandb import Histogram
-
-            logger.log_metrics({key: Histogram(values)}, step=step)
 
 
 def _by_name(optimizers: Sequence[HasTrustRatios]) -> dict[str, HasTrustRatios]:

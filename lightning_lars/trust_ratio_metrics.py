@@ -1,0 +1,74 @@
+"""What loggers get of the trust ratios: keys, values, histograms."""
+
+import math
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from statistics import median
+from typing import Any
+
+import torch
+
+from lightning_lars.step_statistics import OverSteps
+
+Quantities = Mapping[str, Mapping[str, OverSteps]]
+"""By quantity and layer, what ``StepStatistics.take`` returns."""
+
+_QUANTITIES = ("trust_ratio", "effective_lr", "update_to_weight")
+_SHARES = ("at_trust_clip", "at_zero_rule")
+
+
+def summary_metrics(quantities: Quantities, optimizer: str) -> dict[str, float]:
+    """Return smallest, median and largest of each quantity over layers, and shares of layers.
+
+    Args:
+        quantities: Of the layers of one optimizer.
+        optimizer: What stands before the last part of its keys, ``""`` or ``"LARS-1/"``.
+
+    Example:
+        >>> from lightning_lars.step_statistics import OverSteps
+        >>> from lightning_lars.trust_ratio_metrics import summary_metrics
+        >>> ratios = {"conv.weight": OverSteps(0.5, 0.25, 1.0), "fc.weight": OverSteps(0.75, 0.5, 2.0)}
+        >>> summary_metrics({"trust_ratio": ratios}, "")
+        {'trust_ratio/min': 0.25, 'trust_ratio/median': 0.625, 'trust_ratio/max': 2.0}
+    """
+    summary = {}
+    for quantity in _QUANTITIES:
+        layers = quantities.get(quantity, {}).values()
+        if layers:
+            # A layer that is not finite shows: min and max would order nan by chance.
+            spoiled = math.nan if any(math.isnan(layer.mean) for layer in layers) else 0.0
+            summary[f"{quantity}/{optimizer}min"] = spoiled + min(layer.minimum for layer in layers)
+            summary[f"{quantity}/{optimizer}median"] = spoiled + median(layer.mean for layer in layers)
+            summary[f"{quantity}/{optimizer}max"] = spoiled + max(layer.maximum for layer in layers)
+    for share in _SHARES:
+        layers = quantities.get(share, {}).values()
+        if layers:
+            summary[f"trust_ratio/{optimizer}{share}"] = sum(layer.mean for layer in layers) / len(layers)
+    return summary
+
+
+def per_layer_metrics(quantities: Quantities, optimizer: str, patterns: Sequence[str]) -> dict[str, float]:
+    """Return the mean of each quantity of those layers whose names match a pattern."""
+    return {
+        f"{quantity}_per_layer/{optimizer}{layer}": over_steps.mean
+        for quantity in _QUANTITIES
+        for layer, over_steps in quantities.get(quantity, {}).items()
+        if any(fnmatchcase(layer, pattern) for pattern in patterns)
+    }
+
+
+def log_histograms(logger: Any, quantities: Quantities, optimizer: str, step: int) -> None:
+    """Give a logger one histogram over layers of each quantity, if it is of a kind that has them."""
+    for quantity in _QUANTITIES:
+        values = [layer.mean for layer in quantities.get(quantity, {}).values() if math.isfinite(layer.mean)]
+        if not values:
+            continue
+        key = f"{quantity}_per_layer/{optimizer}all"
+        # By name, as lightning.pytorch and pytorch_lightning have loggers of their own.
+        kinds = {base.__name__ for base in type(logger).__mro__}
+        if "TensorBoardLogger" in kinds:
+            logger.experiment.add_histogram(key, torch.tensor(values), step)
+        elif "WandbLogger" in kinds:
+            from wandb import Histogram
+
+            logger.log_metrics({key: Histogram(values)}, step=step)
