@@ -102,13 +102,15 @@ class StepStatistics:
     def rates(self) -> list[tuple[float, float]]:
         """Learning rate inside the last step, and trust coefficient, of each group that has both.
 
-        Without those whose learning rate is a tensor, which would have to come to the host.
+        Without those whose learning rate is a tensor, which would have to come to the host, and those with
+        ``trust_clip="larc"``, which move by ``trust_coefficient`` at any learning rate.
         """
         return [
             (lr, group["trust_coefficient"])
             for lr, group in zip(self._lr, self._optimizer.param_groups, strict=False)
             if group.get("layer_adaptation", True)
             and "trust_coefficient" in group
+            and group.get("trust_clip") != "larc"
             and isinstance(lr, float | int)
         ]
 

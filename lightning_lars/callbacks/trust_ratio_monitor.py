@@ -74,7 +74,8 @@ class TrustRatioMonitor(Callback):
 
     With several optimizers (manual optimization) the keys are ``trust_ratio/OPTIMIZER/...``, numbered as
     ``LearningRateMonitor`` does: ``LARS``, ``LARS-1``. What is not per layer is also in
-    ``trainer.callback_metrics``, from the first log on.
+    ``trainer.callback_metrics``, from the first log on: for ``EarlyStopping`` to find it at the end of the
+    first epoch, ``log_every_n_steps`` must be no more than the steps of an epoch.
 
     Picture and table show what was logged, from the beginning of training, also of one that was resumed.
     However long that was, the picture has at most 512 columns. ``plot()`` draws it at any time. Several
@@ -273,9 +274,7 @@ class TrustRatioMonitor(Callback):
     def _warn(self, optimizer: str, messages: Iterable[str]) -> None:
         if self.alerts:
             for message in messages:
-                rank_zero_warn(
-                    f"TrustRatioMonitor found in {optimizer[:-1]} {message}" if optimizer else message
-                )
+                rank_zero_warn(f"{optimizer.rstrip('/')}: {message}" if optimizer else message)
 
     def _check_layers(self, optimizers: Sequence[HasTrustRatios], names: Mapping[Tensor, str]) -> None:
         """Raise if a pattern is for nothing, and warn if all of the monitor is."""

@@ -377,6 +377,12 @@ def test_a_learning_rate_for_sgd_warns_once_that_it_is_negligible(tmp_path):
     silent.fit(boring(partial(LARS, lr=0.1)))
 
 
+def test_the_learning_rate_of_sgd_is_not_negligible_for_larc(tmp_path):
+    fit = trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=1, callbacks=[TrustRatioMonitor()])
+    fit.fit(boring(partial(LARS, lr=0.1, trust_clip="larc")))  # warnings are errors
+    assert fit.callback_metrics["update_to_weight/max"] > 5e-4
+
+
 def test_every_logger_of_the_trainer_gets_the_same(tmp_path):
     loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tensorboard")]
     trainer(tmp_path, logger=loggers, log_every_n_steps=4, callbacks=[TrustRatioMonitor()]).fit(boring())
@@ -667,6 +673,25 @@ def test_names_of_two_optimizers_do_not_mix(tmp_path):
     trainer(tmp_path, log_every_n_steps=1, callbacks=[monitor]).fit(Two())
     _, (above, _) = monitor.plot()
     assert len({label.get_text() for label in above.get_yticklabels()}) == 2
+
+
+def test_a_warning_names_the_optimizer_where_there_are_several(tmp_path):
+    class Two(Unlogged):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for layer, optimizer in zip(self.net, self.optimizers(), strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(layer(batch).pow(2).mean())
+                optimizer.step()
+
+        def configure_optimizers(self):
+            self.net = nn.Sequential(nn.Linear(4, 2), nn.Linear(4, 2))
+            return [build_optimizer(each, LARS, lr=lr) for each, lr in zip(self.net, (1.0, 0.1), strict=True)]
+
+    fit = trainer(tmp_path, logger=CSVLogger(tmp_path), callbacks=[TrustRatioMonitor()])
+    with pytest.warns(UserWarning, match=r"^LARS-1: trust_coefficient \* lr is 0.0001 at its peak"):
+        fit.fit(Two())
 
 
 @pytest.mark.parametrize("table", [None, 1, "yes"])
