@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import ParametrizationList
 
 Predicate = Callable[[str, nn.Parameter, nn.Module], bool]
@@ -104,9 +105,19 @@ def classify(module: nn.Module, exclude: Exclusion | Iterable[Exclusion], exclud
 def _aliases(module: nn.Module) -> dict[nn.Parameter, list[_Alias]]:
     aliases: dict[nn.Parameter, list[_Alias]] = {}
     modules = dict(module.named_modules(remove_duplicate=False))
+    # "module" is a name of users too: that of DDP goes by its type.
+    in_ddp = [
+        f"{path}.module." if path else "module."
+        for path, owner in modules.items()
+        if isinstance(owner, DistributedDataParallel)
+    ]
     for path, owner in modules.items():
         for attribute, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
-            name = _WRAPPER_PREFIX.sub("", f"{path}.{attribute}" if path else attribute)
+            name = f"{path}.{attribute}" if path else attribute
+            for prefix in in_ddp:
+                if name.startswith(prefix):
+                    name = prefix.removesuffix("module.") + name.removeprefix(prefix)
+            name = _WRAPPER_PREFIX.sub("", name)
             if isinstance(owner, ParametrizationList):
                 # `fc.parametrizations.weight` holds what the `weight` of `fc` is computed from.
                 *parametrized, _, attribute = path.split(".")

@@ -5,6 +5,7 @@ import os
 import pytest
 import rich
 import torch
+import torch.distributed as dist
 
 if not torch.cuda.is_available():
     # Before anything imports triton: its kernels then run on the CPU.
@@ -20,3 +21,11 @@ def _seed() -> None:
 def _console() -> None:
     # Lightning's RichProgressBar configures that of the whole process.
     rich.reconfigure()
+
+
+@pytest.fixture
+def process_group():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
 from lightning_lars import (
@@ -220,6 +221,16 @@ def test_prefixes_of_wrappers_are_no_part_of_a_name():
 
     module = nn.Sequential(torch.compile(nn.Linear(2, 2)), FSDPLike(nn.LayerNorm(2)))
     assert names(module) == {"adapted": ["0.weight"], "excluded": ["0.bias", "1.weight", "1.bias"]}
+
+
+def test_the_module_of_ddp_is_no_part_of_a_name(process_group):
+    module = nn.Sequential(nn.Linear(2, 2))
+    module.module = nn.LayerNorm(2)
+    for wrapped in (DistributedDataParallel(module), torch.compile(DistributedDataParallel(module))):
+        groups = names(wrapped, exclude=[*DEFAULT_EXCLUDED, "0.*"])
+        assert groups == {"excluded": ["0.weight", "0.bias", "module.weight", "module.bias"]}
+    inside = nn.ModuleDict({"net": DistributedDataParallel(nn.Linear(2, 2))})
+    assert names(inside) == {"adapted": ["net.weight"], "excluded": ["net.bias"]}
 
 
 def test_every_trainable_parameter_stands_in_one_group_once():
