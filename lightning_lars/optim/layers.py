@@ -53,7 +53,7 @@ def sort_layers(group: dict[str, Any], shards: Shards, name: Callable[[Tensor], 
     """Sort the layers that have a gradient by device and dtype, and into parts of bounded size.
 
     Raises:
-        RuntimeError: If a gradient is sparse.
+        RuntimeError: If a gradient is sparse, or whole where its parameter is a DTensor.
     """
     buckets: list[Layers] = []
     latest: dict[tuple[torch.device, torch.dtype, bool], Layers] = {}
@@ -69,6 +69,11 @@ def sort_layers(group: dict[str, Any], shards: Shards, name: Callable[[Tensor], 
         part, grad, is_divided = p, p.grad, False
         shard = shards[p]
         if shard is not None:
+            if hasattr(p, "device_mesh") and not hasattr(p.grad, "device_mesh"):
+                raise RuntimeError(
+                    f"the gradient of a DTensor must be one, got a plain tensor for parameter {name(p)!r}: "
+                    "lay it out with torch.distributed.tensor.distribute_tensor()"
+                )
             part, grad, is_divided = local(p), local_gradient(p), len(shard.groups) > 0
         kind = (part.device, part.dtype, is_divided)
         at_once = _elements_at_once(part, group)
@@ -135,6 +140,10 @@ def norms_of_divided(
         of_weights, of_direction = each.norms
         weights.update(zip(each.layers.params, of_weights.unbind(), strict=True))
         directions.update(zip(each.layers.params, of_direction.unbind(), strict=True))
+    for p in divided:
+        if p not in weights:
+            # It belongs to the layer, though it gets no gradient here and stays where it is.
+            weights[p] = layer_norms([local(p)])[0]
     here = [weights.get(p) for p in divided] + [directions.get(p) for p in divided]
     norms = whole_norms(here, [*divided.values(), *divided.values()])
     pairs = zip(norms[: len(divided)], norms[len(divided) :], strict=True)

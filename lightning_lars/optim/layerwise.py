@@ -32,7 +32,7 @@ from lightning_lars.optim.norms import Tensors, layer_norms
 from lightning_lars.optim.parameters import check_params, named_params
 from lightning_lars.optim.partitions import check_not_partitioned, check_sees_all_gradients, given_shapes
 from lightning_lars.optim.scratch import Scratch
-from lightning_lars.optim.shards import Shard, find_shards, local
+from lightning_lars.optim.shards import Shard, find_shards, is_laid_out, local
 from lightning_lars.optim.trust_ratio import TrustRatios
 
 
@@ -342,7 +342,10 @@ class LayerwiseOptimizer(Optimizer, ABC):
     def _look_at_params(self) -> None:
         """Find out who holds the rest of each parameter, once: when the first step comes, all are wrapped."""
         count = sum(len(group["params"]) for group in self.param_groups)
-        if len(self._shards) == count and all(p in self._shards for p in _params(self.param_groups)):
+        if len(self._shards) == count and all(
+            p in self._shards and (self._shards[p] is not None or not is_laid_out(p))
+            for p in _params(self.param_groups)
+        ):
             return
         named = list(named_params(self.param_groups))
         shards = find_shards(named)

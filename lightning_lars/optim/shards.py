@@ -52,7 +52,17 @@ def find_shards(named_params: Iterable[tuple[str, Tensor]]) -> dict[Tensor, Shar
             flattened.append((name, p))
     if flattened:
         shards.update(_shards_of_fsdp1(flattened))
-    return shards
+    # Two meshes over the same processes have groups of their own, and need not have two collectives.
+    by_ranks: dict[tuple[int, ...], ProcessGroup] = {}
+    return {
+        p: shard._replace(groups=tuple(by_ranks.setdefault(_ranks(group), group) for group in shard.groups))
+        for p, shard in shards.items()
+    }
+
+
+def is_laid_out(p: Tensor) -> bool:
+    """Tell whether a strategy has marked a parameter as its own."""
+    return hasattr(p, "device_mesh") or getattr(p, "_fsdp_flattened", False)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -94,18 +104,20 @@ def add_up(values: Sequence[Tensor], shards: "Sequence[Shard]") -> list[Tensor]:
         shards: For each value; the same on all processes, in the same order.
     """
     summed = list(values)
-    members: dict[tuple[int, ...], tuple[ProcessGroup, list[int]]] = {}
+    members: dict[ProcessGroup, list[int]] = {}
     for i, shard in enumerate(shards):
         for group in shard.groups:
-            # Two meshes over the same processes have groups of their own, and need not have two collectives.
-            ranks = tuple(dist.get_process_group_ranks(group))
-            members.setdefault(ranks, (group, []))[1].append(i)
-    for group, indices in members.values():
+            members.setdefault(group, []).append(i)
+    for group, indices in members.items():
         total = torch.stack([summed[i] for i in indices])
         dist.all_reduce(total, group=group)
         for i, value in zip(indices, total.unbind(), strict=True):
             summed[i] = value
     return summed
+
+
+def _ranks(group: "ProcessGroup") -> tuple[int, ...]:
+    return tuple(dist.get_process_group_ranks(group))
 
 
 def _shard_of_dtensor(name: str, p: Any) -> Shard:
@@ -133,8 +145,11 @@ def _shards_of_fsdp1(flattened: Sequence[tuple[str, Tensor]]) -> dict[Tensor, Sh
     found: dict[Tensor, Shard] = {}
     divided_twice: set[Tensor] = set()
     for candidate in gc.get_objects():
-        if issubclass(type(candidate), FullyShardedDataParallel) and candidate._handle is not None:
-            handle = candidate._handle
+        if not issubclass(type(candidate), FullyShardedDataParallel):
+            continue
+        # Not by attribute, which a module whose making has failed cannot answer.
+        handle = vars(candidate).get("_handle")
+        if handle is not None:
             groups = (handle.process_group,) if handle.uses_sharded_strategy else ()
             flat = handle.flat_param
             for p, extension in zip(flat._params or (), flat._param_extensions, strict=False):
@@ -144,8 +159,9 @@ def _shards_of_fsdp1(flattened: Sequence[tuple[str, Tensor]]) -> dict[Tensor, Sh
     for name, p in flattened:
         if p not in found:
             raise RuntimeError(
-                f"parameter {name!r} is a shard of FSDP, but its FullyShardedDataParallel module is gone: "
-                "build the optimizer on the parameters of the wrapped module that you train"
+                f"parameter {name!r} is a shard of FSDP, but its FullyShardedDataParallel module is gone, or "
+                "hidden by gc.freeze(): build the optimizer on the parameters of the wrapped module that you "
+                "train, and take its first step before gc.freeze()"
             )
         if p in divided_twice:
             raise RuntimeError(

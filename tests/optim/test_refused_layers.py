@@ -1,10 +1,12 @@
 """Gradients and parameters that a step refuses, before anything has moved."""
 
+import gc
+
 import pytest
 import torch
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn import Parameter
 
 from lightning_lars import LAMB, LARS
@@ -21,6 +23,17 @@ def assert_refused(optimizer_class, refused, match, **group):
     assert torch.equal(first, torch.ones(3))
     assert not optimizer.state
     assert optimizer.trust_ratios() == {}
+
+
+def in_fsdp(use_orig_params):
+    module = FullyShardedDataParallel(
+        torch.nn.Linear(3, 2),
+        device_id=torch.device("cpu"),
+        sharding_strategy=ShardingStrategy.NO_SHARD,
+        use_orig_params=use_orig_params,
+    )
+    module(torch.ones(1, 3)).sum().backward()
+    return module
 
 
 @both
@@ -47,6 +60,13 @@ def test_a_dtensor_of_partial_values_is_refused_by_name(optimizer_class, mesh, g
 
 
 @both
+def test_a_plain_gradient_of_a_dtensor_is_refused_by_name(optimizer_class, mesh):
+    weight = Parameter(DTensor.from_local(torch.ones(4, 2), mesh, [Replicate()]))
+    weight.grad = torch.ones(4, 2)
+    assert_refused(optimizer_class, weight, "'second'.*distribute_tensor")
+
+
+@both
 def test_a_flat_parameter_of_many_layers_is_refused_by_name(optimizer_class):
     weight = Parameter(torch.ones(4))
     weight.grad = torch.ones(4)
@@ -56,13 +76,7 @@ def test_a_flat_parameter_of_many_layers_is_refused_by_name(optimizer_class):
 
 @both
 def test_fsdp_that_has_flattened_its_layers_is_refused(optimizer_class, mesh):
-    module = FullyShardedDataParallel(
-        torch.nn.Linear(3, 2),
-        device_id=torch.device("cpu"),
-        sharding_strategy=ShardingStrategy.NO_SHARD,
-        use_orig_params=False,
-    )
-    module(torch.ones(1, 3)).sum().backward()
+    module = in_fsdp(use_orig_params=False)
     optimizer = optimizer_class(module.parameters())
     with pytest.raises(RuntimeError, match=r"all layers of an FSDP unit in one tensor.*use_orig_params=True"):
         optimizer.step()
@@ -75,6 +89,29 @@ def test_a_shard_whose_module_is_gone_is_refused_by_name(optimizer_class):
     weight.grad = torch.ones(4)
     weight._fsdp_flattened = True
     assert_refused(optimizer_class, weight, "'second' is a shard of FSDP, but.*is gone")
+
+
+@both
+def test_a_shard_whose_module_cannot_be_found_is_refused(optimizer_class, mesh):
+    module = in_fsdp(use_orig_params=True)
+    optimizer = optimizer_class(module.parameters())
+    gc.freeze()
+    try:
+        with pytest.raises(RuntimeError, match=r"hidden by gc.freeze"):
+            optimizer.step()
+    finally:
+        gc.unfreeze()
+    assert not optimizer.state
+    optimizer.step()
+
+
+def test_fsdp_that_could_not_be_made_does_not_hide_what_could(mesh):
+    failed = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    torch.nn.Module.__init__(failed)
+    module = in_fsdp(use_orig_params=True)
+    optimizer = LARS(module.parameters(), lr=0.1)
+    optimizer.step()
+    assert len(optimizer.trust_ratios()) == 2
 
 
 @both

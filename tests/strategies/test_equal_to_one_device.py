@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-from tests.strategies.model import CASES, RESUMED, STEPS, batches, deviation, trained
-from tests.strategies.setups import ON_FOUR, ON_TWO, alone, ddp, ddp_zero, no_shard, sequence_parallel
+from lightning_lars import LAMB, LARS
+from tests.strategies.edges import gradient_of_one_half
+from tests.strategies.model import CASES, RESUMED, STEPS, batches, deviation, network, trained
+from tests.strategies.setups import ON_FOUR, ON_TWO, Setup, alone, ddp, ddp_zero, no_shard, sequence_parallel
 from tests.strategies.worker import RESUMED_CASES, step
 
 PAGE = Path(__file__).parents[2] / "docs" / "strategies.md"
@@ -150,3 +152,29 @@ def test_a_full_checkpoint_goes_on_on_one_device(seen, case, make):
     for batch in batches()[RESUMED:]:
         step(here, batch)
     assert deviation(here.values(), expected(case)[-1][0]) < TOLERANCE
+
+
+@pytest.fixture
+def edges(folder):
+    """What each of two processes saw besides."""
+    finished = run(str(folder), 2)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return [torch.load(folder / f"edges {rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
+def test_a_layer_has_its_whole_weight_where_one_process_alone_has_a_gradient(edges, optimizer_class):
+    with_gradient, without = (
+        process["gradient on one process"][optimizer_class.__name__] for process in edges
+    )
+    assert with_gradient == pytest.approx(gradient_of_one_half(optimizer_class), rel=1e-6)
+    assert without == {}
+
+
+def test_an_optimizer_notices_that_fsdp_wraps_its_layers_after_the_first_steps(edges):
+    net = network()
+    here = Setup(net, net, LARS(net.parameters(), lr=0.2, momentum=0.0, trust_coefficient=0.1), 0, 1)
+    for batch in batches():
+        step(here, batch)
+    for process in edges:
+        assert deviation(process["wrapped late"], here.values()) < TOLERANCE

@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor.debug import CommDebugMode
 
+from tests.strategies.edges import seen_at_edges
 from tests.strategies.model import CASES, RESUMED, batches, floats, loss_of
 from tests.strategies.setups import ON_FOUR, ON_TWO, ddp_zero
 
@@ -102,6 +103,8 @@ def work(rank, world_size, folder, port):
                 of_another[case] = seen[case]["full"]
             seen[case]["local norms"] = train_with_local_norms(make, case)
         torch.save(seen, Path(folder) / f"{make.__name__} {world_size} {rank}.pt")
+    if world_size == 2:
+        torch.save(seen_at_edges(step), Path(folder) / f"edges {rank}.pt")
     dist.destroy_process_group()
 
 
