@@ -1,5 +1,6 @@
 """State dicts, of these optimizers and of torch.optim's, made to fit."""
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from itertools import chain
@@ -73,6 +74,24 @@ def restore_dtypes(
                 state[p][key] = torch.as_tensor(value, dtype=torch.float32).to(p.device, copy=True)
             elif isinstance(value, Tensor):
                 state[p][key] = value.to(p.device, dtype, copy=True)
+
+
+def is_trial_of_checkpoint() -> bool:
+    """Tell whether ``torch.distributed.checkpoint`` makes a step only to see what state there will be.
+
+    It does, with a learning rate and gradients of 0, to save an optimizer that has not begun, and to load
+    into one. The weights stay, but state would begin: a momentum of weight decay alone, and a count of one
+    step.
+    """
+    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    # It has no public name, and nothing else tells it from a first step with a learning rate of 0.
+    trial = getattr(module, "_init_optim_state", None)
+    if trial is None or torch.compiler.is_compiling():
+        return False
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not trial.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
 
 
 def pair_params(

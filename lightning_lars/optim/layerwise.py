@@ -16,7 +16,7 @@ from lightning_lars.optim.arguments import (
     is_number,
     require,
 )
-from lightning_lars.optim.checkpoint import adapt_state_dict, restore_dtypes
+from lightning_lars.optim.checkpoint import adapt_state_dict, is_trial_of_checkpoint, restore_dtypes
 from lightning_lars.optim.kernels.choice import takes_triton, why_not_fused
 from lightning_lars.optim.kernels.layer_table import LayerTable, LayerTables
 from lightning_lars.optim.layers import (
@@ -168,6 +168,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
             for group in self.param_groups
             for layers in sort_layers(group, self._shards, self._name)
         ]
+        is_first = not self.state
         gradient_scale = self._gradient_scale(layers_with_grad)
         self._last_trust_ratios.clear()
         divided = []
@@ -180,6 +181,8 @@ class LayerwiseOptimizer(Optimizer, ABC):
                 self._finish(moving, moving.norms)
         self._scratch.shrink()
         self._finish_divided(divided)
+        if is_first and is_trial_of_checkpoint():
+            self._forget_step()
         return loss
 
     def _are_fused(self, layers: Layers) -> bool:
@@ -354,6 +357,13 @@ class LayerwiseOptimizer(Optimizer, ABC):
         self._shards.clear()
         for _, p in named:
             self._shards[p] = shards.get(p)
+
+    def _forget_step(self) -> None:
+        """Leave of a step only that there is state."""
+        for state in self.state.values():
+            for value in state.values():
+                value.zero_()
+        self._last_trust_ratios.clear()
 
     def _name(self, p: Tensor) -> str:
         return next(name for name, other in named_params(self.param_groups) if other is p)

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
@@ -302,3 +303,27 @@ def test_state_in_another_layout_than_its_parameter_is_refused(optimizer_class, 
         fresh.load_state_dict(optimizer.state_dict())
     assert not fresh.state
     assert fresh.param_groups[0]["lr"] == 0.5
+
+
+@both
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_saving_before_the_first_step_does_not_change_the_steps_after_it(optimizer_class, tensor_lr):
+    runs = []
+    for saves in (False, True):
+        torch.manual_seed(0)
+        module = torch.nn.Linear(3, 2)
+        lr = torch.tensor(0.1) if tensor_lr else 0.1
+        optimizer = optimizer_class(module.named_parameters(), lr=lr, weight_decay=0.1)
+        if saves:
+            # Which makes a step of its own, to see what state there is.
+            state = get_optimizer_state_dict(module, optimizer)["state"]
+            assert all(not value.any() for of_layer in state.values() for value in of_layer.values())
+            assert state.keys() == {"weight", "bias"}
+            assert optimizer.trust_ratios() == {}
+        for batch in torch.ones(3, 4, 3):
+            optimizer.zero_grad()
+            module(batch).square().sum().backward()
+            optimizer.step()
+        runs.append([module.weight, module.bias, *optimizer.trust_ratios().values()])
+    for actual, expected in zip(*runs, strict=True):
+        assert torch.equal(actual, expected)
