@@ -1,4 +1,4 @@
-"""What ``TrustRatioMonitor`` and ``GradientNoiseScale`` cost a step of a ResNet-50-sized model.
+"""What callbacks cost a step of a ResNet-50-sized model.
 
     python -m benchmarks.callback_overhead
 
@@ -20,7 +20,13 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_lars import LARS, GradientNoiseScale, TrustRatioMonitor, build_optimizer
+from lightning_lars import (
+    LARS,
+    GradientNoiseScale,
+    PercentileGradientClipping,
+    TrustRatioMonitor,
+    build_optimizer,
+)
 
 
 def conv(before: int, width: int, kernel: int, stride: int = 1) -> nn.Sequential:
@@ -99,6 +105,19 @@ class Timed(TrustRatioMonitor):
         return timed
 
 
+class TimedClipping(PercentileGradientClipping):
+    """Knows how long it took in each batch."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.spent: list[float] = []
+
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        start = time.perf_counter()
+        super().on_before_optimizer_step(*args)
+        self.spent.append(time.perf_counter() - start)
+
+
 class Clock(Callback):
     """How long each batch took."""
 
@@ -138,6 +157,13 @@ def monitor(batch_size: int, steps: int, log_every_n_steps: int) -> tuple[float,
     return statistics.mean(batches[1:]), statistics.mean(timed.spent[1:])
 
 
+def clipping(batch_size: int, steps: int, per_layer: bool) -> tuple[float, float]:
+    """Return the seconds of a step, and of clipping in it, means over one training."""
+    timed = TimedClipping(per_layer=per_layer)
+    batches = train(batch_size, steps, timed)
+    return statistics.mean(batches[1:]), statistics.mean(timed.spent[1:])
+
+
 def noise_scale(batch_size: int, steps: int) -> tuple[float, float]:
     """Return the seconds of a step, and by how much more one takes that is measured; medians.
 
@@ -166,6 +192,8 @@ def main() -> None:
         ("TrustRatioMonitor, logs every 50 steps", monitor(size, steps, 50)),
         ("TrustRatioMonitor, logs every step", monitor(size, steps, 1)),
         ("GradientNoiseScale, in a step of 2 batches that it measures", noise_scale(size, steps)),
+        ("PercentileGradientClipping", clipping(size, steps, per_layer=False)),
+        ("PercentileGradientClipping, per layer", clipping(size, steps, per_layer=True)),
     ):
         table.add_row(name, f"{1e3 * step:.0f}", f"{1e3 * callback:.2f}", f"{callback / step:.2%}")
     Console().print(table)

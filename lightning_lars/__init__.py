@@ -7,6 +7,7 @@ from lightning_lars.callbacks import (
     GradientNoiseScale,
     LearningRateWarmup,
     ParamGroupSummary,
+    PercentileGradientClipping,
     PreciseBatchNorm,
     TrustRatioMonitor,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "LargeBatchMixin",
     "LearningRateWarmup",
     "ParamGroupSummary",
+    "PercentileGradientClipping",
     "PreciseBatchNorm",
     "TrustRatioMonitor",
     "WarmupDecayLR",

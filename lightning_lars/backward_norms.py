@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lightning_lars.gradient_norms import values_of
 from lightning_lars.optim.norms import layer_norms
 
 
@@ -54,7 +55,7 @@ class BackwardNorms:
         alike: dict[torch.dtype, list[Tensor]] = {}
         for p in self._params:
             if p.grad is not None:
-                alike.setdefault(p.grad.dtype, []).append(_values(p.grad))
+                alike.setdefault(p.grad.dtype, []).append(values_of(p.grad))
         return self._sum_of_squares([layer_norms(grads) for grads in alike.values()])
 
     def remove(self) -> None:
@@ -64,7 +65,7 @@ class BackwardNorms:
 
     def _take(self, index: int, grad: Tensor) -> None:
         self.in_parts |= index in self._norms
-        self._norms[index] = layer_norms([_values(grad)])
+        self._norms[index] = layer_norms([values_of(grad)])
 
     def _sum_of_squares(self, norms: Sequence[Tensor]) -> Tensor:
         # MPS has no double precision.
@@ -72,7 +73,3 @@ class BackwardNorms:
         if not norms:
             return torch.zeros((), device=self._device, dtype=dtype)
         return torch.cat(list(norms)).to(dtype).square().sum()
-
-
-def _values(grad: Tensor) -> Tensor:
-    return grad.detach().coalesce().values() if grad.is_sparse else grad.detach()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lars.layer_statistics import LayerStatistics
-from lightning_lars.optim.norms import whole_norms
+from lightning_lars.optim.norms import norm_of_each, whole_norms
 from lightning_lars.optim.parameters import named_params
 from lightning_lars.optim.shards import Shard, find_shards, local
 
@@ -192,9 +192,10 @@ def _stack(values: Mapping[str, Tensor]) -> Tensor:
 @torch.no_grad()
 def _relative_change(params: list[Tensor], before: Mapping[Tensor, Tensor]) -> Tensor:
     after = [local(p) for p in params]
-    change = [now.float() - before[p].float() for p, now in zip(params, after, strict=True)]
+    # In the memory of the copy, where that is in single precision.
+    change = [before[p].float().sub_(now) for p, now in zip(params, after, strict=True)]
     found = find_shards((str(i), p) for i, p in enumerate(params))
     shards = [found.get(p, Shard((), p.device)) for p in params]
-    norms = [norm.to(shards[0].device) for norm in whole_norms([*change, *after], [*shards, *shards])]
-    change_norm, weight_norm = torch.stack(norms).view(2, -1)
+    norms = whole_norms(norm_of_each([*change, *after]), [*shards, *shards])
+    change_norm, weight_norm = torch.stack([norm.to(shards[0].device) for norm in norms]).view(2, -1)
     return torch.where(change_norm == 0, 0.0, change_norm / weight_norm)

@@ -1,4 +1,4 @@
-"""LARS and LAMB in float64 numpy, one layer at a time, in the letters of the papers."""
+"""LARS, LAMB and AutoClip in float64 numpy, one layer at a time, in the letters of the papers."""
 
 import math
 
@@ -97,3 +97,24 @@ def lamb(
         low, high = trust_clip if isinstance(trust_clip, tuple) else (0.0, trust_clip)
         ratio = max(ratio, low) if high is None else min(max(ratio, low), high)
     return w - lr * ratio * u, {"step": t, "exp_avg": m, "exp_avg_sq": v}, ratio
+
+
+def autoclip(norms, percentile, history, starts_full=False):
+    """Return threshold and scale of every step: Seetharaman et al. 2020, of a bounded history."""
+    seen = []
+    for norm in norms:
+        if 0 < norm < math.inf:
+            seen = ([norm] * history if starts_full and not seen else [*seen, norm])[-history:]
+        threshold = np.percentile(seen, percentile) if seen else math.nan
+        yield threshold, (threshold / norm if norm > threshold else 1.0)
+
+
+def percentile_clipping(norms, percentile):
+    """Return threshold and scale of every step, as bitsandbytes/functional.py and its kernel have it."""
+    squares = np.zeros(100)
+    for step, norm in enumerate(norms, start=1):
+        if step == 1:
+            squares[:] = norm**2
+        squares[step % 100] = norm**2
+        current, clip = math.sqrt(squares[step % 100]), math.sqrt(np.sort(squares)[percentile])
+        yield clip, (clip / current if current > clip else 1.0)

@@ -24,5 +24,6 @@ def test_the_overhead_of_callbacks_is_printed_beside_the_step():
     assert finished.returncode == 0, finished.stderr
     rows = [line.split("│") for line in finished.stdout.splitlines() if line.startswith("│")]
     callbacks = [row[1].strip().split(",")[0] for row in rows]
-    assert callbacks == ["TrustRatioMonitor", "TrustRatioMonitor", "GradientNoiseScale"]
+    monitored = ["TrustRatioMonitor"] * 2 + ["GradientNoiseScale"]
+    assert callbacks == monitored + ["PercentileGradientClipping"] * 2
     assert all(float(row[2]) > 0 for row in rows)

@@ -79,7 +79,12 @@ def test_the_printed_configuration_is_read_back_as_itself(tmp_path, printed, scr
     assert yaml.safe_load(again) == yaml.safe_load(first)
 
 
-CALLBACKS = ["BatchSizeScaling", "ExcludeNormAndBias", "LearningRateWarmup"]
+CALLBACKS = [
+    "BatchSizeScaling",
+    "ExcludeNormAndBias",
+    "LearningRateWarmup",
+    "PercentileGradientClipping",
+]
 HELP = [
     *[("stock_cli.py", "trainer.callbacks", f"lightning_lars.{name}") for name in CALLBACKS],
     ("stock_cli.py", "model", "classifiers.MixinClassifier"),

@@ -17,8 +17,10 @@ from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
 from torch.testing import assert_close
 
-from lightning_lars import LAMB, LARS
+from lightning_lars import LAMB, LARS, PercentileGradientClipping
+from lightning_lars.percentile_clipping import PercentileClipping
 from tests.peers import peer
+from tests.reference import autoclip, percentile_clipping
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
 
@@ -479,6 +481,34 @@ def test_lamb_without_adaptation_is_torch_adamw(betas, weight_decay, maximize, d
     )
 
 
+def clipping_scales(norms: np.ndarray, **options: Any) -> np.ndarray:
+    """Return what the gradients of each step, and of each layer, are multiplied with."""
+    ours = PercentileGradientClipping(**options)
+    clipping = PercentileClipping(ours.percentile, ours.history, ours.starts_full)
+    return np.stack([clipping.scales(torch.as_tensor(of_step)).numpy() for of_step in norms])
+
+
+def norms_of_steps(layers: int) -> np.ndarray:
+    return np.exp(np.random.default_rng(0).standard_normal((250, layers)))
+
+
+@on_each_row
+def test_clipping_follows_autoclip(theirs, ours):
+    norms = norms_of_steps(layers=1)
+    wanted = [scale for _, scale in autoclip(norms[:, 0], theirs["percentile"], history=len(norms))]
+    assert clipping_scales(norms, **ours)[:, 0] == pytest.approx(wanted, rel=1e-12)
+    assert min(wanted) < 0.5
+
+
+@on_each_row
+def test_clipping_follows_bitsandbytes(theirs, ours):
+    norms = norms_of_steps(layers=2)
+    for layer, scales in enumerate(clipping_scales(norms, **ours).T):
+        wanted = [scale for _, scale in percentile_clipping(norms[:, layer], **theirs)]
+        assert scales == pytest.approx(wanted, rel=1e-12)
+        assert min(wanted) < 0.5
+
+
 def step_once(ours: Optimizer, theirs: Optimizer, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Return the one layer of each after a step with that gradient."""
     layers = [optimizer.param_groups[0]["params"][0] for optimizer in (ours, theirs)]
@@ -551,6 +581,13 @@ def test_zero_weights_move_where_bitsandbytes_freezes_them():
     ours, theirs = step_once(lars, theirs, torch.ones(2, 3))
     assert torch.equal(ours, torch.full((2, 3), -0.5))
     assert torch.equal(theirs, torch.zeros(2, 3))
+
+
+def test_norms_of_zero_hold_a_layer_in_place_in_bitsandbytes():
+    norms = np.array([[0.0]] * 3 + [[1.0]] * 3)
+    assert [scale for _, scale in percentile_clipping(norms[:, 0], 50)][3:] == [0.0] * 3
+    scales = clipping_scales(norms, percentile=50 / 0.99, per_layer=True, starts_full=True)
+    assert scales[3:].tolist() == [[1.0]] * 3
 
 
 def test_layer_without_a_gradient_counts_no_step_where_timm_counts_one_for_the_group():

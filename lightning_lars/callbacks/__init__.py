@@ -5,6 +5,7 @@ from lightning_lars.callbacks.exclude_norm_and_bias import ExcludeNormAndBias
 from lightning_lars.callbacks.gradient_noise_scale import GradientNoiseScale
 from lightning_lars.callbacks.learning_rate_warmup import LearningRateWarmup
 from lightning_lars.callbacks.param_group_summary import ParamGroupSummary
+from lightning_lars.callbacks.percentile_gradient_clipping import PercentileGradientClipping
 from lightning_lars.callbacks.precise_batch_norm import PreciseBatchNorm
 from lightning_lars.callbacks.trust_ratio_monitor import TrustRatioMonitor
 
@@ -14,6 +15,7 @@ __all__ = [
     "GradientNoiseScale",
     "LearningRateWarmup",
     "ParamGroupSummary",
+    "PercentileGradientClipping",
     "PreciseBatchNorm",
     "TrustRatioMonitor",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -21,6 +20,7 @@ from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.introspection import classify
 from lightning_lars.optim.arguments import require
 from lightning_lars.optim.parameters import named_params
+from lightning_lars.optimizer_names import by_name
 from lightning_lars.param_groups import check_holds_parameters
 from lightning_lars.step_statistics import HasTrustRatios, OverSteps, StepStatistics, names_by_number
 from lightning_lars.trust_ratio_alerts import TrustRatioAlerts
@@ -157,7 +157,7 @@ class TrustRatioMonitor(Callback):
             # Only the connector knows when Lightning logs its own metrics.
             return self.update_to_weight and trainer._logger_connector.should_update_logs
 
-        for name, watched in _by_name(optimizers).items():
+        for name, watched in by_name(optimizers).items():
             self._watched[name] = StepStatistics(watched, measures_updates, names)
             self._alerts[name] = TrustRatioAlerts(is_resumed=trainer.global_step > 0)
 
@@ -301,17 +301,3 @@ class TrustRatioMonitor(Callback):
                     f"layers must match the name of an adapted layer, got {pattern!r}; the closest are "
                     f"{', '.join(map(repr, close))}"
                 )
-
-
-def _by_name(optimizers: Sequence[HasTrustRatios]) -> dict[str, HasTrustRatios]:
-    """Return the optimizers by what stands before the last part of their keys."""
-    if len(optimizers) == 1:
-        return {"": optimizers[0]}
-    seen: Counter[str] = Counter()
-    named = {}
-    for optimizer in optimizers:
-        name = type(optimizer).__name__
-        number = f"-{seen[name]}" if seen[name] else ""
-        named[f"{name}{number}/"] = optimizer
-        seen[name] += 1
-    return named

@@ -77,6 +77,17 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.permute(sorted(range(tensor.ndim), key=lambda d: -strides[d])).reshape(-1)
 
 
+def norm_of_each(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the L2 norm of every tensor, 0-d; they may be of many devices and dtypes."""
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        alike.setdefault((tensor.device, tensor.dtype), []).append(i)
+    norms: dict[int, Tensor] = {}
+    for indices in alike.values():
+        norms.update(zip(indices, layer_norms([tensors[i] for i in indices]).unbind(), strict=True))
+    return [norms[i] for i in range(len(tensors))]
+
+
 def whole_norms(norms: Sequence[Tensor | None], shards: Sequence[Shard]) -> list[Tensor]:
     """Return the L2 norm of every layer, of which each process holds a part.
 

@@ -1,0 +1,224 @@
+"""Clips gradients at a percentile of the norms that they had in the last steps."""
+
+from typing import Any, cast
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_lars.callbacks.both_roots import Callback
+from lightning_lars.gradient_norms import gradient_norms, scale_gradients
+from lightning_lars.optim.arguments import is_number, require
+from lightning_lars.optim.parameters import named_params
+from lightning_lars.optim.shards import Shard, find_shards
+from lightning_lars.optimizer_names import by_name
+from lightning_lars.percentile_clipping import PercentileClipping
+
+
+class PercentileGradientClipping(Callback):
+    """AutoClip: clips the gradient at a percentile of the norms that it had in the last steps.
+
+    ::
+
+        history = the last norms of the gradient, before clipping, that of this step among them
+        gradient = min(1, percentile(history) / norm) * gradient
+
+    Seetharaman et al. 2020, arXiv:2007.14469, whose history is as long as the training. bitsandbytes had it
+    as ``percentile_clipping``, over 100 steps and tensor by tensor: ``docs/compatibility.md`` says with which
+    arguments it is the same.
+
+    Each optimizer has a history of its own, over its parameters; with ``per_layer=True``, each of these has
+    one. Norms are of whole gradients: accumulated over micro-batches, averaged over processes, unscaled.
+    Not kept are norms of 0, and those of a step with a gradient that is not finite, which a gradient scaler
+    skips. The history is part of checkpoints.
+
+    Other callbacks see gradients before clipping, the module's ``on_before_optimizer_step`` after it. Nothing
+    comes to the host but when Lightning logs.
+
+    Args:
+        percentile: What of the history to clip at, at least 0 and below 100: with 10, nine steps of ten are
+            clipped where norms keep their size.
+        history: How many norms to keep, at least 2.
+        per_layer: Whether to clip each layer by its own norms.
+        starts_full: Whether the first norm fills the history, as in bitsandbytes; by default the percentile
+            is of those norms that there are.
+
+    ===================================  ==============================================================
+    Key                                  Value
+    ===================================  ==============================================================
+    ``gradient_clipping/norm``           Norm before clipping, in the step that is logged
+    ``gradient_clipping/threshold``      What it was clipped at
+    ``gradient_clipping/share_clipped``  Share of steps since the last log that were clipped, from 0 to 1
+    ===================================  ==============================================================
+
+    With ``per_layer=True``, the first two are medians over layers, and the share is of layers and steps. With
+    several optimizers (manual optimization) keys are ``gradient_clipping/OPTIMIZER/...``, numbered as
+    ``LearningRateMonitor`` does. All are also in ``trainer.callback_metrics``, from the first log on.
+
+    Raises:
+        ValueError: If an argument breaks its rule.
+        MisconfigurationException: At the start of a fit, under DeepSpeed, which clips by itself, or if a
+            checkpoint has the history of another number of layers.
+
+    Example:
+        >>> import lightning
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning_lars import PercentileGradientClipping
+        >>> quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        >>> quiet |= dict(enable_model_summary=False, accelerator="cpu", devices=1, log_every_n_steps=1)
+        >>> trainer = lightning.Trainer(max_steps=16, callbacks=[PercentileGradientClipping(50.0)], **quiet)
+        >>> trainer.fit(BoringModel())
+        >>> norm = trainer.callback_metrics["gradient_clipping/norm"]
+        >>> bool(norm >= trainer.callback_metrics["gradient_clipping/threshold"] > 0)
+        True
+    """
+
+    def __init__(
+        self,
+        percentile: float = 10.0,
+        history: int = 100,
+        per_layer: bool = False,
+        starts_full: bool = False,
+    ) -> None:
+        holds = is_number(percentile) and 0 <= percentile < 100
+        require("percentile", "at least 0 and below 100, where it would clip nothing", percentile, holds)
+        holds = isinstance(history, int) and not isinstance(history, bool) and history >= 2
+        require("history", "a whole number above 1", history, holds)
+        require("per_layer", "True or False", per_layer, isinstance(per_layer, bool))
+        require("starts_full", "True or False", starts_full, isinstance(starts_full, bool))
+        self.percentile = percentile
+        self.history = history
+        self.per_layer = per_layer
+        self.starts_full = starts_full
+        self._clippings: list[PercentileClipping] = []
+        self._states: list[Tensor] = []
+        # Of each optimizer: in the order of the columns, and None before the first step.
+        self._params: list[list[Tensor]] = []
+        self._shards: list[dict[Tensor, Shard]] = []
+        self._has_stepped = False
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(per_layer=self.per_layer)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        # A checkpoint that is resumed fills them before training starts.
+        self._clippings, self._states = [], []
+        if any(base.__name__ == "DeepSpeedStrategy" for base in type(trainer.strategy).__mro__):
+            raise MisconfigurationException(
+                "PercentileGradientClipping cannot clip under DeepSpeed, which holds the gradients in parts "
+                "of its own: use Trainer(gradient_clip_val=...), which DeepSpeed follows, or strategy='ddp', "
+                "'fsdp' or ModelParallelStrategy"
+            )
+        if trainer.gradient_clip_val:
+            self._warn_of_another(f"Trainer(gradient_clip_val={trainer.gradient_clip_val!r})")
+        _move_behind_others(trainer, self)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        number = len(trainer.optimizers)
+        self._has_stepped = False
+        self._params, self._shards = [[] for _ in range(number)], [{} for _ in range(number)]
+        self._clippings = [
+            PercentileClipping(self.percentile, self.history, self.starts_full) for _ in range(number)
+        ]
+        states, self._states = self._states, []
+        if states and len(states) != number:
+            raise MisconfigurationException(
+                f"the checkpoint has the gradient norms of {len(states)} optimizers for "
+                f"PercentileGradientClipping, the module has {number}: train the module it is of"
+            )
+        for clipping, state, optimizer in zip(self._clippings, states, trainer.optimizers, strict=False):
+            count = sum(len(group["params"]) for group in optimizer.param_groups)
+            if self.per_layer and state.shape[1] > count:
+                raise MisconfigurationException(
+                    f"the checkpoint has the gradient norms of {state.shape[1]} layers for "
+                    f"PercentileGradientClipping, the optimizer has {count}: train the module it is of"
+                )
+            clipping.load(state)
+        for optimizer in trainer.optimizers:
+            max_grad_norm = optimizer.param_groups[0].get("max_grad_norm")
+            if max_grad_norm is not None:
+                self._warn_of_another(f"{type(optimizer).__name__}(max_grad_norm={max_grad_norm!r})")
+
+    @override
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        index = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
+        params, shards = self._look_at_params(index, optimizer)
+        norms = gradient_norms(params, shards, trainer.strategy.root_device)
+        scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            # Lightning has not unscaled p.grad, which torch's fused optimizers do in their step.
+            norms = norms / scaler.scale(torch.ones_like(norms))
+        if not self.per_layer:
+            norms = torch.linalg.vector_norm(norms)[None]
+        scale_gradients(params, self._clippings[index].scales(norms))
+        self._has_stepped = True
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        # Lightning asks for logs on every batch that is accumulated for a step; the step is in the last.
+        stepped, self._has_stepped = self._has_stepped, False
+        # Only the connector knows when Lightning logs its own metrics, and only the loop on which x-axis.
+        if not stepped or not trainer._logger_connector.should_update_logs:
+            return
+        metrics = {}
+        for name, clipping in zip(by_name(trainer.optimizers), self._clippings, strict=True):
+            clipped = clipping.read()
+            if clipped is not None:
+                metrics.update({f"gradient_clipping/{name}{k}": v for k, v in clipped._asdict().items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Off the device, and still there for a checkpoint.
+        self._states = [clipping.state() for clipping in self._clippings]
+        self._clippings, self._params, self._shards = [], [], []
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        states = [clipping.state() for clipping in self._clippings] or self._states
+        return {"norms": states} if states else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._states = state_dict["norms"]
+
+    def _look_at_params(self, index: int, optimizer: Optimizer) -> tuple[list[Tensor], dict[Tensor, Shard]]:
+        """Return the parameters in the order of their columns; those that were added since come last."""
+        params, shards = self._params[index], self._shards[index]
+        if len(params) != sum(len(group["params"]) for group in optimizer.param_groups):
+            named = list(named_params(optimizer.param_groups))
+            known = set(params)
+            params += [p for _, p in named if p not in known]
+            shards.update(find_shards(named))
+        return params, shards
+
+    def _warn_of_another(self, clipping: str) -> None:
+        rank_zero_warn(
+            f"gradients are clipped twice: by PercentileGradientClipping(percentile={self.percentile!r}) and "
+            f"then by {clipping}. Leave one out"
+        )
+
+
+def _move_behind_others(trainer: Trainer, clipping: Callback) -> None:
+    """Let other callbacks have a look at gradients first; those that save checkpoints stay the last."""
+    callbacks = cast(Any, trainer).callbacks
+    saves = [any(base.__name__ == "Checkpoint" for base in type(each).__mro__) for each in callbacks]
+    others = [each for each, last in zip(callbacks, saves, strict=True) if each is not clipping and not last]
+    last = [each for each, last in zip(callbacks, saves, strict=True) if last]
+    # A new list: Lightning is iterating over the old one while it calls `setup`.
+    cast(Any, trainer).callbacks = [*others, clipping, *last]

@@ -1,0 +1,31 @@
+"""What the optimizers of a training are called in its log."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TypeVar
+
+AnyOptimizer = TypeVar("AnyOptimizer")
+
+
+def by_name(optimizers: Sequence[AnyOptimizer]) -> dict[str, AnyOptimizer]:
+    """Return the optimizers by what stands before the last part of their keys.
+
+    Several are numbered as ``LearningRateMonitor`` does.
+
+    Example:
+        >>> from lightning_lars.optimizer_names import by_name
+        >>> by_name([1, 2, 3.0])
+        {'int/': 1, 'int-1/': 2, 'float/': 3.0}
+        >>> by_name([1])
+        {'': 1}
+    """
+    if len(optimizers) == 1:
+        return {"": optimizers[0]}
+    seen: Counter[str] = Counter()
+    named = {}
+    for optimizer in optimizers:
+        name = type(optimizer).__name__
+        number = f"-{seen[name]}" if seen[name] else ""
+        named[f"{name}{number}/"] = optimizer
+        seen[name] += 1
+    return named
