@@ -53,6 +53,12 @@ class _LateOptimizer(_EitherCLI):  # type: ignore[misc]
             help="Whether biases are excluded from adaptation and weight decay.",
         )
         parser.add_argument(
+            "--param_groups.exclude_norm",
+            type=bool,
+            default=True,
+            help="Whether the normalization layers are excluded.",
+        )
+        parser.add_argument(
             "--param_groups.excluded_lr_scale",
             type=float,
             default=1.0,
@@ -120,7 +126,7 @@ class _ConfigureOptimizers:
         optimizer = build_optimizer(
             self.module,
             partial(lightning.pytorch.cli.instantiate_class, init=self.optimizer),
-            exclude=(*DEFAULT_EXCLUDED, *self.groups["exclude"]),
+            exclude=(*(DEFAULT_EXCLUDED if self.groups["exclude_norm"] else ()), *self.groups["exclude"]),
             exclude_bias=self.groups["exclude_bias"],
             excluded_lr_scale=self.groups["excluded_lr_scale"],
         )
@@ -147,9 +153,10 @@ class LargeBatchCLI(_LateOptimizer, lightning.pytorch.cli.LightningCLI):
     """``LightningCLI`` whose ``--optimizer LARS`` knows norms and biases, under every strategy.
 
     Takes the arguments of ``LightningCLI``, and on the command line or in YAML ``lr_scheduler_interval``
-    (``step`` or ``epoch``) and ``param_groups`` (``exclude``, ``exclude_bias``, ``excluded_lr_scale``). A
-    :class:`~lightning_lars.schedules.WarmupDecayLR` without ``total_steps`` gets those of the training.
-    Import this module, or ``lightning_lars``, to use the short names ``LARS``, ``LAMB``, ``WarmupDecayLR``.
+    (``step`` or ``epoch``) and ``param_groups`` (``exclude``, ``exclude_bias``, ``exclude_norm``,
+    ``excluded_lr_scale``). A :class:`~lightning_lars.schedules.WarmupDecayLR` without ``total_steps`` gets
+    those of the training. Import this module, or ``lightning_lars``, to use the short names ``LARS``,
+    ``LAMB``, ``WarmupDecayLR``.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel

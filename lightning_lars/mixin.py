@@ -53,6 +53,7 @@ class LargeBatchMixin:
             module types and predicates, write a ``configure_optimizers`` that calls
             :func:`~lightning_lars.param_groups.build_optimizer`.
         exclude_bias: Whether biases are excluded too.
+        exclude_norm: Whether the normalization layers are excluded (apex LARC adapts them, as SwAV does).
         excluded_lr_scale: Factor, above 0, on the learning rate of what is excluded.
         **kwargs: Handed on to the next class.
 
@@ -84,6 +85,7 @@ class LargeBatchMixin:
         lr_scheduler_interval: Literal["step", "epoch"] | None = None,
         exclude: Sequence[str] = (),
         exclude_bias: bool = True,
+        exclude_norm: bool = True,
         excluded_lr_scale: float = 1.0,
         **kwargs: Any,
     ) -> None:
@@ -110,7 +112,9 @@ class LargeBatchMixin:
         check_excluded_lr_scale(excluded_lr_scale)
         require("exclude", "patterns over parameter names", exclude, isinstance(exclude, Sequence))
         require("exclude_bias", "True or False", exclude_bias, isinstance(exclude_bias, bool))
-        self._exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        require("exclude_norm", "True or False", exclude_norm, isinstance(exclude_norm, bool))
+        names = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        self._exclude = (*(DEFAULT_EXCLUDED if exclude_norm else ()), *names)
         self._exclude_bias = exclude_bias
         self._excluded_lr_scale = excluded_lr_scale
         used = [each.func if isinstance(each, partial) else each for each in (optimizer, lr_scheduler)]
@@ -142,7 +146,7 @@ class LargeBatchMixin:
         optimizer = build_optimizer(
             self,
             self._build_optimizer,
-            exclude=(*DEFAULT_EXCLUDED, *self._exclude),
+            exclude=self._exclude,
             exclude_bias=self._exclude_bias,
             excluded_lr_scale=self._excluded_lr_scale,
         )

@@ -1,0 +1,245 @@
+"""Recipes have the numbers of their sources, and come out the same as a function and as YAML."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lars import LAMB, LARS, recipes
+from lightning_lars.cli import LargeBatchCLI
+from tests.boring import Boring, boring, trainer
+
+FOLDER = Path(__file__).parents[1] / "examples/recipes"
+EPOCH = 312  # steps of ImageNet at batch 4096, as loaders that drop the last batch have
+
+
+def cosine(peak, warmup, total, start=0.0, end=0.0):
+    """Return the schedule of the self-supervised sources, by the step from 0."""
+
+    def rate(step):
+        if step < warmup:
+            return start + (peak - start) * step / warmup
+        return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+    return rate
+
+
+def polynomial(peak, warmup, total, power, end=0.0):
+    def rate(step):
+        if step < warmup:
+            return peak * step / warmup
+        return end + (peak - end) * (1 - (step - warmup) / (total - warmup)) ** power
+
+    return rate
+
+
+# Recipe, steps of the training, and what the source has: optimizer, schedule, scale of what is excluded.
+SSL = {"momentum": 0.9, "weight_decay": 1e-6, "trust_coefficient": 0.001, "denominator": "decayed_gradient"}
+CASES = {
+    "simclr": (
+        recipes.simclr(),
+        100 * EPOCH,
+        (LARS, {**SSL, "lr": 0.3 * 4096 / 256, "eps": 0.0, "lr_in_momentum": True}),
+        cosine(4.8, 10 * EPOCH, 100 * EPOCH),
+        1.0,
+    ),
+    "byol": (
+        recipes.byol(),
+        1000 * EPOCH,
+        (LARS, {**SSL, "lr": 0.2 * 16, "weight_decay": 1.5e-6, "eps": 0.0, "lr_in_momentum": False}),
+        cosine(3.2, 10 * EPOCH, 1000 * EPOCH),
+        1.0,
+    ),
+    "barlow_twins": (
+        recipes.barlow_twins(),
+        1000 * 626,
+        (LARS, {**SSL, "lr": 0.2 * 8, "eps": 0.0, "lr_in_momentum": False}),
+        cosine(1.6, 10 * 626, 1000 * 626, end=1.6e-3),
+        0.024,
+    ),
+    "swav": (
+        recipes.swav(),
+        800 * EPOCH,
+        (LARS, {**SSL, "lr": 4.8, "denominator": "gradient", "trust_clip": None, "eps": 1e-8}),
+        cosine(4.8, 10 * EPOCH, 800 * EPOCH, start=0.3, end=0.0048),
+        None,
+    ),
+    "moco_v3": (
+        recipes.moco_v3(),
+        300 * EPOCH,
+        (LARS, {**SSL, "lr": 0.3 * 16, "eps": 0.0, "lr_in_momentum": False}),
+        cosine(4.8, 10 * EPOCH, 300 * EPOCH),
+        1.0,
+    ),
+    "mlperf_resnet50_4096": (
+        recipes.mlperf_resnet50(4096),
+        40 * 313,
+        (LARS, {"lr": 10.0, "momentum": 0.9, "weight_decay": 2e-4, "eps": 0.0, "lr_in_momentum": True}),
+        polynomial(10.0, 5 * 313, 40 * 313, 2, end=1e-4),
+        1.0,
+    ),
+    "mlperf_resnet50_32768": (
+        recipes.mlperf_resnet50(32768),
+        56 * 40,
+        (LARS, {"lr": 21.2, "momentum": 0.94, "weight_decay": 2.5e-5, "denominator": "gradient"}),
+        polynomial(21.2, 16 * 40, 56 * 40, 2, end=1e-4),
+        1.0,
+    ),
+    "mlperf_bert_4096": (
+        recipes.mlperf_bert(4096),
+        855,
+        (
+            LAMB,
+            {"lr": 2.4e-3, "betas": (0.66, 0.998), "eps": 1e-6, "weight_decay": 0.01, "max_grad_norm": 1.0},
+        ),
+        polynomial(2.4e-3, 0, 855, 1),
+        1.0,
+    ),
+}
+every_recipe = pytest.mark.parametrize("name", CASES)
+
+
+def built(recipe):
+    """An optimizer and a scheduler of a recipe, as the mixin builds them."""
+    optimizer = boring(**{**recipe, "lr_scheduler": None}).configure_optimizers()
+    return optimizer, recipe["lr_scheduler"](optimizer)
+
+
+def values(groups):
+    return [{key: value for key, value in group.items() if key != "params"} for group in groups]
+
+
+@every_recipe
+def test_the_optimizer_has_the_numbers_of_the_source(name):
+    recipe, _, (optimizer_class, numbers), _, excluded_lr_scale = CASES[name]
+    optimizer, _ = built(recipe)
+    assert type(optimizer) is optimizer_class
+    adapted, *excluded = optimizer.param_groups
+    for key, number in numbers.items():
+        of_group = adapted["initial_lr" if key == "lr" else key]
+        assert of_group == (pytest.approx(number) if isinstance(number, float) else number), key
+    if excluded_lr_scale is None:  # apex LARC adapts and decays everything
+        assert not excluded
+        assert adapted["layer_adaptation"]
+        assert adapted["param_names"] == [name for name, _ in boring().named_parameters()]
+    else:
+        (group,) = excluded
+        assert group["initial_lr"] == pytest.approx(numbers["lr"] * excluded_lr_scale)
+        assert not group["layer_adaptation"]
+        assert group["weight_decay"] == 0
+
+
+@every_recipe
+def test_the_schedule_is_that_of_the_source(name):
+    """From the end of the warmup on at the same step, within it one step ahead."""
+    recipe, total_steps, _, rate, _ = CASES[name]
+    optimizer, scheduler = built(recipe)
+    scheduler.set_total_steps(total_steps)
+    optimizer.step()
+    warmup = scheduler.warmup_steps
+    in_warmup = {1, warmup // 2, warmup - 1} if warmup else set()
+    for step in sorted({*in_warmup, warmup + 1, (warmup + total_steps) // 2, total_steps - 1, total_steps}):
+        scheduler.last_epoch = step - 2
+        scheduler.step()
+        expected = rate(step if step < warmup else step - 1)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-12), step
+
+
+@every_recipe
+def test_yaml_and_function_build_the_same(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    monkeypatch.chdir(tmp_path)
+    recipe, total_steps, *_ = CASES[name]
+    arguments = ["--config", str(FOLDER / f"{name}.yaml"), "--seed_everything=0", "--trainer.fast_dev_run=2"]
+    arguments += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    if name != "mlperf_bert_4096":  # whose length is part of the recipe
+        arguments.append(f"--lr_scheduler.init_args.total_steps={total_steps}")
+
+    cli = LargeBatchCLI(Net, args=arguments, run=False)
+    cli.trainer.fit(cli.model)
+    module = boring(**recipe)
+    own = trainer(tmp_path, fast_dev_run=2)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "_build_lr_scheduler", with_length(recipe["lr_scheduler"], total_steps))
+        own.fit(module)
+
+    assert type(cli.trainer.optimizers[0]) is type(own.optimizers[0])
+    assert values(cli.trainer.optimizers[0].param_groups) == values(own.optimizers[0].param_groups)
+    schedulers = [each.lr_scheduler_configs[0].scheduler.state_dict() for each in (cli.trainer, own)]
+    assert schedulers[0] == schedulers[1]
+    assert schedulers[0]["total_steps"] == total_steps
+
+
+def with_length(build, total_steps):
+    def scheduler(optimizer):
+        built = build(optimizer)
+        built.set_total_steps(total_steps)
+        return built
+
+    return scheduler
+
+
+class Net(Boring):
+    """As a user's module for LargeBatchCLI, which says nothing of its optimizer."""
+
+    def __init__(self, width: int = 3):
+        super().__init__(width)
+
+
+def test_every_yaml_is_tested():
+    assert sorted(path.stem for path in FOLDER.glob("*.yaml")) == sorted(CASES)
+
+
+def test_a_recipe_is_unpacked_into_the_mixin_and_as_long_as_the_training(tmp_path):
+    module = boring(**recipes.barlow_twins(batch_size=64, steps_per_epoch=1))
+    own = trainer(tmp_path, max_epochs=3)
+    own.fit(module)
+    scheduler = own.lr_scheduler_configs[0].scheduler
+    assert (scheduler.total_steps, scheduler.warmup_steps) == (24, 10)
+    assert own.optimizers[0].param_groups[1]["initial_lr"] == pytest.approx(0.0048 * 64 / 256)
+
+
+@pytest.mark.parametrize(
+    ("build", "argument"),
+    [
+        (lambda: recipes.mlperf_resnet50(4095), "batch_size must be one of .*4096.* got 4095"),
+        (lambda: recipes.mlperf_bert(8192), "batch_size must be one of .*6912.* got 8192"),
+        (lambda: recipes.byol(epochs=200), "epochs must be one of .*1000.* got 200"),
+        (lambda: recipes.moco_v3(epochs=40), "epochs must be one of .*300.* got 40"),
+    ],
+)
+def test_a_row_that_the_source_does_not_have_raises(build, argument):
+    with pytest.raises(ValueError, match=argument):
+        build()
+
+
+def test_rates_follow_epochs_and_batch_size():
+    rates = {
+        recipe["optimizer"].keywords["lr"]
+        for recipe in (recipes.byol(1024, epochs=300), recipes.moco_v3(1024), recipes.simclr(1024))
+    }
+    assert rates == {1.2}
+    assert recipes.moco_v3(512, epochs=100)["optimizer"].keywords["lr"] == 1.2
+
+
+@pytest.mark.parametrize("table", [recipes.MLPERF_RESNET50, recipes.MLPERF_BERT])
+def test_every_row_of_mlperf_trains(table, tmp_path):
+    build = recipes.mlperf_bert if table is recipes.MLPERF_BERT else recipes.mlperf_resnet50
+    for batch_size in table:
+        module = boring(**build(batch_size))
+        before = module.net[0].weight.detach().clone()
+        trainer(tmp_path, fast_dev_run=2).fit(module)
+        assert not torch.equal(before, module.net[0].weight)
+
+
+def test_adapting_norms_is_not_adapting_biases():
+    module = boring(exclude_norm=False)
+    assert module.configure_optimizers().param_groups[0]["param_names"] == [
+        *("net.0.weight", "net.1.weight", "net.2.weight")
+    ]
+    with pytest.raises(ValueError, match="exclude_norm must be True or False, got 'no'"):
+        boring(exclude_norm="no")
+    assert isinstance(module.net[1], nn.BatchNorm1d)
