@@ -8,7 +8,7 @@ import numpy
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
 
@@ -40,6 +40,12 @@ def fashion_mnist(data_dir: Path) -> tuple[TensorDataset, TensorDataset]:
         return TensorDataset(images / 255 - 0.3, read(f"{prefix}-labels-idx1-ubyte.gz", 8).long())
 
     return split("train"), split("t10k")
+
+
+def batches(data: TensorDataset, batch_size: int, shuffle: bool) -> DataLoader:
+    """A loader that indexes the tensors once a batch, instead of once an image."""
+    sampler = RandomSampler(data) if shuffle else SequentialSampler(data)
+    return DataLoader(data, batch_size=None, sampler=BatchSampler(sampler, batch_size, drop_last=shuffle))
 
 
 def network(image_size: int, width: int = 16, classes: int = 10) -> nn.Sequential:

@@ -26,22 +26,23 @@ class Recipe(TypedDict):
     excluded_lr_scale: float
 
 
-def simclr(batch_size: int = 4096, steps_per_epoch: int = 312) -> Recipe:
+def simclr(batch_size: int = 4096, steps_per_epoch: int = 312, base_lr: float = 0.3) -> Recipe:
     """SimCLR (Chen et al. 2020, https://github.com/google-research/simclr).
 
-    ``lr = 0.3 * batch_size / 256``, weight decay 1e-6, 10 epochs of warmup, cosine decay to 0; the momentum
+    ``lr = base_lr * batch_size / 256``, weight decay 1e-6, 10 epochs of warmup, cosine decay to 0; the momentum
     holds the learning rate.
 
     Args:
         batch_size: Images behind an optimizer step, on all devices.
         steps_per_epoch: Optimizer steps of an epoch; the default is ImageNet's at batch 4096.
+        base_lr: Learning rate at batch 256: 0.3 for ImageNet, 1.0 for CIFAR-10.
 
     Example:
         >>> from lightning_lars.recipes import simclr
         >>> simclr(batch_size=1024)["optimizer"].keywords["lr"]
         1.2
     """
-    optimizer = _lars(0.3 * batch_size / 256, 1e-6, lr_in_momentum=True)
+    optimizer = _lars(base_lr * batch_size / 256, 1e-6, lr_in_momentum=True)
     return _recipe(optimizer, 10 * steps_per_epoch, decay="cosine")
 
 

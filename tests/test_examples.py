@@ -1,12 +1,16 @@
 """The examples are run as a user would run them."""
 
 import csv
+import importlib
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn import functional
 
 ROOT = Path(__file__).parents[1]
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -73,3 +77,24 @@ def test_plain_torch_lowers_the_loss(tmp_path):
     losses = re.findall(r"loss ([\d.]+)", run(tmp_path, "plain_torch.py").stdout)
     assert len(losses) == 6
     assert float(losses[-1]) < 0.1 * float(losses[0])
+
+
+def test_simclr_learns_features_that_a_few_labels_suffice_for(tmp_path):
+    result = run(tmp_path, "simclr.py", "--dataset", "digits", "--epochs", "15", "--labels", "60")
+    assert result.returncode == 0, result.stderr
+    accuracies = dict(re.findall(r"(pixels|before|after)[^\n]*?([\d.]+) %", result.stdout))
+    assert float(accuracies["after"]) > max(float(accuracies["before"]), float(accuracies["pixels"])) + 5
+    assert "PreciseBatchNorm" not in result.stderr  # no layer is left out
+
+
+def test_the_contrastive_loss_is_that_of_the_paper(monkeypatch):
+    """Chen et al. 2020, equation 1, pair by pair."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    loss = importlib.import_module("simclr").contrastive_loss
+    projected, temperature = torch.randn(8, 5, dtype=torch.float64), 0.3
+    similar = [[float(functional.cosine_similarity(a, b, dim=0)) for b in projected] for a in projected]
+    pairs = []
+    for i in range(8):
+        others = sum(math.exp(similar[i][k] / temperature) for k in range(8) if k != i)
+        pairs.append(-math.log(math.exp(similar[i][(i + 4) % 8] / temperature) / others))
+    assert float(loss(projected, temperature)) == pytest.approx(sum(pairs) / 8, rel=1e-12)

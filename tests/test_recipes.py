@@ -222,6 +222,7 @@ def test_rates_follow_epochs_and_batch_size():
         for recipe in (recipes.byol(1024, epochs=300), recipes.moco_v3(1024), recipes.simclr(1024))
     }
     assert rates == {1.2}
+    assert recipes.simclr(512, base_lr=1.0)["optimizer"].keywords["lr"] == 2.0
     assert recipes.moco_v3(512, epochs=100)["optimizer"].keywords["lr"] == 1.2
 
 

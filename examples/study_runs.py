@@ -1,0 +1,159 @@
+"""Trains the runs of the large-batch study in several processes, and keeps what comes out in a CSV file."""
+
+import csv
+import dataclasses
+import json
+from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from study_training import Data, Outcome, Run, be_quiet, load, train
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all runs of a study share."""
+
+    model: str
+    epochs: int
+    data_dir: Path | None
+    train_images: int
+    validation_images: int
+
+
+class Trainings:
+    """Trains runs, in order of nothing, unless the CSV file already holds them.
+
+    So a study that was interrupted goes on where it stopped, and the parts of a study share what they can.
+
+    Args:
+        settings: What all runs share; stands in every line of the file.
+        path: The CSV file.
+        processes: How many to train in at a time, each with one thread.
+    """
+
+    def __init__(self, settings: Settings, path: Path, processes: int) -> None:
+        self._settings = settings
+        self._path = path
+        self._processes = processes
+        self._known: dict[tuple[str, ...], Outcome] = {}
+        if path.exists():
+            with path.open(newline="") as file:
+                for line in csv.DictReader(file):
+                    key = tuple(line[column] for column in self._columns_of_run())
+                    self._known[key] = _outcome(line)
+
+    @property
+    def cpu_seconds(self) -> float:
+        """What all runs of the file took, data and imports not counted."""
+        return sum(outcome.cpu_seconds for outcome in self._known.values())
+
+    def __call__(self, runs: Iterable[Run], description: str) -> dict[Run, Outcome]:
+        """Return the outcome of every run."""
+        runs = list(dict.fromkeys(runs))
+        missing = [run for run in runs if self._key(run) not in self._known]
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[last]}"),
+        )
+        with Progress(*columns) as progress:
+            task = progress.add_task(
+                description, total=len(runs), completed=len(runs) - len(missing), last=""
+            )
+            for run, outcome in self._train(missing):
+                self._keep(run, outcome)
+                progress.update(task, advance=1, last=f"{in_words(run)}: {outcome.validation:.1f} %")
+        return {run: self._known[self._key(run)] for run in runs}
+
+    def _train(self, runs: list[Run]) -> Iterable[tuple[Run, Outcome]]:
+        if self._processes == 1:
+            _start(self._settings)
+            yield from ((run, _train(run)) for run in runs)
+            return
+        # Spawned, as the threads of torch do not survive a fork.
+        pool = ProcessPoolExecutor(
+            self._processes, get_context("spawn"), initializer=_start, initargs=(self._settings,)
+        )
+        with pool:
+            futures: dict[Future[Outcome], Run] = {pool.submit(_train, run): run for run in runs}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+
+    def _keep(self, run: Run, outcome: Outcome) -> None:
+        self._known[self._key(run)] = outcome
+        line = {**self._line(run), **dataclasses.asdict(outcome)}
+        line["noise_scales"] = json.dumps(outcome.noise_scales)
+        is_new = not self._path.exists()
+        with self._path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(line))
+            if is_new:
+                writer.writeheader()
+            writer.writerow(line)
+
+    def _line(self, run: Run) -> dict[str, Any]:
+        return {
+            "model": self._settings.model,
+            "data": "digits" if self._settings.data_dir is None else "fashion-mnist",
+            "epochs": self._settings.epochs,
+            "train_images": self._settings.train_images,
+            "validation_images": self._settings.validation_images,
+            "part": run.part,
+            "optimizer": run.choice.optimizer,
+            "base_lr": run.choice.lr,
+            "base_batch_size": run.choice.batch_size,
+            "excluded_lr_scale": run.choice.excluded_lr_scale,
+            "options": json.dumps(dict(run.choice.options)),
+            "batch_size": run.batch_size,
+            "accumulated_batches": run.accumulated_batches,
+            "rule": run.rule,
+            "seed": run.seed,
+        }
+
+    def _key(self, run: Run) -> tuple[str, ...]:
+        return tuple(str(value) for value in self._line(run).values())
+
+    def _columns_of_run(self) -> list[str]:
+        with self._path.open(newline="") as file:
+            header = next(csv.reader(file))
+        return header[: header.index("seed") + 1]
+
+
+def in_words(run: Run) -> str:
+    """Name a run in the progress bar."""
+    return f"{run.choice.optimizer} {run.choice.lr:g} at {run.batch_size}"
+
+
+def _outcome(line: dict[str, str]) -> Outcome:
+    return Outcome(
+        steps=int(line["steps"]),
+        peak_lr=float(line["peak_lr"]),
+        validation=float(line["validation"]),
+        test=float(line["test"]) if line["test"] else None,
+        noise_scales=tuple(json.loads(line["noise_scales"])),
+        cpu_seconds=float(line["cpu_seconds"]),
+    )
+
+
+_shared: tuple[Settings, Data] | None = None  # of a process
+
+
+def _start(settings: Settings) -> None:
+    global _shared
+    torch.set_num_threads(1)
+    be_quiet()
+    if _shared is None or _shared[0] != settings:
+        images = load(settings.data_dir, settings.train_images, settings.validation_images)
+        _shared = (settings, images)
+
+
+def _train(run: Run) -> Outcome:
+    assert _shared is not None
+    settings, images = _shared
+    return train(run, settings.model, settings.epochs, images)

@@ -1,0 +1,228 @@
+"""One training of the large-batch study: what is trained on, what, and how it ends."""
+
+import dataclasses
+import logging
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+import lightning
+import torch
+from images import batches, digits, fashion_mnist
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_lars import (
+    LAMB,
+    LARS,
+    BatchSizeScaling,
+    GradientNoiseScale,
+    LargeBatchMixin,
+    PreciseBatchNorm,
+    WarmupDecayLR,
+)
+from lightning_lars.batch_size import ScalingRule
+
+OPTIMIZERS = {
+    "SGD": partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4),
+    "AdamW": partial(torch.optim.AdamW, weight_decay=0.01),
+    "LARS": partial(LARS, momentum=0.9, weight_decay=5e-4),
+    "LAMB": partial(LAMB, weight_decay=0.01),
+}
+PRECISE_SAMPLES = 8192  # that PreciseBatchNorm sees, at any batch size
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Images to train on, to choose by, and to report on."""
+
+    train: TensorDataset
+    validation: TensorDataset
+    test: TensorDataset
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """An optimizer with all that is chosen about it, and the batch size that it was chosen at."""
+
+    optimizer: str
+    lr: float
+    excluded_lr_scale: float = 1.0
+    options: tuple[tuple[str, str | bool], ...] = ()
+    batch_size: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training: a choice, and what it is transferred to.
+
+    ``rule`` scales the learning rate from the batch size of the choice to that of the run. With 2
+    ``accumulated_batches``, of half the size, the noise scale is measured. Only the part ``"result"`` of the
+    study sees the test images.
+    """
+
+    part: str
+    choice: Choice
+    batch_size: int
+    seed: int
+    rule: ScalingRule | float = "none"
+    accumulated_batches: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a run ended with: accuracies in percent, and the highest learning rate that a step used."""
+
+    steps: int
+    peak_lr: float
+    validation: float
+    test: float | None
+    noise_scales: tuple[float, ...]
+    cpu_seconds: float
+
+
+def load(data_dir: Path | None, train_images: int, validation_images: int) -> Data:
+    """Fashion-MNIST of a folder, or the digits without one; images to validate on are taken from training."""
+    train, test = digits() if data_dir is None else fashion_mnist(data_dir)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    split = {"train": order[:train_images], "validation": order[len(order) - validation_images :]}
+    if train_images + validation_images > len(train):
+        raise SystemExit(
+            f"{train_images:,} images to train on and {validation_images:,} are more than {len(train):,}"
+        )
+    return Data(test=test, **{name: TensorDataset(*train[rows]) for name, rows in split.items()})
+
+
+def network(name: str, image_size: int) -> nn.Module:
+    """The CNN with batch norm, or the MLP without any norm."""
+    if name == "cnn":
+        return ResidualNet(stride=4 if image_size == 28 else 1)
+    layers: list[nn.Module] = [nn.Flatten()]
+    for size in (image_size**2, 128, 128, 128):
+        layers += [nn.Linear(size, 128), nn.ReLU()]
+    net = nn.Sequential(*layers, nn.Linear(128, 10))
+    for layer in net:
+        if isinstance(layer, nn.Linear):  # as signals keep their size through ReLUs (He et al. 2015)
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    return net
+
+
+class ResidualNet(nn.Module):
+    """Three convolutions with batch norm, the last one residual, and a linear head: 6,306 parameters."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            *(nn.Conv2d(1, 8, 5, stride, padding=2, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
+            *(nn.Conv2d(8, 16, 3, 2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
+        )
+        # Without biases: the norms behind them have one.
+        self.residual = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
+        self.head = nn.Linear(16 * 4 * 4, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.stem(images)
+        return self.head(functional.relu(features + self.residual(features)).flatten(1))
+
+
+class Classifier(LargeBatchMixin, lightning.LightningModule):
+    """A network with its loss and accuracy, which logs nothing while it trains."""
+
+    def __init__(self, net: nn.Module, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.net = net
+        self.accuracy = MulticlassAccuracy(10, average="micro")
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "validation")
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: list[Tensor], name: str) -> None:
+        self.accuracy(self(batch[0]), batch[1])
+        self.log(name, self.accuracy)
+
+
+class Watch(lightning.Callback):
+    """Keeps the highest learning rate that a step used, and the noise scale at the end of every epoch."""
+
+    def __init__(self) -> None:
+        self.peak_lr = 0.0
+        self.noise_scales: list[float] = []
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        # Registered behind the hook of BatchSizeScaling, so this sees what that made of the rate.
+        trainer.optimizers[0].register_step_pre_hook(self._before_step)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        self.peak_lr = max(self.peak_lr, optimizer.param_groups[0]["lr"])
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        measured = trainer.callback_metrics.get("gradient_noise_scale/B_simple")
+        if measured is not None:
+            self.noise_scales.append(measured.item())
+
+
+def be_quiet() -> None:
+    """Keep Lightning from saying the same of every training."""
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "The '.*' does not have many workers")
+    warnings.filterwarnings("ignore", "The number of training batches")
+    warnings.filterwarnings("ignore", "`isinstance")
+
+
+def train(run: Run, model: str, epochs: int, data: Data) -> Outcome:
+    """Train once. All runs have the same schedule: warmup over a tenth of the steps, cosine decay to 0."""
+    started = time.process_time()
+    lightning.seed_everything(run.seed, verbose=False)
+    net = network(model, data.train[0][0].shape[-1])
+    choice = run.choice
+    steps = epochs * (len(data.train) // run.batch_size)
+    classifier = Classifier(
+        net,
+        optimizer=partial(OPTIMIZERS[choice.optimizer], lr=choice.lr, **dict(choice.options)),
+        lr_scheduler=partial(WarmupDecayLR, warmup_steps=max(1, steps // 10)),
+        excluded_lr_scale=choice.excluded_lr_scale,
+    )
+    micro_batch = run.batch_size // run.accumulated_batches
+    watch = Watch()
+    callbacks = [BatchSizeScaling(choice.batch_size, rule=run.rule), watch]
+    if any(isinstance(layer, nn.BatchNorm2d) for layer in net.modules()):
+        callbacks.append(PreciseBatchNorm(max(1, PRECISE_SAMPLES // micro_batch)))
+    if run.accumulated_batches > 1:
+        # Ahead of what reads it at the end of an epoch.
+        callbacks.insert(0, GradientNoiseScale(every_n_steps=1))
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=epochs,
+        accumulate_grad_batches=run.accumulated_batches,
+        check_val_every_n_epoch=epochs,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1 if run.accumulated_batches > 1 else 50,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+    )
+    trainer.fit(classifier, batches(data.train, micro_batch, True), batches(data.validation, 1000, False))
+    validation = 100 * trainer.callback_metrics["validation"].item()
+    test = None
+    if run.part == "result":
+        trainer.test(classifier, batches(data.test, 1000, False), verbose=False)
+        test = 100 * trainer.callback_metrics["test"].item()
+    seconds = time.process_time() - started
+    return Outcome(trainer.global_step, watch.peak_lr, validation, test, tuple(watch.noise_scales), seconds)
