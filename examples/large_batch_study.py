@@ -42,7 +42,7 @@ RATES = {
 EXCLUDED_LR_SCALES = {
     "SGD": (1.0, 0.1),
     "AdamW": (1.0, 0.1),
-    "LARS": (0.01, 0.1),
+    "LARS": (0.01, 0.1, 1.0),
     "LAMB": (1.0, 0.1),
 }
 OPTIONS = {"SGD": (("nesterov", True),), "LARS": (("denominator", "momentum"),)}
