@@ -66,8 +66,10 @@ WINDOWS = {
 TUNING_SEED = 0  # the results have seeds of their own, from 1
 
 
-def choose(trainings: Trainings, batch_size: int, rates: dict[str, tuple[float, ...]]) -> dict[str, Choice]:
-    """Tune every optimizer at one batch size, on the validation images."""
+def choose(
+    trainings: Trainings, batch_size: int, rates: dict[str, tuple[float, ...]], tolerance: float
+) -> dict[str, Choice]:
+    """Tune every optimizer at one batch size, on the validation images: see :func:`lowest_of_the_best`."""
     first = [
         Choice(name, rate, EXCLUDED_LR_SCALES[name][0], batch_size=batch_size)
         for name, of_name in rates.items()
@@ -75,12 +77,12 @@ def choose(trainings: Trainings, batch_size: int, rates: dict[str, tuple[float, 
     ]
     seen = _validate(trainings, first, "Learning rates at the small batch")
     second = []
-    for best in _best(seen).values():
+    for best in lowest_of_the_best(seen, tolerance).values():
         scales = EXCLUDED_LR_SCALES[best.optimizer][1:]
         second += [dataclasses.replace(best, excluded_lr_scale=scale) for scale in scales]
         second += [dataclasses.replace(best, options=(each,)) for each in OPTIONS.get(best.optimizer, ())]
     seen |= _validate(trainings, second, "Options at the small batch")
-    best = _best(seen)
+    best = lowest_of_the_best(seen, tolerance)
     rich.print(table_of_choices(seen, best, {name: (min(of), max(of)) for name, of in rates.items()}))
     return best
 
@@ -91,11 +93,19 @@ def _validate(trainings: Trainings, choices: list[Choice], description: str) -> 
     return {choice: outcomes[run].validation for choice, run in runs.items()}
 
 
-def _best(seen: dict[Choice, float]) -> dict[str, Choice]:
-    names = dict.fromkeys(choice.optimizer for choice in seen)
-    return {
-        name: max((each for each in seen if each.optimizer == name), key=seen.__getitem__) for name in names
-    }
+def lowest_of_the_best(seen: dict[Choice, float], tolerance: float) -> dict[str, Choice]:
+    """Return, for every optimizer, the lowest learning rate within a tolerance of its best accuracy.
+
+    Of several choices with that rate, the one with the lowest for what is excluded, and of those the best.
+    Without a tolerance, that is the best of all.
+    """
+    chosen = {}
+    for name in dict.fromkeys(choice.optimizer for choice in seen):
+        of_name = {choice: accuracy for choice, accuracy in seen.items() if choice.optimizer == name}
+        bound = max(of_name.values()) - tolerance
+        near = [choice for choice, accuracy in of_name.items() if accuracy >= bound]
+        chosen[name] = min(near, key=lambda each: (each.lr, each.excluded_lr_scale, -seen[each]))
+    return chosen
 
 
 def critical_batch_size(trainings: Trainings, choice: Choice) -> list[float]:
@@ -189,6 +199,12 @@ def main() -> None:
     )
     parser.add_argument("--base-batch-size", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=2048)
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        help="choose the lowest rate within so many points of the best, not the best",
+    )
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--train-images", type=int, default=40960)
     parser.add_argument("--validation-images", type=int, default=19000)
@@ -208,7 +224,12 @@ def main() -> None:
     trainings = Trainings(settings, folder / "runs.csv", arguments.processes)
     base, batch_size = arguments.base_batch_size, arguments.batch_size
 
-    best = choose(trainings, base, {name: rates[: arguments.rates] for name, rates in RATES.items()})
+    best = choose(
+        trainings,
+        base,
+        {name: rates[: arguments.rates] for name, rates in RATES.items()},
+        arguments.tolerance,
+    )
     noise_scales = critical_batch_size(trainings, best["SGD"])
     noise_scale = statistics.median(noise_scales)
     by_epoch = ", ".join(f"{each:.0f}" for each in noise_scales)

@@ -144,7 +144,6 @@ def table_of_factors(
             "Best factor",
             "Validation %",
             "By the noise scale",
-            "All",
         ),
         title=f"SGD: multiples of the learning rate of batch {base}",
     )

@@ -183,3 +183,18 @@ def test_the_networks_are_what_the_page_says(module):
     assert cnn(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
     assert {type(layer) for layer in mlp} == {nn.Flatten, nn.Linear, nn.ReLU}
     assert mlp(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_the_choice_is_the_best_or_the_lowest_rate_near_it(module):
+    choose = module("large_batch_study").lowest_of_the_best
+    choice = module("study_training").Choice
+    seen = {
+        choice("LARS", 2.0): 87.0,
+        choice("LARS", 4.0): 88.4,
+        choice("LARS", 4.0, excluded_lr_scale=0.1): 88.3,
+        choice("LARS", 8.0): 88.5,
+        choice("SGD", 0.1): 80.0,
+    }
+    assert choose(seen, 0.0) == {"LARS": choice("LARS", 8.0), "SGD": choice("SGD", 0.1)}
+    assert choose(seen, 0.15)["LARS"] == choice("LARS", 4.0)
+    assert choose(seen, 0.25)["LARS"] == choice("LARS", 4.0, excluded_lr_scale=0.1)
