@@ -206,8 +206,8 @@ def main() -> None:
         help="choose the lowest rate within so many points of the best, not the best",
     )
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--train-images", type=int, default=40960)
-    parser.add_argument("--validation-images", type=int, default=19000)
+    parser.add_argument("--train-images", type=int, default=20480)
+    parser.add_argument("--validation-images", type=int, default=20000)
     parser.add_argument("--dataset", choices=["digits", "fashion-mnist"], default="fashion-mnist")
     parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="of the Fashion-MNIST files")
     parser.add_argument("--folder", type=Path, default=Path("large_batch_study"), help="for CSV and pictures")

@@ -29,8 +29,8 @@ class Recipe(TypedDict):
 def simclr(batch_size: int = 4096, steps_per_epoch: int = 312, base_lr: float = 0.3) -> Recipe:
     """SimCLR (Chen et al. 2020, https://github.com/google-research/simclr).
 
-    ``lr = base_lr * batch_size / 256``, weight decay 1e-6, 10 epochs of warmup, cosine decay to 0; the momentum
-    holds the learning rate.
+    ``lr = base_lr * batch_size / 256``, weight decay 1e-6, 10 epochs of warmup, cosine decay to 0; the
+    momentum holds the learning rate.
 
     Args:
         batch_size: Images behind an optimizer step, on all devices.
