@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lars.optim.kernels.choice import takes_triton
+from lightning_lars.optim.kernels.choice import takes_triton, triton_can_do
 from lightning_lars.optim.kernels.layer_table import LayerTable
 from lightning_lars.optim.norms import Tensors, layer_norms, whole_norms
 from lightning_lars.optim.shards import Shard, local, local_gradient
@@ -55,42 +55,41 @@ def sort_layers(group: dict[str, Any], shards: Shards, name: Callable[[Tensor], 
     Raises:
         RuntimeError: If a gradient is sparse, or whole where its parameter is a DTensor.
     """
-    buckets: list[Layers] = []
+    sorted_layers: list[Layers] = []
     latest: dict[tuple[torch.device, torch.dtype, bool], Layers] = {}
-    elements: dict[tuple[torch.device, torch.dtype, bool], int] = {}
+    room: dict[tuple[torch.device, torch.dtype, bool], float] = {}
     for p in group["params"]:
-        if p.grad is None:
+        grad = p.grad
+        if grad is None:
             continue
-        if p.grad.layout != torch.strided:
+        if grad.layout != torch.strided:
             raise RuntimeError(
                 f"gradients must be dense, got a sparse one for parameter {name(p)!r}: "
                 "build its module with sparse=False or give it to SparseAdam"
             )
-        part, grad, is_divided = p, p.grad, False
-        shard = shards[p]
+        part, is_divided, shard = p, False, shards[p]
         if shard is not None:
-            if hasattr(p, "device_mesh") and not hasattr(p.grad, "device_mesh"):
+            if hasattr(p, "device_mesh") and not hasattr(grad, "device_mesh"):
                 raise RuntimeError(
                     f"the gradient of a DTensor must be one, got a plain tensor for parameter {name(p)!r}: "
                     "lay it out with torch.distributed.tensor.distribute_tensor()"
                 )
             part, grad, is_divided = local(p), local_gradient(p), len(shard.groups) > 0
-        kind = (part.device, part.dtype, is_divided)
-        at_once = _elements_at_once(part, group)
-        elements[kind] = elements.get(kind, 0) + part.numel()
-        if kind not in latest or elements[kind] > at_once:
-            latest[kind] = Layers(group, [], [], [], is_divided)
-            elements[kind] = part.numel()
-            buckets.append(latest[kind])
-        layers = latest[kind]
+        kind, elements = (part.device, part.dtype, is_divided), part.numel()
+        layers = latest.get(kind)
+        if layers is None or elements > room[kind]:
+            layers = latest[kind] = Layers(group, [], [], [], is_divided)
+            room[kind] = _elements_at_once(part, group)
+            sorted_layers.append(layers)
+        room[kind] -= elements
         layers.params.append(p)
         layers.parts.append(part)
         layers.grads.append(grad)
-    return buckets
+    return sorted_layers
 
 
 def _elements_at_once(part: Tensor, group: Mapping[str, Any]) -> float:
-    if takes_triton(part) and group["fused"] is not False and part.dtype != torch.float64:
+    if takes_triton(part) and group["fused"] is not False and triton_can_do(part.dtype):
         return math.inf  # these kernels need no scratch
     return _ELEMENTS_AT_ONCE_ON_CPU if part.device.type == "cpu" else _ELEMENTS_AT_ONCE
 

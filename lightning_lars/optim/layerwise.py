@@ -193,7 +193,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
         if not takes_triton(layers.parts[0]):
             reason = self._why_no_cpu_kernel(layers.group)
         if reason is None:
-            reason = why_not_fused(layers.parts, layers.grads, [self._moments(p) for p in layers.params])
+            reason = why_not_fused(layers.parts, layers.grads, self._moments(layers.params))
         if reason is not None and fused:
             names = ", ".join(repr(self._name(p)) for p in layers.params[:3])
             raise RuntimeError(
@@ -202,11 +202,14 @@ class LayerwiseOptimizer(Optimizer, ABC):
             )
         return reason is None
 
-    def _moments(self, p: Tensor) -> list[Tensor]:
-        """Return what the state of a layer has of its size, as far as it is here."""
-        state = self.state.get(p, {})
-        moments = [state.get(key) for key in sorted(self.state_keys - {"step"})]
-        return [local(moment) for moment in moments if moment is not None]
+    def _moments(self, params: Iterable[Tensor]) -> list[list[Tensor]]:
+        """Return what the state has of the size of each layer, as far as it is here."""
+        keys = self.state_keys - {"step"}
+        states: Iterable[Mapping[str, Any]] = (self.state.get(p, {}) for p in params)
+        return [
+            [local(value) for key, value in state.items() if key in keys and value is not None]
+            for state in states
+        ]
 
     def _begin(self, layers: Layers, gradient_scale: Tensor | None) -> Moving:
         group, params, parts, grads = layers.group, layers.params, layers.parts, layers.grads
@@ -378,6 +381,8 @@ class LayerwiseOptimizer(Optimizer, ABC):
 
     def _finish_divided(self, divided: Sequence[Moving]) -> None:
         """Move layers of which other processes hold parts, after one exchange of norms for all of them."""
+        if not any(self._shards.values()):
+            return
         adapted = [group for group in self.param_groups if group["layer_adaptation"]]
         norms = norms_of_divided(divided, _params(adapted), self._shards)
         for moving in divided:

@@ -11,8 +11,11 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 """One tensor per layer."""
 
 
-# Elements from which on the norm of a tensor on the CPU is taken in blocks, and those of a block.
-_LONG, _BLOCK = 4096, 256
+# Elements of a tensor on the CPU from which on float64 throughout takes longer than blocks of float32.
+_LONG = 16384
+
+# Elements of a tensor on the CPU that are added up in float32, before their sums are in float64.
+_BLOCK = 256
 
 # Norms for which no square that matters overflows or vanishes in float32.
 _SQUARE_FITS = (1e-12, 1e18)
@@ -33,37 +36,34 @@ def layer_norms(tensors: Tensors) -> Tensor:
         >>> layer_norms([torch.tensor([[3.0, 4.0]]), torch.tensor(2.0)])
         tensor([5., 2.], dtype=torch.float64)
     """
-    dtype = accumulation_dtype(tensors[0])
-    if tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
+    if tensors[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        return _norms_on_cpu(tensors)
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=accumulation_dtype(tensors[0])))
+
+
+def _norms_on_cpu(tensors: Tensors) -> Tensor:
+    """Return the norms in float64, for which long tensors are added up in float32 within each block."""
     long = [i for i, tensor in enumerate(tensors) if tensor.numel() >= _LONG]
-    if not long:
-        return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
-    norms = {i: _norm_in_blocks(tensors[i]) for i in long}
-    low, high = torch.stack(list(norms.values())).aminmax()
-    if not _SQUARE_FITS[0] < low.item() <= high.item() < _SQUARE_FITS[1]:
-        # Squares of such numbers are beyond float32.
-        norms = {i: torch.linalg.vector_norm(tensors[i], dtype=torch.float64) for i in long}
-    short = [i for i, tensor in enumerate(tensors) if tensor.numel() < _LONG]
-    if short:
-        of_short = torch._foreach_norm([tensors[i] for i in short], 2, dtype=dtype)
-        norms.update(zip(short, of_short, strict=True))
-    return torch.stack([norms[i] for i in range(len(tensors))])
+    parts = list(tensors)
+    for i in long:
+        parts[i] = _norms_of_blocks(tensors[i])
+    norms = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float64))
+    for i, norm in zip(long, norms[long].tolist(), strict=True):
+        if not _SQUARE_FITS[0] < norm < _SQUARE_FITS[1]:
+            # Squares of such numbers are beyond float32.
+            norms[i] = torch.linalg.vector_norm(tensors[i], dtype=torch.float64)
+    return norms
 
 
-def _norm_in_blocks(tensor: Tensor) -> Tensor:
-    """Return the norm of a long tensor on the CPU: in its own precision for a block, in float64 over them.
-
-    As exact as float64 throughout, to float32's last digit, and as fast as float32.
-    """
+def _norms_of_blocks(tensor: Tensor) -> Tensor:
+    """Return the norms of blocks of a long tensor, whose norm is that of the tensor."""
     flat = _flat(tensor)
     in_blocks = flat.numel() // _BLOCK * _BLOCK
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    parts = torch.linalg.vector_norm(flat[:in_blocks].view(-1, _BLOCK), dim=1, dtype=dtype)
+    norms: Tensor = torch.linalg.vector_norm(flat[:in_blocks].view(-1, _BLOCK), dim=1, dtype=dtype)
     if in_blocks < flat.numel():
-        parts = torch.cat([parts, torch.linalg.vector_norm(flat[in_blocks:], dtype=dtype)[None]])
-    norm: Tensor = torch.linalg.vector_norm(parts, dtype=torch.float64)
-    return norm
+        norms = torch.cat([norms, torch.linalg.vector_norm(flat[in_blocks:], dtype=dtype)[None]])
+    return norms
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -313,7 +313,7 @@ def test_fused_is_refused_where_no_kernel_can_do_the_step(
 
 def test_a_gpu_without_triton_takes_single_operations(monkeypatch):
     monkeypatch.setattr(choice, "TRITON_DEVICES", {"cpu"})
-    monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    monkeypatch.setattr(choice, "is_triton_installed", lambda: False)
     reason = choice.why_not_fused([torch.ones(2)], [torch.ones(2)], [])
     assert reason == "kernels for GPUs need triton, which is not installed (pip install triton)"
 

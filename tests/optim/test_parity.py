@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_lars import LAMB, LARS
+from lightning_lars.optim.kernels import choice
 from tests import reference
 
 SHAPES = ((), (1,), (7,), (0,), (3, 5), (1, 17), (2, 3, 3, 1), (33,))
@@ -57,15 +58,15 @@ def lamb_sizes(w, g, state, ratio, *, lr, weight_decay=0.01, **options):
     return reference.norm(w) + lr * ratio * u, {k: reference.norm(x) for k, x in after.items()}, u
 
 
-def tensor(values, dtype):
-    return torch.as_tensor(np.asarray(values)).to(dtype)
+def tensor(values, dtype, device="cpu"):
+    return torch.as_tensor(np.asarray(values)).to(device, dtype)
 
 
 def array(values):
-    return values.detach().to(torch.float64, copy=True).numpy()
+    return values.detach().to("cpu", torch.float64, copy=True).numpy()
 
 
-def build(optimizer_class, options, layers, dtype, lr_dtype, rng):
+def build(optimizer_class, options, layers, dtype, lr_dtype, rng, device):
     """Return the optimizer with an adapted and an excluded group, and the layer of each parameter."""
     groups = {
         adapted: {
@@ -77,26 +78,37 @@ def build(optimizer_class, options, layers, dtype, lr_dtype, rng):
         for adapted, share in ((True, 1.0), (False, 0.5))
     }
     for number, layer in enumerate(layers):
-        w = tensor(layer.start * rng.uniform(-1, 1, layer.shape), dtype)
+        w = tensor(layer.start * rng.uniform(-1, 1, layer.shape), dtype, device)
         groups[layer.layer_adaptation]["params"].append((f"layer{number}", torch.nn.Parameter(w)))
     optimizer = optimizer_class([group for group in groups.values() if group["params"]], **options)
     params = {n: p for group in groups.values() for n, p in group["params"]}
     return optimizer, {params[f"layer{number}"]: layer for number, layer in enumerate(layers)}
 
 
-def assert_same_steps(optimizer_class, options, layers=LAYERS, *, dtype=torch.float64, lr_dtype=None, seed=0):
+def assert_same_steps(
+    optimizer_class,
+    options,
+    layers=LAYERS,
+    *,
+    dtype=torch.float64,
+    lr_dtype=None,
+    seed=0,
+    device="cpu",
+    cuts=False,
+):
     """Step optimizer and reference side by side and compare parameters, state and trust ratios.
 
     In float64 the reference runs freely. In the other dtypes it starts each step from what the optimizer
     holds, so that a difference is the rounding of one step: fewer than 16 times half an eps of float32, of
-    the sizes of all terms. A half-precision parameter is rounded once more, by half an eps of its own.
+    the sizes of all terms. A half-precision parameter is rounded once more, by half an eps of its own, or by
+    a whole one where that cuts.
     """
     rng = np.random.default_rng(seed)
     step, sizes = STEPS[optimizer_class]
     tolerance = 1e-12 if dtype == torch.float64 else 8 * torch.finfo(torch.float32).eps
     stored = torch.finfo(dtype) if dtype.itemsize == 2 else None
-    optimizer, layers = build(optimizer_class, options, layers, dtype, lr_dtype, rng)
-    options = {key: value for key, value in options.items() if key != "max_grad_norm"}
+    optimizer, layers = build(optimizer_class, options, layers, dtype, lr_dtype, rng, device)
+    options = {key: value for key, value in options.items() if key not in ("max_grad_norm", "fused")}
     expected = {p: (array(p), {}) for p in layers}
 
     for t, lr in enumerate(LRS):
@@ -104,7 +116,7 @@ def assert_same_steps(optimizer_class, options, layers=LAYERS, *, dtype=torch.fl
         for p, layer in layers.items():
             p.grad, unmoved[p] = None, array(p)
             if layer.gradients[t] is not None:
-                p.grad = tensor(layer.gradients[t] * rng.uniform(-1, 1, layer.shape), dtype)
+                p.grad = tensor(layer.gradients[t] * rng.uniform(-1, 1, layer.shape), dtype, device)
                 g[p] = array(p.grad)
         for group in optimizer.param_groups:
             group_lr = lr if group["layer_adaptation"] else 0.01 * lr
@@ -125,7 +137,8 @@ def assert_same_steps(optimizer_class, options, layers=LAYERS, *, dtype=torch.fl
                 size, state_sizes, cancelled = sizes(w, scale * g[p], before, ratio, **own)
                 own_rounding = 0.0
                 if stored:
-                    own_rounding = stored.eps / 2 * np.abs(after) + stored.smallest_normal * stored.eps
+                    share = 1.0 if cuts else 0.5
+                    own_rounding = share * stored.eps * np.abs(after) + stored.smallest_normal * stored.eps
                 assert_close(array(p), after, tolerance * size + own_rounding)
                 assert set(optimizer.state[p]) == set(state)
                 for key, value in state.items():
@@ -223,6 +236,25 @@ def test_lars_follows_the_reference_with_each_option(options, dtype):
 @pytest.mark.parametrize("options", LAMB_OPTIONS, ids=str)
 def test_lamb_follows_the_reference_with_each_option(options, dtype):
     assert_same_steps(LAMB, options, dtype=dtype)
+
+
+# Triton's interpreter is numpy, which warns of what is not finite, and cuts to bfloat16 where a GPU rounds.
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(
+    ("optimizer_class", "options"),
+    [(LARS, options) for options in LARS_OPTIONS] + [(LAMB, options) for options in LAMB_OPTIONS],
+    ids=str,
+)
+def test_the_kernels_in_triton_follow_the_reference_with_each_option(
+    optimizer_class, options, dtype, monkeypatch
+):
+    pytest.importorskip("triton", reason="there is no triton for this system")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setattr(choice, "TRITON_DEVICES", {device})
+    cuts = device == "cpu" and dtype == torch.bfloat16
+    options = {**options, "fused": True}
+    assert_same_steps(optimizer_class, options, dtype=dtype, device=device, cuts=cuts)
 
 
 @pytest.mark.parametrize("lr_dtype", LR_DTYPES[1:], ids=str)

@@ -1,7 +1,9 @@
 """Whether fused kernels can take the step of some layers, and if not, why."""
 
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -18,6 +20,17 @@ def takes_triton(tensor: Tensor) -> bool:
     return tensor.device.type in TRITON_DEVICES
 
 
+@cache
+def is_triton_installed() -> bool:
+    """Tell whether there is Triton, as torch brings it for GPUs."""
+    return find_spec("triton") is not None
+
+
+def triton_can_do(dtype: torch.dtype) -> bool:
+    """Tell whether the kernels in Triton can work on weights of this dtype."""
+    return dtype in _DTYPES and is_triton_installed()
+
+
 def why_not_fused(
     weights: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Sequence[Tensor]]
 ) -> str | None:
@@ -32,7 +45,7 @@ def why_not_fused(
         return "torch.compile fuses the operations of a step by itself"
     device = weights[0].device
     if takes_triton(weights[0]):
-        if find_spec("triton") is None:
+        if not is_triton_installed():
             return "kernels for GPUs need triton, which is not installed (pip install triton)"
     elif device.type != "cpu":
         return f"there are kernels for CUDA and the CPU, and the parameters are on {device}"
@@ -41,20 +54,30 @@ def why_not_fused(
         return f"the kernels work in float32, and parameters are {dtype}"
     if takes_triton(weights[0]) and any(g.dtype is not dtype for g in grads):
         return f"parameters are {dtype} and their gradients are not"
-    for w, g, own in zip(weights, grads, moments, strict=True):
-        if not (_is_plain(w) and _is_plain(g)):
-            return "parameters or gradients are of a subclass of Tensor"
-        if not all(_is_plain(moment) and moment.dtype is torch.float32 for moment in own):
-            return "the state is not held in plain float32 tensors"
-        if not (w.is_contiguous() and g.is_contiguous() and all(moment.is_contiguous() for moment in own)):
-            same = all(other.stride() == w.stride() for other in (g, *own))
-            if not (same and _has_no_gaps(w)):
-                return "a parameter has gaps in memory, or its gradient or state is laid out in another order"
+    if not _are_plain([*weights, *grads]):
+        return "parameters or gradients are of a subclass of Tensor"
+    held = list(chain.from_iterable(moments))
+    if not (_are_plain(held) and {moment.dtype for moment in held} <= {torch.float32}):
+        return "the state is not held in plain float32 tensors"
+    if not all(map(Tensor.is_contiguous, chain(weights, grads, held))) and not _are_laid_out_alike(
+        weights, grads, moments
+    ):
+        return "a parameter has gaps in memory, or its gradient or state is laid out in another order"
     return None
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, torch.nn.Parameter)
+def _are_plain(tensors: Sequence[Tensor]) -> bool:
+    return set(map(type, tensors)) <= {Tensor, torch.nn.Parameter}
+
+
+def _are_laid_out_alike(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Sequence[Tensor]]
+) -> bool:
+    return all(
+        all(map(Tensor.is_contiguous, (w, g, *own)))
+        or (_has_no_gaps(w) and all(other.stride() == w.stride() for other in (g, *own)))
+        for w, g, own in zip(weights, grads, moments, strict=True)
+    )
 
 
 def _has_no_gaps(tensor: Tensor) -> bool:

@@ -1,0 +1,60 @@
+"""Times of optimizer steps, taken in turns."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from rich.progress import track
+
+# Steps of one turn on a GPU, where one alone is too short for its clock.
+_STEPS_ON_GPU = 10
+
+
+def in_turns(
+    steps: Mapping[str, Callable[[], object]], rounds: int, device: str, description: str
+) -> dict[str, list[float]]:
+    """Call each once to warm up, then all of them in turns.
+
+    Args:
+        steps: What to call, by name.
+        rounds: How often.
+        device: Where it works: a GPU keeps time itself.
+        description: What the progress bar says.
+
+    Returns:
+        Milliseconds of each call, by name.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        for _ in range(3 if device == "cuda" else 1):
+            step()
+    rounds_with_bar: Iterable[int] = track(range(rounds), description=description, transient=True)
+    for _ in rounds_with_bar:
+        for name, step in steps.items():
+            times[name].append(_on_gpu(step) if device == "cuda" else _on_cpu(step))
+    return times
+
+
+def copy_bandwidth(device: str, rounds: int = 10) -> float:
+    """Return how many bytes a copy of 256 MiB reads and writes in a millisecond."""
+    source = torch.ones(2**26, device=device)
+    target = torch.empty_like(source)
+    times = in_turns({"copy": lambda: target.copy_(source)}, rounds, device, "copy")["copy"]
+    return 2 * source.numel() * source.element_size() / sorted(times)[len(times) // 2]
+
+
+def _on_cpu(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _on_gpu(step: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(_STEPS_ON_GPU):
+        step()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / _STEPS_ON_GPU
