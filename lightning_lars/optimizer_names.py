@@ -1,10 +1,24 @@
-"""What the optimizers of a training are called in its log."""
+"""What the optimizers of a training are called in its log, and in messages."""
 
 from collections import Counter
 from collections.abc import Sequence
 from typing import TypeVar
 
+from torch.optim import Optimizer
+
 AnyOptimizer = TypeVar("AnyOptimizer")
+
+
+def kinds(optimizers: Sequence[Optimizer]) -> list[str]:
+    """Return the types of the optimizers, without the stand-in that Lightning takes for none.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lars.optimizer_names import kinds
+        >>> kinds([torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])])
+        ['SGD']
+    """
+    return [type(optimizer).__name__ for optimizer in optimizers if optimizer.param_groups]
 
 
 def by_name(optimizers: Sequence[AnyOptimizer]) -> dict[str, AnyOptimizer]:

@@ -28,6 +28,13 @@ class Boring(LargeBatchMixin, LightningModule):
         return DataLoader(torch.randn(32, 4, generator=generator), batch_size=4)
 
 
+class WithoutOptimizer(Boring):
+    """A module that Lightning gives a stand-in for an optimizer."""
+
+    def configure_optimizers(self):
+        return None
+
+
 LARS_WITH_DECAY = partial(LARS, lr=1.0, weight_decay=0.1)
 
 

@@ -63,13 +63,14 @@ class GradientNoiseScale(Callback):
 
     ``tr_sigma`` and ``squared_gradient`` are moving averages, ``B_simple`` is their quotient. Where one of
     them is not above 0, it is lost in the other, and the first three are left out. All are also in
-    ``trainer.callback_metrics``, from the first log on, and when training ends.
+    ``trainer.callback_metrics``, from the first log on, and when training ends; what is left out keeps its
+    last value there.
 
     Raises:
         ValueError: If an argument breaks its rule.
         MisconfigurationException: At the start of a fit, if a step has a single micro-batch, in manual
-            optimization, or under a strategy that hides the gradient of one process (FSDP,
-            ``ModelParallelStrategy``, DeepSpeed); at the first batch, if no batch size can be found.
+            optimization, without an optimizer, or under a strategy that hides the gradient of one process
+            (FSDP, ``ModelParallelStrategy``, DeepSpeed); at the first batch, if no batch size can be found.
 
     Example:
         >>> import lightning
@@ -111,6 +112,11 @@ class GradientNoiseScale(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not any(optimizer.param_groups for optimizer in trainer.optimizers):
+            raise MisconfigurationException(
+                "GradientNoiseScale measures the gradients that an optimizer steps with, got no optimizer: "
+                "return one from configure_optimizers or leave the callback out"
+            )
         self._micro_batches.forget()
         self._effective_batch_size = None
         self._has_stepped = self._has_news = False

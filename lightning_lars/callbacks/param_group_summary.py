@@ -16,6 +16,7 @@ from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.name_folding import fold
 from lightning_lars.optim.arguments import require
 from lightning_lars.optimizer_contents import FROZEN, LOST, Entry, entries_of, groups_by_name, shapes_in_fsdp1
+from lightning_lars.optimizer_names import kinds
 from lightning_lars.rich_tables import is_too_wide, print_table
 
 
@@ -79,12 +80,13 @@ class ParamGroupSummary(Callback):
             return
         groups = groups_by_name(trainer.optimizers)
         entries = entries_of(pl_module, groups, shapes_in_fsdp1(trainer.model or pl_module))
-        kinds = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "no optimizer"
         console = rich.get_console()
         table = _parameter_table(entries, self.fold, self.max_rows, narrow=False)
         if is_too_wide(console, table):
             table = _parameter_table(entries, self.fold, self.max_rows, narrow=True)
-        console.print(f"Parameter groups of {kinds}", highlight=False)
+        console.print(
+            f"Parameter groups of {', '.join(kinds(trainer.optimizers)) or 'no optimizer'}", highlight=False
+        )
         print_table(console, table)
         print_table(console, _group_table(entries, groups))
         lost = [entry.name for entry in entries if entry.group == LOST]

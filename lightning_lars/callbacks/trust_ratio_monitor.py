@@ -20,7 +20,7 @@ from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.introspection import classify
 from lightning_lars.optim.arguments import require
 from lightning_lars.optim.parameters import named_params
-from lightning_lars.optimizer_names import by_name
+from lightning_lars.optimizer_names import by_name, kinds
 from lightning_lars.param_groups import check_holds_parameters
 from lightning_lars.step_statistics import HasTrustRatios, OverSteps, StepStatistics, names_by_number
 from lightning_lars.trust_ratio_alerts import TrustRatioAlerts
@@ -139,7 +139,7 @@ class TrustRatioMonitor(Callback):
         if not optimizers:
             raise MisconfigurationException(
                 "TrustRatioMonitor needs an optimizer with trust ratios, got "
-                f"{[type(optimizer).__name__ for optimizer in trainer.optimizers]}: "
+                f"{kinds(trainer.optimizers) or 'none'}: "
                 "use LARS or LAMB in configure_optimizers or leave the callback out"
             )
         for optimizer in optimizers:

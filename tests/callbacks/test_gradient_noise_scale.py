@@ -18,8 +18,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
-from lightning_lars import GradientNoiseScale
-from tests.boring import Boring, boring, trainer
+from lightning_lars import LARS, GradientNoiseScale
+from tests.boring import Boring, WithoutOptimizer, boring, trainer
 from tests.noise_scale_worker import (
     B_SIMPLE,
     CLOSED_FORM,
@@ -205,6 +205,12 @@ def test_manual_optimization_says_what_to_do(tmp_path):
 
     with pytest.raises(MisconfigurationException, match="in manual optimization"):
         fit(tmp_path, Manual(optimizer=partial(torch.optim.SGD, lr=0.1)), accumulate=1)
+
+
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+def test_without_an_optimizer_says_what_to_do(tmp_path):
+    with pytest.raises(MisconfigurationException, match="no optimizer: return one"):
+        fit(tmp_path, WithoutOptimizer(optimizer=LARS))
 
 
 @pytest.mark.parametrize(

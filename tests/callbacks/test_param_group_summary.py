@@ -167,6 +167,13 @@ def test_several_optimizers_have_names_of_their_own(tmp_path, capsys):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+@pytest.mark.filterwarnings("ignore:4 parameters require a gradient and are in no optimizer")
+def test_a_module_without_an_optimizer_has_none(tmp_path, capsys):
+    out = printed(capsys, tmp_path, Module(lambda module: None, blocks=1), max_steps=-1)
+    assert out.startswith("Parameter groups of no optimizer\n")
+
+
 def test_groups_of_one_name_are_told_apart(tmp_path, capsys):
     def build(module):
         halves = (module.net[:2], module.net[2:])

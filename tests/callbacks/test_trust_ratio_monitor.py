@@ -25,7 +25,7 @@ from lightning_lars import (
     TrustRatioMonitor,
     build_optimizer,
 )
-from tests.boring import Boring, boring, trainer
+from tests.boring import Boring, WithoutOptimizer, boring, trainer
 
 LAYERS = ["net.0.bias", "net.0.weight", "net.2.bias", "net.2.weight"]
 
@@ -538,6 +538,13 @@ def test_without_trust_ratios_says_what_to_do(tmp_path):
     fit = trainer(tmp_path, logger=CSVLogger(tmp_path), callbacks=[TrustRatioMonitor()])
     with pytest.raises(MisconfigurationException, match=r"trust ratios, got \['SGD'\]: use LARS or LAMB"):
         fit.fit(boring(partial(torch.optim.SGD, lr=0.1)))
+
+
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+def test_without_an_optimizer_says_what_to_do(tmp_path):
+    fit = trainer(tmp_path, logger=CSVLogger(tmp_path), callbacks=[TrustRatioMonitor()])
+    with pytest.raises(MisconfigurationException, match="trust ratios, got none: use LARS or LAMB"):
+        fit.fit(WithoutOptimizer(optimizer=LARS))
 
 
 def test_fast_dev_run_works(tmp_path):
