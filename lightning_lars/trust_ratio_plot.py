@@ -165,7 +165,7 @@ def plot_effective_lr(history: TrustRatioHistory, ax: Axes | None = None) -> tup
 
 
 def plot_history(history: TrustRatioHistory) -> tuple[Figure, list[Axes]]:
-    """Draw heat-map and lines, one below the other.
+    """Draw heat-map and lines, one below the other; without lines if the optimizer tells no learning rates.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -173,6 +173,9 @@ def plot_history(history: TrustRatioHistory) -> tuple[Figure, list[Axes]]:
     """
     _check_matplotlib("plot")
     _check_recorded(history)
+    if not history.series("effective_lr"):
+        figure, alone = plot_trust_ratios(history)
+        return figure, [alone]
     heights = [_heat_map_height(len(history.series("trust_ratio"))), 3.5]
     figure = _figure(height=sum(heights))
     above, below = figure.subplots(2, 1, height_ratios=heights)

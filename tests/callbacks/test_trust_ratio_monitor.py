@@ -575,6 +575,14 @@ def test_plot_draws_the_ratios_that_were_logged(tmp_path):
     assert monitor.plot(given) == (above.get_figure(), given)
 
 
+def test_an_optimizer_of_someone_else_is_drawn_without_a_learning_rate(tmp_path):
+    monitor = TrustRatioMonitor(picture=tmp_path / "picture.png")
+    trainer(tmp_path, log_every_n_steps=1, callbacks=[monitor]).fit(boring(partial(Own, lr=0.1)))
+    _, axes = monitor.plot()
+    assert [ax.get_title("left") for ax in axes] == ["Trust ratio"]
+    assert (tmp_path / "picture.png").stat().st_size
+
+
 def test_steps_after_the_last_log_are_in_the_picture_too(tmp_path):
     monitor = TrustRatioMonitor()
     trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=3, callbacks=[monitor]).fit(boring())
