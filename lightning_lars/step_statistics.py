@@ -102,8 +102,8 @@ class StepStatistics:
     def rates(self) -> list[tuple[float, float]]:
         """Learning rate inside the last step, and trust coefficient, of each group that has both.
 
-        Without those whose learning rate is a tensor, which would have to come to the host, and those with
-        ``trust_clip="larc"``, which move by ``trust_coefficient`` at any learning rate.
+        Without those with ``trust_clip="larc"``, which move by ``trust_coefficient`` at any learning rate. A
+        learning rate that is a tensor comes to the host with ``take()``; those of later steps are left out.
         """
         return [
             (lr, group["trust_coefficient"])
@@ -125,16 +125,21 @@ class StepStatistics:
         quantities, self._quantities = self._quantities, {}
         if not quantities:
             return {}
+        on_device = [i for i, lr in enumerate(self._lr) if isinstance(lr, Tensor)]
         computed = [statistics.compute() for statistics in quantities.values()]
+        computed += [self._lr[i].detach().to(computed[0]).expand(3, 1) for i in on_device]
         device, dtype = computed[0].device, torch.float32
         for table in computed:
             dtype = torch.promote_types(dtype, table.dtype)
         columns = torch.cat([table.to(device, dtype) for table in computed], dim=1).cpu().T
         rows = iter(columns.tolist())
-        return {
+        taken = {
             quantity: {layer: OverSteps(*next(rows)) for layer in statistics.layers}
             for quantity, statistics in quantities.items()
         }
+        for i in on_device:
+            self._lr[i] = OverSteps(*next(rows)).mean
+        return taken
 
     def _before_step(self, *_: Any) -> None:
         # Whoever adjusts the learning rate for the length of a step has done so, and undoes it before we

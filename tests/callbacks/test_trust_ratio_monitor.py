@@ -377,6 +377,12 @@ def test_a_learning_rate_for_sgd_warns_once_that_it_is_negligible(tmp_path):
     silent.fit(boring(partial(LARS, lr=0.1)))
 
 
+def test_a_learning_rate_that_is_a_tensor_is_told_to_be_negligible_too(tmp_path):
+    fit = trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=1, callbacks=[TrustRatioMonitor()])
+    with pytest.warns(UserWarning, match=r"trust_coefficient \* lr is 0.0001 at its peak"):
+        fit.fit(boring(partial(LARS, lr=torch.tensor(0.1))))
+
+
 def test_the_learning_rate_of_sgd_is_not_negligible_for_larc(tmp_path):
     fit = trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=1, callbacks=[TrustRatioMonitor()])
     fit.fit(boring(partial(LARS, lr=0.1, trust_clip="larc")))  # warnings are errors
