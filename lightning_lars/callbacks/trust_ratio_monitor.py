@@ -191,7 +191,8 @@ class TrustRatioMonitor(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._take(trainer)
+        for name, quantities in self._take(trainer).items():
+            self._warn(name, self._alerts[name].look(quantities))
         for name, watched in self._watched.items():
             self._warn(name, self._alerts[name].look_at_peak(watched.rates, is_over=True))
         self._show(trainer)

@@ -389,6 +389,17 @@ def test_the_learning_rate_of_sgd_is_not_negligible_for_larc(tmp_path):
     assert fit.callback_metrics["update_to_weight/max"] > 5e-4
 
 
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_warns_of_steps_after_the_last_log(tmp_path):
+    class Failing(Boring):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (torch.nan if batch_idx == 7 else 1)
+
+    fit = trainer(tmp_path, logger=CSVLogger(tmp_path), callbacks=[TrustRatioMonitor()])
+    with pytest.warns(UserWarning, match="trust ratios that are not finite"):
+        fit.fit(Failing(optimizer=LARS))
+
+
 def test_every_logger_of_the_trainer_gets_the_same(tmp_path):
     loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tensorboard")]
     trainer(tmp_path, logger=loggers, log_every_n_steps=4, callbacks=[TrustRatioMonitor()]).fit(boring())
