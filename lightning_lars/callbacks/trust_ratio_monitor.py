@@ -148,7 +148,8 @@ class TrustRatioMonitor(Callback):
             layer.parameter: layer.name for layer in classify(pl_module, (), exclude_bias=False)
         }
         self._check_layers(optimizers, names)
-        self._history.set_order(names.values())
+        named = by_name(optimizers)
+        self._history.set_order(f"{name}{layer}" for name in named for layer in names.values())
         if self.picture is not None and not cast(Any, trainer).fast_dev_run:
             # Joined, an absolute path stays what it is. All processes must ask for the folder.
             self._picture = Path(trainer.log_dir or trainer.default_root_dir, self.picture)
@@ -157,7 +158,7 @@ class TrustRatioMonitor(Callback):
             # Only the connector knows when Lightning logs its own metrics.
             return self.update_to_weight and trainer._logger_connector.should_update_logs
 
-        for name, watched in by_name(optimizers).items():
+        for name, watched in named.items():
             self._watched[name] = StepStatistics(watched, measures_updates, names)
             self._alerts[name] = TrustRatioAlerts(is_resumed=trainer.global_step > 0)
 
