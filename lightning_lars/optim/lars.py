@@ -225,7 +225,7 @@ class LARS(LayerwiseOptimizer):
         if group["dampening"]:  # but at the first step v = u
             share = 1 - group["dampening"]
             entering = [
-                share * scale if self._has_momentum(p) else scale
+                share * scale if self._has_begun(p) else scale
                 for p, scale in zip(layers.params, scales, strict=True)
             ]
         nesterov = group["nesterov"]
@@ -254,8 +254,7 @@ class LARS(LayerwiseOptimizer):
         dampened: list[int] = []
         undampened: list[int] = []
         for i, p in enumerate(layers.params):
-            # At the first step v = u.
-            (dampened if self._has_momentum(p) else undampened).append(i)
+            (dampened if self._has_begun(p) else undampened).append(i)
         v = self._buffers(layers) if group["momentum"] else []
         for indices, dampening in ((dampened, group["dampening"]), (undampened, 0.0)):
             if indices:
@@ -272,6 +271,10 @@ class LARS(LayerwiseOptimizer):
 
     def _has_momentum(self, p: Tensor) -> bool:
         return self.state[p].get("momentum_buffer") is not None
+
+    def _has_begun(self, p: Tensor) -> bool:
+        """Tell whether this is not the first step of the layer, in which ``v = u``."""
+        return self._has_momentum(p) and p not in self._only_tried
 
     def _buffers(self, layers: Layers) -> list[Tensor]:
         """Return ``v`` of each layer, 0 where there is none yet."""
@@ -291,7 +294,7 @@ class LARS(LayerwiseOptimizer):
         from lightning_lars.optim.kernels import triton_lars
 
         group = layers.group
-        are_first = [int(not self._has_momentum(p)) for p in layers.params]
+        are_first = [int(not self._has_begun(p)) for p in layers.params]
         v = self._buffers(layers) if group["momentum"] else layers.parts
         table = self._tables.table((layers.parts, layers.grads, v), (are_first,))
         if not group["layer_adaptation"]:
@@ -347,7 +350,7 @@ class LARS(LayerwiseOptimizer):
         if momentum == 0:
             return u
         states = [self.state[p] for p in params]
-        going = [i for i, state in enumerate(states) if state.get("momentum_buffer") is not None]
+        going = [i for i, p in enumerate(params) if self._has_begun(p)]
         if going:
             v = [local(states[i]["momentum_buffer"]) for i in going]
             torch._foreach_mul_(v, momentum)
@@ -355,6 +358,8 @@ class LARS(LayerwiseOptimizer):
         for p, state, first in zip(params, states, u, strict=True):
             if state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = laid_out_as(p, first.clone())
+            elif p in self._only_tried:
+                local(state["momentum_buffer"]).mul_(momentum).add_(first)
         v = [local(state["momentum_buffer"]) for state in states]
         return torch._foreach_add(u, v, alpha=momentum) if group["nesterov"] else v
 

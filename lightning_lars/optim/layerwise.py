@@ -60,9 +60,12 @@ class LayerwiseOptimizer(Optimizer, ABC):
     _shards: dict[Tensor, Shard | None]
     _given_shapes: set[tuple[int, ...] | None]
 
+    # The layers whose state is that of a trial, and whose first step is still to come.
+    _only_tried: set[Tensor]
+
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         self._last_trust_ratios = []
-        self._shards, self._given_shapes = {}, set()
+        self._shards, self._given_shapes, self._only_tried = {}, set(), set()
         self._scratch, self._tables = Scratch(), LayerTables()
         if isinstance(params, Mapping) or not isinstance(params, Iterable):
             raise TypeError(
@@ -181,6 +184,8 @@ class LayerwiseOptimizer(Optimizer, ABC):
                 self._finish(moving, moving.norms)
         self._scratch.shrink()
         self._finish_divided(divided)
+        if self._only_tried:
+            self._only_tried.difference_update(*(layers.params for layers in layers_with_grad))
         if is_first and is_trial_of_checkpoint():
             self._forget_step()
         return loss
@@ -332,7 +337,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._last_trust_ratios = []
-        self._shards = {}
+        self._shards, self._only_tried = {}, set()
         self._scratch, self._tables = Scratch(), LayerTables()
         if "_given_shapes" not in self.__dict__:  # a copy, not an optimizer that loads a state dict
             self._given_shapes = given_shapes(_params(self.param_groups))
@@ -366,6 +371,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
         for state in self.state.values():
             for value in state.values():
                 value.zero_()
+        self._only_tried.update(self.state)
         self._last_trust_ratios.clear()
 
     def _name(self, p: Tensor) -> str:

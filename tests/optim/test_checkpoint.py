@@ -305,15 +305,29 @@ def test_state_in_another_layout_than_its_parameter_is_refused(optimizer_class, 
     assert fresh.param_groups[0]["lr"] == 0.5
 
 
-@both
 @pytest.mark.parametrize("tensor_lr", [False, True])
-def test_saving_before_the_first_step_does_not_change_the_steps_after_it(optimizer_class, tensor_lr):
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize(
+    ("optimizer_class", "options"),
+    [
+        (LAMB, {}),
+        (LARS, {"dampening": 0.5}),
+        (LARS, {"dampening": 0.5, "denominator": "decayed_gradient"}),
+        (LARS, {"dampening": 0.5, "denominator": "momentum"}),
+        (LARS, {"dampening": 0.5, "layer_adaptation": False}),
+    ],
+    ids=str,
+)
+def test_saving_before_the_first_step_does_not_change_the_steps_after_it(
+    optimizer_class, options, fused, tensor_lr
+):
     runs = []
     for saves in (False, True):
         torch.manual_seed(0)
         module = torch.nn.Linear(3, 2)
         lr = torch.tensor(0.1) if tensor_lr else 0.1
-        optimizer = optimizer_class(module.named_parameters(), lr=lr, weight_decay=0.1)
+        group = {"params": module.named_parameters(), "weight_decay": 0.1, **options}
+        optimizer = optimizer_class([group], lr=lr, fused=fused)
         if saves:
             # Which makes a step of its own, to see what state there is.
             state = get_optimizer_state_dict(module, optimizer)["state"]
