@@ -243,11 +243,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
         layers, lr, _, weights, direction, table, gradient_scale = moving
         ratio = None
         if norms is not None:
-            ratios = self._trust_ratios(*norms, lr, layers.group)
-            dtype = torch.promote_types(layers.parts[0].dtype, torch.float32)
-            ratios = ratios._replace(ratio=ratios.ratio.to(dtype))
-            self._last_trust_ratios.append((layers.params, ratios))
-            ratio = ratios.ratio
+            ratio = self._adapt(layers.params, norms, lr, layers.group)
         if table is not None:
             assert isinstance(lr, Tensor)
             self._descend_in_triton(layers, table, ratio, gradient_scale, lr)
@@ -255,6 +251,15 @@ class LayerwiseOptimizer(Optimizer, ABC):
         self._descend(layers, weights, direction, ratio, lr)
         if weights[0].dtype != layers.parts[0].dtype:
             torch._foreach_copy_(layers.parts, weights)
+
+    def _adapt(
+        self, params: list[Tensor], norms: tuple[Tensor, Tensor], lr: float | Tensor, group: Mapping[str, Any]
+    ) -> Tensor:
+        """Return the ratios of layers of one dtype, and remember them."""
+        ratios = self._trust_ratios(*norms, lr, group)
+        ratios = ratios._replace(ratio=ratios.ratio.to(torch.promote_types(params[0].dtype, torch.float32)))
+        self._last_trust_ratios.append((params, ratios))
+        return ratios.ratio
 
     def trust_ratios(self) -> dict[str, Tensor]:
         """Return the trust ratio that the last step used for each adapted layer.
@@ -399,8 +404,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
             elsewhere = [p for p in group["params"] if moves_elsewhere(p, self._shards)]
             if elsewhere:
                 norms_elsewhere = stack_norms(elsewhere, norms, elsewhere[0].device)
-                ratios = self._trust_ratios(*norms_elsewhere, group["lr"], group)
-                self._last_trust_ratios.append((elsewhere, ratios))
+                self._adapt(elsewhere, norms_elsewhere, group["lr"], group)
 
 
 def _params(groups: Iterable[Mapping[str, Any]]) -> Iterable[Tensor]:

@@ -97,6 +97,7 @@ def test_every_process_knows_the_trust_ratio_of_every_layer(seen, case, make):
         for actual, (_, ratios) in zip(process["ratios"], expected(case), strict=True):
             assert list(actual) == list(ratios)
             assert actual == pytest.approx(ratios, rel=1e-5)
+        assert process["dtypes"] == {torch.float32}
 
 
 @setups

@@ -40,7 +40,9 @@ def train(make, case):
         seen["collectives"].append(step(setup, batch))
         seen["values"].append(setup.values())
         if make is not ddp_zero:
-            seen["ratios"].append(floats(setup.optimizer.trust_ratios()))
+            ratios = setup.optimizer.trust_ratios()
+            seen["ratios"].append(floats(ratios))
+            seen["dtypes"] = {ratio.dtype for ratio in ratios.values()}
         if number == RESUMED and case in RESUMED_CASES and make is not ddp_zero:
             seen["full"] = state(setup, full=True)
             sharded = state(setup, full=False)
