@@ -15,7 +15,7 @@ from lightning_lars import LAMB, LARS
 from tests.strategies.edges import gradient_of_one_half
 from tests.strategies.model import CASES, RESUMED, STEPS, batches, deviation, network, trained
 from tests.strategies.setups import ON_FOUR, ON_TWO, Setup, alone, ddp, ddp_zero, no_shard, sequence_parallel
-from tests.strategies.worker import RESUMED_CASES, step
+from tests.strategies.worker import IN_TRITON, IN_TRITON_CASES, RESUMED_CASES, step
 
 PAGE = Path(__file__).parents[2] / "docs" / "strategies.md"
 
@@ -34,9 +34,13 @@ EXCHANGES = {
     for setup in re.findall(r"`(\w+-\d)`", row[5])
 }
 
-setups = pytest.mark.parametrize(
-    ("make", "processes"), SETUPS, ids=[f"{make.__name__}-{processes}" for make, processes in SETUPS]
-)
+
+def over(setups):
+    ids = [f"{make.__name__}-{processes}" for make, processes in setups]
+    return pytest.mark.parametrize(("make", "processes"), setups, ids=ids)
+
+
+setups = over(SETUPS)
 cases = pytest.mark.parametrize("case", CASES)
 resumed_cases = pytest.mark.parametrize("case", RESUMED_CASES)
 
@@ -48,7 +52,7 @@ def run(folder, processes):
         [sys.executable, "-m", "tests.strategies.worker", folder, str(processes)],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
         timeout=600,
         check=False,
     )
@@ -98,6 +102,18 @@ def test_every_process_knows_the_trust_ratio_of_every_layer(seen, case, make):
             assert list(actual) == list(ratios)
             assert actual == pytest.approx(ratios, rel=1e-5)
         assert process["dtypes"] == {torch.float32}
+
+
+@over(IN_TRITON)
+@pytest.mark.parametrize("case", IN_TRITON_CASES)
+def test_the_kernels_for_gpus_take_the_same_steps_of_shards(seen, case):
+    pytest.importorskip("triton", reason="there is no triton for this system")
+    for process in seen:
+        in_triton = process["in triton"]
+        steps = zip(in_triton["values"], in_triton["ratios"], expected(case), strict=True)
+        for actual, ratios, (values, expected_ratios) in steps:
+            assert deviation(actual, values) < TOLERANCE
+            assert ratios == pytest.approx(expected_ratios, rel=1e-5)
 
 
 @setups

@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from copy import deepcopy
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
@@ -18,9 +19,19 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from tests.strategies.edges import seen_at_edges
 from tests.strategies.model import CASES, RESUMED, batches, floats, loss_of
-from tests.strategies.setups import ON_FOUR, ON_TWO, ddp_zero
+from tests.strategies.setups import (
+    ON_FOUR,
+    ON_TWO,
+    ddp_zero,
+    fsdp2,
+    full_shard,
+    sequence_parallel,
+)
 
 RESUMED_CASES = ["LARS nesterov", "LAMB clipping"]
+# With parts of some layers on some processes only, and gradients that must be added up first.
+IN_TRITON = [(full_shard, 2), (sequence_parallel, 2), (fsdp2, 4)]
+IN_TRITON_CASES = ["LARS nesterov", "LAMB"]
 
 
 def step(setup, batch):
@@ -87,6 +98,20 @@ def train_with_local_norms(make, case):
     return setup.values()
 
 
+def train_in_triton(make, case):
+    """Take five steps by the kernels for GPUs, which Triton's interpreter runs here."""
+    setup = make(case)
+    for group in setup.optimizer.param_groups:
+        group["fused"] = True  # or an error
+    seen = {"values": [], "ratios": []}
+    with patch("lightning_lars.optim.kernels.choice.TRITON_DEVICES", {"cpu"}):
+        for batch in batches():
+            step(setup, batch)
+            seen["values"].append(setup.values())
+            seen["ratios"].append(floats(setup.optimizer.trust_ratios()))
+    return seen
+
+
 def work(rank, world_size, folder, port):
     """Train in every set-up for this many processes."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -104,6 +129,8 @@ def work(rank, world_size, folder, port):
                     seen[case]["resumed"]["of another"] = resume(make, case, of_another[case], full=True)
                 of_another[case] = seen[case]["full"]
             seen[case]["local norms"] = train_with_local_norms(make, case)
+            if find_spec("triton") and (make, world_size) in IN_TRITON and case in IN_TRITON_CASES:
+                seen[case]["in triton"] = train_in_triton(make, case)
         torch.save(seen, Path(folder) / f"{make.__name__} {world_size} {rank}.pt")
     if world_size == 2:
         torch.save(seen_at_edges(step), Path(folder) / f"edges {rank}.pt")
