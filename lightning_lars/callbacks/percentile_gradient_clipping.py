@@ -72,9 +72,8 @@ class PercentileGradientClipping(Callback):
         >>> quiet |= dict(enable_model_summary=False, accelerator="cpu", devices=1, log_every_n_steps=1)
         >>> trainer = lightning.Trainer(max_steps=16, callbacks=[PercentileGradientClipping(50.0)], **quiet)
         >>> trainer.fit(BoringModel())
-        >>> norm = trainer.callback_metrics["gradient_clipping/norm"]
-        >>> bool(norm >= trainer.callback_metrics["gradient_clipping/threshold"] > 0)
-        True
+        >>> sorted(key for key in trainer.callback_metrics if key.startswith("gradient_clipping"))
+        ['gradient_clipping/norm', 'gradient_clipping/share_clipped', 'gradient_clipping/threshold']
     """
 
     def __init__(
