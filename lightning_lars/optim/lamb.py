@@ -19,7 +19,7 @@ from lightning_lars.optim.layers import Layers
 from lightning_lars.optim.layerwise import LayerwiseOptimizer, subtract
 from lightning_lars.optim.norms import Tensors, accumulation_dtype
 from lightning_lars.optim.shards import laid_out_as, local
-from lightning_lars.optim.trust_ratio import TrustRatios, trust_ratio
+from lightning_lars.optim.trust_ratio import Number, TrustRatios, clip, trust_ratio
 
 
 class LAMB(LayerwiseOptimizer):
@@ -172,15 +172,15 @@ class LAMB(LayerwiseOptimizer):
         return u
 
     def _trust_ratios(
-        self, weight_norm: Tensor, direction_norm: Tensor, lr: float | Tensor, group: Mapping[str, Any]
-    ) -> TrustRatios:
+        self, weight_norm: Number, direction_norm: Number, lr: float | Tensor, group: Mapping[str, Any]
+    ) -> TrustRatios[Number]:
         if group["max_weight_norm"] is not None:
-            weight_norm = weight_norm.clamp(max=group["max_weight_norm"])
+            weight_norm = clip(weight_norm, 0.0, group["max_weight_norm"])
         ratio = unclipped = trust_ratio(weight_norm, direction_norm, eps=group["trust_eps"])
         if group["trust_clip"] is not None:
             trust_clip = group["trust_clip"]
             low, high = trust_clip if type(trust_clip) in (tuple, list) else (0.0, trust_clip)
-            ratio = unclipped.clamp(low, high)
+            ratio = clip(unclipped, low, high)
         return TrustRatios(weight_norm, direction_norm, unclipped, ratio)
 
     def _descend(
@@ -191,12 +191,22 @@ class LAMB(LayerwiseOptimizer):
         ratios: Tensor | None,
         lr: float | Tensor,
     ) -> None:
-        if ratios is not None and layers.are_fused:
-            subtract_scaled(weights, direction, ratios.tolist(), lr=float(lr))
-            return
         if ratios is not None:
             torch._foreach_mul_(direction, ratios.unbind())
         subtract(weights, direction, lr)
+
+    def _descend_on_cpu(
+        self,
+        layers: Layers,
+        weights: list[Tensor],
+        direction: Tensors,
+        ratios: list[float] | None,
+        lr: float,
+    ) -> None:
+        if ratios is None:
+            subtract(weights, direction, lr)
+        else:
+            subtract_scaled(weights, direction, ratios, lr=lr)
 
     def _next_moments(self, layers: Layers) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return the number of this step and the moments before it."""

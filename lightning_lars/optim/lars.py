@@ -14,7 +14,7 @@ from lightning_lars.optim.layers import Layers
 from lightning_lars.optim.layerwise import LayerwiseOptimizer, subtract
 from lightning_lars.optim.norms import Tensors
 from lightning_lars.optim.shards import laid_out_as, local
-from lightning_lars.optim.trust_ratio import TrustRatios, trust_ratio
+from lightning_lars.optim.trust_ratio import Number, TrustRatios, clip, over_lr, trust_ratio
 
 DENOMINATORS = ("gradient", "decayed_gradient", "momentum")
 
@@ -162,8 +162,8 @@ class LARS(LayerwiseOptimizer):
         return self._momentum(layers.params, u, group) if group["denominator"] == "momentum" else u
 
     def _trust_ratios(
-        self, weight_norm: Tensor, direction_norm: Tensor, lr: float | Tensor, group: Mapping[str, Any]
-    ) -> TrustRatios:
+        self, weight_norm: Number, direction_norm: Number, lr: float | Tensor, group: Mapping[str, Any]
+    ) -> TrustRatios[Number]:
         denominator = direction_norm
         if group["denominator"] == "gradient":
             denominator = direction_norm + _decay(group) * weight_norm
@@ -171,10 +171,10 @@ class LARS(LayerwiseOptimizer):
             weight_norm, denominator, trust_coefficient=group["trust_coefficient"], eps=group["eps"]
         )
         if group["trust_clip"] == "larc":
-            unclipped = unclipped / lr
-            ratio = unclipped.clamp(max=1)
+            unclipped = over_lr(unclipped, lr)
+            ratio = clip(unclipped, 0.0, 1.0)
         elif group["trust_clip"] is not None:
-            ratio = unclipped.clamp(max=group["trust_clip"])
+            ratio = clip(unclipped, 0.0, group["trust_clip"])
         return TrustRatios(weight_norm, denominator, unclipped, ratio)
 
     def _descend(
@@ -187,18 +187,9 @@ class LARS(LayerwiseOptimizer):
     ) -> None:
         u, group = direction, layers.group
         if ratios is not None and group["denominator"] == "momentum":
-            if layers.are_fused:
-                subtract_scaled(weights, u, ratios.tolist(), lr=float(lr))
-            else:
-                subtract(weights, torch._foreach_mul(u, ratios.unbind()), lr)
+            subtract(weights, torch._foreach_mul(u, ratios.unbind()), lr)
             return
-        weight_decay = _decay(group) if ratios is None or group["denominator"] == "gradient" else 0.0
-        if layers.are_fused:
-            if ratios is None and not group["lr_in_momentum"]:
-                self._descend_by_sgd(layers, weights, u, float(lr), weight_decay)
-                return
-            if self._descend_by_adapted_sgd(layers, weights, u, ratios, float(lr), weight_decay):
-                return
+        weight_decay = _decay_after_norms(group, ratios is not None)
         if weight_decay != 0:
             u = torch._foreach_add(u, weights, alpha=weight_decay)
         if ratios is not None:
@@ -207,18 +198,37 @@ class LARS(LayerwiseOptimizer):
             u, lr = torch._foreach_mul(u, lr), 1.0
         subtract(weights, self._momentum(layers.params, u, group), lr)
 
+    def _descend_on_cpu(
+        self,
+        layers: Layers,
+        weights: list[Tensor],
+        direction: Tensors,
+        ratios: list[float] | None,
+        lr: float,
+    ) -> None:
+        group = layers.group
+        if ratios is not None and group["denominator"] == "momentum":
+            subtract_scaled(weights, direction, ratios, lr=lr)
+            return
+        weight_decay = _decay_after_norms(group, ratios is not None)
+        if ratios is None and not group["lr_in_momentum"]:
+            self._descend_by_sgd(layers, weights, direction, lr, weight_decay)
+        elif not self._descend_by_adapted_sgd(layers, weights, direction, ratios, lr, weight_decay):
+            of_layers = None if ratios is None else torch.tensor(ratios, dtype=weights[0].dtype)
+            self._descend(layers, weights, direction, of_layers, lr)
+
     def _descend_by_adapted_sgd(
         self,
         layers: Layers,
         weights: list[Tensor],
         u: Tensors,
-        ratios: Tensor | None,
+        ratios: list[float] | None,
         lr: float,
         weight_decay: float,
     ) -> bool:
         """Move the weights by a kernel for each layer, if it has the digits; return whether it has."""
         group = layers.group
-        scales = [1.0] * len(layers.params) if ratios is None else ratios.tolist()
+        scales = [1.0] * len(layers.params) if ratios is None else ratios
         if group["lr_in_momentum"]:
             scales, lr = [scale * lr for scale in scales], 1.0
         entering = scales
@@ -372,6 +382,11 @@ def _momentum_is_first(group: Mapping[str, Any]) -> bool:
 def _decay(group: Mapping[str, Any]) -> float:
     """Return the weight decay that enters the gradient."""
     return 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
+
+
+def _decay_after_norms(group: Mapping[str, Any], is_adapted: bool) -> float:
+    """Return the weight decay that is not in the direction yet."""
+    return _decay(group) if group["denominator"] == "gradient" or not is_adapted else 0.0
 
 
 def _decayed(grads: Tensors, weights: list[Tensor], group: Mapping[str, Any]) -> Tensors:

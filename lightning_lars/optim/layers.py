@@ -14,8 +14,8 @@ from lightning_lars.optim.shards import Shard, local, local_gradient
 
 # How many elements are worked on at once. Their updates exist at the same time, for weights of half precision
 # beside a float32 copy: 256 MiB of scratch for four tensors of this size.
-# On the CPU less, which its cache holds better.
-_ELEMENTS_AT_ONCE, _ELEMENTS_AT_ONCE_ON_CPU = 2**24, 2**21
+# On the CPU less, so that what was read for the norms is still in its cache.
+_ELEMENTS_AT_ONCE, _ELEMENTS_AT_ONCE_ON_CPU = 2**24, 2**20
 
 Shards = Mapping[Tensor, Shard | None]
 """For each parameter, where the rest of it is; None for one that no strategy has laid out."""

@@ -43,13 +43,10 @@ def layer_norms(tensors: Tensors) -> Tensor:
 
 def _norms_on_cpu(tensors: Tensors) -> Tensor:
     """Return the norms in float64, for which long tensors are added up in float32 within each block."""
-    long = [i for i, tensor in enumerate(tensors) if tensor.numel() >= _LONG]
-    parts = list(tensors)
-    for i in long:
-        parts[i] = _norms_of_blocks(tensors[i])
+    parts = [_norms_of_blocks(tensor) if tensor.numel() >= _LONG else tensor for tensor in tensors]
     norms = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float64))
-    for i, norm in zip(long, norms[long].tolist(), strict=True):
-        if not _SQUARE_FITS[0] < norm < _SQUARE_FITS[1]:
+    for i, norm in enumerate(norms.tolist()):
+        if not _SQUARE_FITS[0] < norm < _SQUARE_FITS[1] and parts[i] is not tensors[i]:
             # Squares of such numbers are beyond float32.
             norms[i] = torch.linalg.vector_norm(tensors[i], dtype=torch.float64)
     return norms
@@ -58,11 +55,12 @@ def _norms_on_cpu(tensors: Tensors) -> Tensor:
 def _norms_of_blocks(tensor: Tensor) -> Tensor:
     """Return the norms of blocks of a long tensor, whose norm is that of the tensor."""
     flat = _flat(tensor)
-    in_blocks = flat.numel() // _BLOCK * _BLOCK
+    rest = flat.numel() % _BLOCK
+    blocks = flat[:-rest] if rest else flat
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    norms: Tensor = torch.linalg.vector_norm(flat[:in_blocks].view(-1, _BLOCK), dim=1, dtype=dtype)
-    if in_blocks < flat.numel():
-        norms = torch.cat([norms, torch.linalg.vector_norm(flat[in_blocks:], dtype=dtype)[None]])
+    norms: Tensor = torch.linalg.vector_norm(blocks.view(-1, _BLOCK), dim=1, dtype=dtype)
+    if rest:
+        norms = torch.cat([norms, torch.linalg.vector_norm(flat[-rest:], dtype=dtype)[None]])
     return norms
 
 

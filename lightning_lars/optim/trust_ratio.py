@@ -1,40 +1,52 @@
-"""The one equation that LARS and LAMB share, for all layers at once."""
+"""The one equation that LARS and LAMB share: for one layer in floats, or for many at once in tensors."""
 
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+Number = TypeVar("Number", float, Tensor)
 
-class TrustRatios(NamedTuple):
-    """The trust ratios of some layers, and where they come from; all of shape ``(layers,)``."""
 
-    weight_norm: Tensor
-    denominator: Tensor
+class TrustRatios(NamedTuple, Generic[Number]):
+    """The trust ratio of a layer and where it comes from, or those of some layers, of shape ``(layers,)``."""
+
+    weight_norm: Number
+    denominator: Number
     """What the weights were measured against, before ``eps``."""
 
-    unclipped: Tensor
-    ratio: Tensor
+    unclipped: Number
+    ratio: Number
     """What the step used."""
 
-    @property
-    def no_scale(self) -> Tensor:
-        """Where the ratio is 1 as there was nothing to adapt to."""
-        return _no_scale(self.weight_norm, self.denominator)
 
-    @property
-    def is_clipped(self) -> Tensor:
-        """Where the clip changed the ratio."""
-        return (self.ratio != self.unclipped.to(self.ratio.dtype)) & ~self.ratio.isnan()
+def at_zero_rule(ratios: TrustRatios[Tensor]) -> Tensor:
+    """Tell which ratios are 1 as there was nothing to adapt to."""
+    return _no_scale(ratios.weight_norm, ratios.denominator)
+
+
+def at_clip(ratios: TrustRatios[Tensor]) -> Tensor:
+    """Tell which ratios the clip changed."""
+    ratio = ratios.ratio
+    return (ratio != ratios.unclipped.to(ratio.dtype)) & ~ratio.isnan()
+
+
+def stack_ratios(of_each: Sequence[TrustRatios[float]], dtype: torch.dtype) -> TrustRatios[Tensor]:
+    """Return the ratios of some layers on the CPU as tensors, what the step used in this dtype."""
+    columns = torch.tensor(of_each, dtype=torch.float64).unbind(1)
+    ratios: TrustRatios[Tensor] = TrustRatios(*columns)
+    return ratios._replace(ratio=ratios.ratio.to(dtype))
 
 
 def trust_ratio(
-    weight_norm: Tensor,
-    denominator: Tensor,
+    weight_norm: Number,
+    denominator: Number,
     *,
     trust_coefficient: float = 1.0,
     eps: float = 0.0,
-) -> Tensor:
+) -> Number:
     """Return how far each layer may move, relative to the size of its weights.
 
     ::
@@ -45,22 +57,42 @@ def trust_ratio(
     so that zero-initialised layers move and layers without a gradient never turn into NaN.
 
     Args:
-        weight_norm: L2 norm of every layer, shape ``(layers,)``.
-        denominator: What the weights are measured against, before ``eps``, shape ``(layers,)``.
+        weight_norm: L2 norm of a layer, or of every layer, shape ``(layers,)``.
+        denominator: What the weights are measured against, before ``eps``, likewise.
         trust_coefficient: Factor on every ratio.
         eps: Added to the denominator.
 
     Returns:
-        The ratios, shape ``(layers,)``, on the device of ``weight_norm``.
+        The ratio, or the ratios, shape ``(layers,)``, on the device of ``weight_norm``.
 
     Example:
         >>> import torch
         >>> from lightning_lars.optim.trust_ratio import trust_ratio
         >>> trust_ratio(torch.tensor([2.0, 0.0, 3.0]), torch.tensor([4.0, 1.0, 0.0]))
         tensor([0.5000, 1.0000, 1.0000])
+        >>> trust_ratio(2.0, 4.0)
+        0.5
     """
-    ratio = trust_coefficient * weight_norm / (denominator + eps)
-    return torch.where(_no_scale(weight_norm, denominator), torch.ones_like(ratio), ratio)
+    if isinstance(weight_norm, Tensor):
+        ratio = trust_coefficient * weight_norm / (denominator + eps)
+        return ratio.masked_fill(_no_scale(weight_norm, denominator), 1.0)
+    if weight_norm == 0 or denominator == 0:
+        return 1.0
+    return trust_coefficient * weight_norm / (denominator + eps)
+
+
+def clip(ratio: Number, low: float, high: float) -> Number:
+    """Return the ratio, or the ratios, within bounds; NaN stays NaN."""
+    if isinstance(ratio, Tensor):
+        return ratio.clamp(low, high)
+    return ratio if math.isnan(ratio) else min(max(ratio, low), high)
+
+
+def over_lr(ratio: Number, lr: float | Tensor) -> Number:
+    """Return ``ratio / lr``, infinite at ``lr=0``."""
+    if not isinstance(lr, Tensor) and lr == 0:
+        return ratio * math.inf
+    return ratio / lr  # type: ignore[return-value]  # lr is a tensor only where ratios are
 
 
 def _no_scale(weight_norm: Tensor, denominator: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """The trust ratio equation, and what trust_ratios() tells about the last step."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from torch.nn import Parameter
 
 from lightning_lars import LAMB, LARS
-from lightning_lars.optim.trust_ratio import trust_ratio
+from lightning_lars.optim.trust_ratio import clip, over_lr, trust_ratio
 from tests.optim.layers import EXCLUDED, SHAPES, give_gradients, groups, layers, walk
 
 both = pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
@@ -22,6 +25,27 @@ def test_the_ratio_is_one_where_either_norm_is_zero(weight_norm, denominator, ep
 def test_the_ratio_is_coefficient_times_weights_over_denominator_and_eps():
     ratios = trust_ratio(torch.tensor([3.0]), torch.tensor([1.0]), trust_coefficient=0.1, eps=0.5)
     torch.testing.assert_close(ratios, torch.tensor([0.2]))
+
+
+NUMBERS = [0.0, 1e-300, 0.3, 1.0, 1e300, math.inf, math.nan]
+
+
+@pytest.mark.parametrize(
+    "equation",
+    [
+        lambda a, b: trust_ratio(a, b),
+        lambda a, b: trust_ratio(a, b, trust_coefficient=1e-3, eps=1e-8),
+        lambda a, b: clip(a, 0.0, 1.0),
+        lambda a, b: clip(a, 0.5, 1e9),
+        lambda a, b: over_lr(a, 0.1),
+        lambda a, b: over_lr(a, 0),
+    ],
+)
+def test_one_layer_in_floats_is_as_many_in_tensors(equation):
+    a, b = zip(*itertools.product(NUMBERS, NUMBERS), strict=True)
+    one_by_one = torch.tensor([equation(*norms) for norms in zip(a, b, strict=True)], dtype=torch.float64)
+    at_once = equation(torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64))
+    torch.testing.assert_close(one_by_one, at_once, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 @both
