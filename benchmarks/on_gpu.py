@@ -28,7 +28,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from benchmarks.model_shapes import SHAPES, elements, grouped, parameters
 from benchmarks.rivals import find
-from benchmarks.timing import copy_bandwidth, in_turns
+from benchmarks.timing import in_turns, memory_bandwidth
 from lightning_lars import LAMB, LARS
 from lightning_lars.optim import layers
 from lightning_lars.optim.kernels import choice
@@ -181,7 +181,7 @@ def time_model(name: str, rounds: int, device: str, dtype: torch.dtype, console:
                 steps[f"{family}(fused=True), in groups, graph"] = family, capture(build())
     times = in_turns({label: step for label, (_, step) in steps.items()}, rounds, device, name)
     medians = {label: statistics.median(of_step) for label, of_step in times.items()}
-    bandwidth = copy_bandwidth(device)
+    bandwidth = memory_bandwidth(device)
     size = elements(shapes)
     table = Table(title=f"{name}, {dtype}: {len(shapes)} tensors, {size / 1e6:.1f} M parameters")
     for column in ("Step", "Median ms", "Of fused floor", "Bandwidth at 20 or 28 bytes"):
