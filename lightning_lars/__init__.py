@@ -13,7 +13,7 @@ from lightning_lars.callbacks import (
 )
 from lightning_lars.introspection import DEFAULT_EXCLUDED
 from lightning_lars.mixin import LargeBatchMixin
-from lightning_lars.optim import LAMB, LARS
+from lightning_lars.optim import LAMB, LARS, LAMB8bit, LARS8bit
 from lightning_lars.param_groups import build_optimizer, explain_param_groups, param_groups
 from lightning_lars.schedules import WarmupDecayLR
 
@@ -24,6 +24,8 @@ __all__ = [
     "BatchSizeScaling",
     "ExcludeNormAndBias",
     "GradientNoiseScale",
+    "LAMB8bit",
+    "LARS8bit",
     "LargeBatchMixin",
     "LearningRateWarmup",
     "ParamGroupSummary",

@@ -3,6 +3,8 @@
 import ast
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
@@ -17,9 +19,13 @@ from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
 from torch.testing import assert_close
 
-from lightning_lars import LAMB, LARS, PercentileGradientClipping
+from lightning_lars import LAMB, LARS, LARS8bit, PercentileGradientClipping
 from lightning_lars.percentile_clipping import PercentileClipping
-from tests.peers import peer
+from tests.bitsandbytes_steps import CASES as BITSANDBYTES_CASES
+from tests.bitsandbytes_steps import OPTIONS as BITSANDBYTES_OPTIONS
+from tests.bitsandbytes_steps import start as start_of_bitsandbytes
+from tests.bitsandbytes_steps import steps
+from tests.peers import PEERS, peer
 from tests.reference import autoclip, percentile_clipping
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
@@ -269,6 +275,46 @@ def test_lars_reproduces_bitsandbytes(theirs, ours):
         torch_step(lambda g: LARS(g, **FOR_LARS | ours), start(layers), **EXCLUDED),
         torch_step(lambda g: build(g, **FOR_LARS | theirs), start(layers), **no_clip),
     )
+
+
+@pytest.fixture(scope="module")
+def bitsandbytes(tmp_path_factory):
+    """The layer after every step, by class and case, as the installed package moves it."""
+    peer("bitsandbytes==0.50.2", "bitsandbytes.optim.lars")  # or the test is skipped
+    file = tmp_path_factory.mktemp("bitsandbytes") / "seen.pt"
+    command = [sys.executable, "-m", "tests.bitsandbytes_steps", PEERS / "bitsandbytes-0.50.2", file]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    if finished.returncode != 0:
+        pytest.skip(f"bitsandbytes cannot be run: {finished.stderr[-300:]}")
+    return torch.load(file)
+
+
+def largest_distance(optimizer, expected):
+    """The farthest from the layers that are expected, as a share of their norms."""
+    pairs = zip(steps(optimizer), expected, strict=True)
+    return max(((w - other).norm() / other.norm()).item() for w, other in pairs)
+
+
+def case_of(theirs):
+    (case,) = (case for case, options in BITSANDBYTES_CASES.items() if options == theirs)
+    return case
+
+
+@on_each_row
+@pytest.mark.parametrize("name", ["LARS", "LARS32bit", "PytorchLARS"])
+def test_lars_reproduces_the_compiled_classes_of_bitsandbytes(theirs, ours, name, bitsandbytes):
+    lars = LARS([Parameter(start_of_bitsandbytes())], **BITSANDBYTES_OPTIONS, **ours)
+    assert largest_distance(lars, bitsandbytes[name, case_of(theirs)]) < 1e-6
+
+
+@on_each_row
+def test_lars8bit_does_what_that_of_bitsandbytes_was_to_do(theirs, ours, bitsandbytes):
+    pytest.importorskip("torchao", reason="there is no torchao for this system")
+    lars = LARS8bit([Parameter(start_of_bitsandbytes())], **BITSANDBYTES_OPTIONS, **ours)
+    expected, broken = (bitsandbytes[each, case_of(theirs)] for each in ("PytorchLARS", "LARS8bit"))
+    way = ((expected[-1] - start_of_bitsandbytes()).norm() / expected[-1].norm()).item()
+    assert largest_distance(lars, expected) < 0.02 * way
+    assert ((broken[-1] - expected[-1]).norm() / expected[-1].norm()).item() > way
 
 
 def ratio_or_one(eta: float, w: Any, denominator: Any) -> float:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lars.optim.eight_bit_state import eight_bit_state_dict
+
 # torch.optim keeps these in its groups: a choice of implementation, or (AdamW's decoupled decay) a name
 # that means something else here. A checkpoint of theirs must not switch ours.
 _FOREIGN_KEYS = ("foreach", "fused", "capturable", "differentiable", "amsgrad", "decoupled_weight_decay")
@@ -27,6 +29,7 @@ def adapt_state_dict(
     Raises:
         ValueError: If groups, hyperparameters or state do not fit the optimizer.
     """
+    saved = eight_bit_state_dict(saved)
     groups = saved["param_groups"]
     sizes, own_sizes = ([len(group["params"]) for group in each] for each in (groups, own_groups))
     if sizes != own_sizes:

@@ -222,6 +222,9 @@ class LAMB(LayerwiseOptimizer):
         m = [local(state["exp_avg"]) for state in states]
         return t, m, [local(state["exp_avg_sq"]) for state in states]
 
+    def _advances_before_norms(self, group: Mapping[str, Any]) -> bool:
+        return True
+
     def _why_no_cpu_kernel(self, group: Mapping[str, Any]) -> str | None:
         if not (group["bias_correction"] and group["grad_averaging"]):
             return "torch's kernel on the CPU needs bias_correction=True and grad_averaging=True"

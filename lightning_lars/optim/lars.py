@@ -293,6 +293,9 @@ class LARS(LayerwiseOptimizer):
                 self.state[p]["momentum_buffer"] = laid_out_as(p, torch.zeros_like(part, dtype=torch.float32))
         return [local(self.state[p]["momentum_buffer"]) for p in layers.params]
 
+    def _advances_before_norms(self, group: Mapping[str, Any]) -> bool:
+        return bool(group["layer_adaptation"]) and _momentum_is_first(group)
+
     def _why_no_cpu_kernel(self, group: Mapping[str, Any]) -> str | None:
         if group["denominator"] == "momentum" and group["nesterov"] and group["layer_adaptation"]:
             return 'torch has no kernel on the CPU that does nesterov with denominator="momentum"'

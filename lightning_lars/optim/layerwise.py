@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any, ClassVar, overload
 
@@ -17,6 +18,7 @@ from lightning_lars.optim.arguments import (
     require,
 )
 from lightning_lars.optim.checkpoint import adapt_state_dict, is_trial_of_checkpoint, restore_dtypes
+from lightning_lars.optim.eight_bit_state import to_float
 from lightning_lars.optim.kernels.choice import takes_triton, why_not_fused
 from lightning_lars.optim.kernels.layer_table import LayerTable, LayerTables
 from lightning_lars.optim.layers import (
@@ -136,6 +138,10 @@ class LayerwiseOptimizer(Optimizer, ABC):
         """Do what comes after the norms by kernels in Triton."""
 
     @abstractmethod
+    def _advances_before_norms(self, group: Mapping[str, Any]) -> bool:
+        """Tell whether it is ``_direction`` that advances the state, not ``_descend``."""
+
+    @abstractmethod
     def _why_no_cpu_kernel(self, group: Mapping[str, Any]) -> str | None:
         """Return which option of the group torch's fused kernels on the CPU do not have, None if none."""
 
@@ -187,7 +193,8 @@ class LayerwiseOptimizer(Optimizer, ABC):
         self._last_trust_ratios.clear()
         divided = []
         for layers in layers_with_grad:
-            moving = self._begin(layers, gradient_scale)
+            with self._float_state(layers, before_norms=True):
+                moving = self._begin(layers, gradient_scale)
             if moving.norms is not None and layers.are_divided:
                 divided.append(moving)
                 self._scratch.hand_over()
@@ -217,6 +224,10 @@ class LayerwiseOptimizer(Optimizer, ABC):
                 "where they can be taken"
             )
         return reason is None
+
+    def _float_state(self, layers: Layers, *, before_norms: bool) -> AbstractContextManager[None]:
+        """Hold the state of layers in float32 or wider, for the half of a step before or after the norms."""
+        return nullcontext()
 
     def _moments(self, params: Iterable[Tensor]) -> list[list[Tensor]]:
         """Return what the state has of the size of each layer, as far as it is here."""
@@ -253,6 +264,10 @@ class LayerwiseOptimizer(Optimizer, ABC):
         return Moving(layers, lr, norms, weights, direction)
 
     def _finish(self, moving: Moving, norms: tuple[Tensor, Tensor] | None) -> None:
+        with self._float_state(moving.layers, before_norms=False):
+            self._move(moving, norms)
+
+    def _move(self, moving: Moving, norms: tuple[Tensor, Tensor] | None) -> None:
         layers, lr, _, weights, direction, table, gradient_scale = moving
         if layers.are_fused and table is None:
             ratios = None
@@ -369,6 +384,13 @@ class LayerwiseOptimizer(Optimizer, ABC):
         finally:
             hook.remove()
         restore_dtypes(self.state, adapted, self.param_groups)
+        self._fit_loaded_state()
+
+    @torch.no_grad()
+    def _fit_loaded_state(self) -> None:
+        """Hold the state, which may have come in 8 bits, as this optimizer does."""
+        for p, state in self.state.items():
+            to_float(state, p)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

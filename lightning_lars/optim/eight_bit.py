@@ -1,0 +1,257 @@
+"""LARS and LAMB whose state is held in 8 bits between the steps."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_lars.optim.arguments import require
+from lightning_lars.optim.eight_bit_state import (
+    fits_eight_bit,
+    import_eight_bit_tensor,
+    is_eight_bit,
+    plain_state_dict,
+    to_eight_bit,
+    to_float,
+)
+from lightning_lars.optim.kernels.choice import takes_triton
+from lightning_lars.optim.lamb import LAMB
+from lightning_lars.optim.lars import LARS
+from lightning_lars.optim.layers import Layers
+from lightning_lars.optim.layerwise import LayerwiseOptimizer
+
+
+class EightBitOptimizer(LayerwiseOptimizer):
+    """A layer-wise optimizer whose state is held in 8 bits between the steps.
+
+    A step holds the state of some layers at a time in float32, so that all that it computes, trust ratios
+    among it, is what the 32-bit optimizer computes from the same state.
+    """
+
+    # Of groups that do not name it.
+    _min_8bit_size: int
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        super().__init__(params, {**defaults, "min_8bit_size": self._min_8bit_size})
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        super()._check_group(group)
+        size = group["min_8bit_size"]
+        holds = isinstance(size, int) and not isinstance(size, bool) and size >= 0
+        require("min_8bit_size", "a whole number, at least 0", size, holds)
+
+    def _look_at_params(self) -> None:
+        super()._look_at_params()
+        for p, shard in self._shards.items():
+            if shard is not None and shard.unit is not None:
+                raise RuntimeError(
+                    f"8-bit state cannot be divided by FullyShardedDataParallel, which holds parameter "
+                    f"{self._name(p)!r}: use fully_shard (FSDP2, ModelParallelStrategy), or 32-bit state"
+                )
+
+    @contextmanager
+    def _float_state(self, layers: Layers, *, before_norms: bool) -> Iterator[None]:
+        advances = before_norms == self._advances_before_norms(layers.group)
+        opens = closes = advances
+        if layers.are_fused and takes_triton(layers.parts[0]):  # which read the state in both halves
+            opens, closes = before_norms, not before_norms
+        if opens:
+            for p in layers.params:
+                to_float(self.state[p], p)
+        try:
+            yield
+        finally:
+            if closes:
+                for p in layers.params:
+                    self._pack(p, layers.group)
+
+    def _pack(self, p: Tensor, group: Mapping[str, Any]) -> None:
+        if fits_eight_bit(p, group["min_8bit_size"]):
+            to_eight_bit(self.state[p], p)
+        else:
+            to_float(self.state[p], p)
+
+    def _moments(self, params: Iterable[Tensor]) -> list[list[Tensor]]:
+        # What is in 8 bits will be float32, laid out as its parameter, when a kernel sees it.
+        moments = super()._moments(params)
+        return [[value for value in of_layer if not is_eight_bit(value)] for of_layer in moments]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state dict, with the codes and scales of what is in 8 bits as plain tensors."""
+        return plain_state_dict(super().state_dict())
+
+    def _forget_step(self) -> None:
+        for p in self.state:
+            to_float(self.state[p], p)
+        super()._forget_step()
+        self._fit_loaded_state()
+
+    @torch.no_grad()
+    def _fit_loaded_state(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in self.state:
+                    self._pack(p, group)
+
+
+class LARS8bit(LARS, EightBitOptimizer):
+    """:class:`LARS` with its momentum in 8 bits: a quarter of the memory.
+
+    Momentum is held in blocks of 256 elements that share a scale (Dettmers et al. 2021, arXiv:2110.02861), by
+    torchao's tensors of optimizer state. A step dequantizes it, is :class:`LARS`, and quantizes it again.
+    Momentum stays in 32 bits where a layer, or what of it is on this process, has fewer than
+    ``min_8bit_size`` elements or a number that is no multiple of 256.
+
+    Args:
+        params: As in :class:`LARS`, and so are all arguments but the last.
+        lr: Learning rate.
+        momentum: Share of ``v`` that is kept in a step.
+        weight_decay: L2 penalty.
+        dampening: Share of ``u`` that is kept out of ``v``.
+        nesterov: Whether to look ahead along ``v``.
+        trust_coefficient: The ratio of a layer's step to its weights at ``lr=1``.
+        eps: Added to the denominator.
+        denominator: What ``|w|`` is divided by.
+        trust_clip: Bound of the trust ratio.
+        lr_in_momentum: Whether ``lr`` enters ``v``.
+        decoupled_weight_decay: Whether the weights decay before the step.
+        max_grad_norm: Bound of the norm over all gradients.
+        maximize: Whether to climb.
+        fused: Whether to take fused kernels, which work on the dequantized momentum.
+        min_8bit_size: Elements from which on the momentum of a layer is in 8 bits, at least 0; a key of
+            groups too.
+
+    Raises:
+        ImportError: Without torchao (``pip install 'lightning-lars[8bit]'``).
+        ValueError: If an argument breaks its rule.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lars import LARS8bit
+        >>> w = torch.nn.Parameter(torch.ones(64, 64))
+        >>> optimizer = LARS8bit([("w", w)], lr=1.0)
+        >>> w.grad = torch.ones(64, 64)
+        >>> optimizer.step()
+        >>> v = optimizer.state[w]["momentum_buffer"]
+        >>> type(v).__name__, v.codes.dtype
+        ('OptimState8bit', torch.uint8)
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1.0,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        trust_coefficient: float = 1e-3,
+        eps: float = 1e-8,
+        denominator: Literal["gradient", "decayed_gradient", "momentum"] = "gradient",
+        trust_clip: float | Literal["larc"] | None = None,
+        lr_in_momentum: bool = False,
+        decoupled_weight_decay: bool = False,
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        fused: bool | None = None,
+        min_8bit_size: int = 4096,
+    ) -> None:
+        import_eight_bit_tensor()
+        self._min_8bit_size = min_8bit_size
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            weight_decay,
+            dampening=dampening,
+            nesterov=nesterov,
+            trust_coefficient=trust_coefficient,
+            eps=eps,
+            denominator=denominator,
+            trust_clip=trust_clip,
+            lr_in_momentum=lr_in_momentum,
+            decoupled_weight_decay=decoupled_weight_decay,
+            max_grad_norm=max_grad_norm,
+            maximize=maximize,
+            fused=fused,
+        )
+
+
+class LAMB8bit(LAMB, EightBitOptimizer):
+    """:class:`LAMB` with its moments in 8 bits: a quarter of the memory.
+
+    As in :class:`LARS8bit`; the second moment is held without a sign, in steps half as wide.
+
+    Args:
+        params: As in :class:`LAMB`, and so are all arguments but the last.
+        lr: Learning rate.
+        betas: Decay of ``m`` and ``v``.
+        eps: Added to the denominator.
+        weight_decay: Decay of the weights.
+        bias_correction: Whether the moments are corrected for their start at 0.
+        grad_averaging: Whether ``g`` enters ``m`` by ``1 - beta1``.
+        decoupled_weight_decay: Whether the weights decay before the step.
+        trust_clip: Bound of the trust ratio, or its lower and upper bound.
+        max_weight_norm: Bound of ``|w|`` in the ratio.
+        trust_eps: Added to the denominator of the ratio.
+        max_grad_norm: Bound of the norm over all gradients.
+        maximize: Whether to climb.
+        fused: Whether to take fused kernels, which work on the dequantized moments.
+        min_8bit_size: Elements from which on the moments of a layer are in 8 bits, at least 0; a key of
+            groups too.
+
+    Raises:
+        ImportError: Without torchao (``pip install 'lightning-lars[8bit]'``).
+        ValueError: If an argument breaks its rule.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lars import LAMB8bit
+        >>> w = torch.nn.Parameter(torch.ones(64, 64))
+        >>> optimizer = LAMB8bit([("w", w)], lr=0.1)
+        >>> w.grad = torch.ones(64, 64)
+        >>> optimizer.step()
+        >>> sorted(key for key, v in optimizer.state[w].items() if hasattr(v, "codes"))
+        ['exp_avg', 'exp_avg_sq']
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        *,
+        bias_correction: bool = True,
+        grad_averaging: bool = True,
+        decoupled_weight_decay: bool = False,
+        trust_clip: float | tuple[float, float] | None = None,
+        max_weight_norm: float | None = None,
+        trust_eps: float = 0.0,
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        fused: bool | None = None,
+        min_8bit_size: int = 4096,
+    ) -> None:
+        import_eight_bit_tensor()
+        self._min_8bit_size = min_8bit_size
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            bias_correction=bias_correction,
+            grad_averaging=grad_averaging,
+            decoupled_weight_decay=decoupled_weight_decay,
+            trust_clip=trust_clip,
+            max_weight_norm=max_weight_norm,
+            trust_eps=trust_eps,
+            max_grad_norm=max_grad_norm,
+            maximize=maximize,
+            fused=fused,
+        )

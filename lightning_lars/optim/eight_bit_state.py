@@ -1,0 +1,121 @@
+"""Optimizer state in 8 bits: block-wise dynamic quantization (Dettmers et al. 2021, arXiv:2110.02861)."""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lars.optim.shards import laid_out_as, local
+
+BLOCK_SIZE = 256
+"""Elements that share a scale."""
+
+
+def import_eight_bit_tensor() -> Any:
+    """Return torchao's tensor of optimizer state in 8 bits.
+
+    Raises:
+        ImportError: If torchao is not installed.
+    """
+    try:
+        from torchao.optim.subclass_8bit import OptimState8bit
+    except ImportError as error:
+        raise ImportError(
+            "8-bit state needs torchao, which is not installed: pip install 'lightning-lars[8bit]'"
+        ) from error
+    _can_be_cloned(OptimState8bit)
+    return OptimState8bit
+
+
+@cache
+def _can_be_cloned(tensor_class: Any) -> None:
+    def clone(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        (x,) = args
+        return tensor_class(x.codes.clone(), x.scale.clone(), x.qmap.clone(), x.signed, dtype=x.dtype)
+
+    # torchao has none, without which an optimizer cannot be copied by deepcopy().
+    tensor_class.implements(torch.ops.aten.clone.default)(clone)
+
+
+def is_eight_bit(tensor: Tensor) -> bool:
+    """Tell whether the part of a tensor that is here is in 8 bits."""
+    return hasattr(local(tensor), "qmap")
+
+
+def fits_eight_bit(p: Any, min_8bit_size: int) -> bool:
+    """Tell whether the state of a parameter is to be held in 8 bits.
+
+    That of a DTensor is, if all processes hold the same number of elements, so that all decide alike.
+
+    Args:
+        p: The parameter.
+        min_8bit_size: Elements, here, from which on it is.
+    """
+    if hasattr(p, "device_mesh"):
+        for dimension, placement in enumerate(p.placements):
+            if placement.is_shard() and p.shape[placement.dim] % p.device_mesh.size(dimension):
+                return False
+        if any(not (placement.is_shard() or placement.is_replicate()) for placement in p.placements):
+            return False
+    size = local(p).numel()
+    return size >= max(min_8bit_size, 1) and size % BLOCK_SIZE == 0
+
+
+def to_float(state: dict[str, Any], p: Tensor) -> None:
+    """Dequantize what of the state of a parameter is in 8 bits, laid out in memory as the parameter is."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and is_eight_bit(value):
+            part = local(p)
+            floats = torch.empty_like(part, dtype=torch.promote_types(part.dtype, torch.float32))
+            state[key] = laid_out_as(p, floats.copy_(local(value).dequantize()))
+
+
+def to_eight_bit(state: dict[str, Any], p: Tensor) -> None:
+    """Quantize what of the state of a parameter is of its size, and is not in 8 bits yet."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and key != "step" and not is_eight_bit(value):
+            # What is a mean of squares has no sign, and twice as many steps without.
+            eight_bit = import_eight_bit_tensor().zeros(
+                local(p).shape,
+                signed=key != "exp_avg_sq",
+                block_size=BLOCK_SIZE,
+                device=local(p).device,
+                dtype=torch.float32,
+            )
+            state[key] = laid_out_as(p, eight_bit.copy_(local(value).float().contiguous()))
+
+
+def plain_state_dict(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict with plain tensors in place of those in 8 bits, but for those of a DTensor.
+
+    Lightning reads checkpoints in a way, with a function for ``map_location``, that torch has for plain
+    tensors only.
+    """
+    return _map_state(saved, _to_plain)
+
+
+def eight_bit_state_dict(saved: dict[str, Any]) -> dict[str, Any]:
+    """Undo :func:`plain_state_dict`."""
+    return _map_state(saved, _from_plain)
+
+
+def _map_state(saved: dict[str, Any], function: Callable[[Any], Any]) -> dict[str, Any]:
+    state = {
+        number: {key: function(value) for key, value in of_param.items()}
+        for number, of_param in saved["state"].items()
+    }
+    return {**saved, "state": state}
+
+
+def _to_plain(value: Any) -> Any:
+    if not hasattr(value, "qmap"):
+        return value
+    return {"codes": value.codes, "scale": value.scale, "qmap": value.qmap, "signed": value.signed}
+
+
+def _from_plain(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return import_eight_bit_tensor()(**value, dtype=torch.float32)
