@@ -87,6 +87,48 @@ def test_simclr_learns_features_that_a_few_labels_suffice_for(tmp_path):
     assert "PreciseBatchNorm" not in result.stderr  # no layer is left out
 
 
+def test_the_recipe_for_a_gpu_runs_at_toy_size(tmp_path):
+    result = run(tmp_path, "gpu_recipe.py", "--toy")
+    assert result.returncode == 0, result.stderr
+    for name, metric, best in (
+        ("images_by_a_resnet-20", "accuracy", max),
+        ("text_by_a_transformer", "bits", min),
+    ):
+        assert (tmp_path / "gpu_recipe" / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        with (tmp_path / "gpu_recipe" / f"{name}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        (column,) = (each for each in rows[0] if each.startswith(metric))
+        results = [float(row[column]) for row in rows]
+        # Better than a guess, and the many steps of the small batch better than the few of the large one.
+        assert best(results) == best(results[:2])
+        assert results[0] > 20 if best is max else results[0] < 8
+        assert {row["optimizer"] for row in rows} >= {"LAMB", "AdamW"}
+
+
+def test_resnet20_has_the_layers_of_the_paper(monkeypatch):
+    """He et al. 2015, table 6: 0.27 million parameters with three channels, two fewer of which are here."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    net = importlib.import_module("resnet20").resnet20()
+    layers = [p for p in net.parameters() if p.ndim > 1]
+    assert len(layers) == 20
+    assert sum(p.numel() for p in net.parameters()) == 269_722 - 2 * 16 * 9
+
+
+def test_images_are_moved_by_two_pixels_at_most_and_mirrored(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    shifted = importlib.import_module("resnet20").shifted
+    image = torch.rand(1, 1, 6, 5)
+    padded = torch.nn.functional.pad(image, [2] * 4, mode="replicate")
+    possible = [padded[..., y : y + 6, x : x + 5] for y in range(5) for x in range(5)]
+    possible += [each.flip(3) for each in possible]
+    torch.manual_seed(0)
+    seen = {
+        next(i for i, each in enumerate(possible) if torch.equal(each[0], moved))
+        for moved in shifted(image.expand(500, -1, -1, -1))
+    }
+    assert len(seen) == 50
+
+
 def test_the_contrastive_loss_is_that_of_the_paper(monkeypatch):
     """Chen et al. 2020, equation 1, pair by pair."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))

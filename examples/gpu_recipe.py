@@ -1,0 +1,234 @@
+"""Large batches on a GPU: ResNet-20 on Fashion-MNIST, and a transformer on the sources of Python.
+
+    python examples/gpu_recipe.py --data-dir FOLDER
+    python examples/gpu_recipe.py --toy                # tiny, to see on a CPU that all of it runs
+
+Nothing is downloaded. Learning rates are those of a small batch, carried over by rule (`BatchSizeScaling`),
+with a warmup (`LearningRateWarmup`) and a cosine decay. Prints a table of each part, and leaves CSV and PNG
+in a folder.
+"""
+
+import argparse
+import csv
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning
+import rich
+import torch
+from byte_transformer import ByteTransformer, standard_library
+from images import FASHION_MNIST, batches, digits, fashion_mnist
+from resnet20 import ImageClassifier, resnet20
+from rich.table import Table
+from study_training import be_quiet
+from torch.optim import SGD, AdamW
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_lars import (
+    LAMB,
+    LARS,
+    BatchSizeScaling,
+    LearningRateWarmup,
+    PreciseBatchNorm,
+    WarmupDecayLR,
+)
+
+
+class Optimizer(NamedTuple):
+    """What a training steps with: the rate of a base batch, and the rule that carries it to others."""
+
+    build: Callable[..., torch.optim.Optimizer]
+    rule: str
+    excluded_lr_scale: float = 1.0
+
+
+IMAGES = {
+    "Nesterov SGD": Optimizer(partial(SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4), "linear"),
+    "AdamW": Optimizer(partial(AdamW, lr=2e-3, weight_decay=0.05), "sqrt"),
+    "LARS": Optimizer(partial(LARS, lr=8.0, weight_decay=5e-4), "sqrt", 0.01),
+    "LAMB": Optimizer(partial(LAMB, lr=1e-2, weight_decay=0.05), "sqrt"),
+}
+TEXT = {
+    "AdamW": Optimizer(partial(AdamW, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1), "sqrt"),
+    "LAMB": Optimizer(partial(LAMB, lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1), "sqrt"),
+}
+
+
+class Size(NamedTuple):
+    """How large the networks are, and how long they train."""
+
+    width: int
+    epochs: int
+    image_batches: tuple[int, ...]
+    text_width: int
+    text_layers: int
+    text_length: int
+    text_batches: tuple[int, ...]
+    stretches: int
+    """Of text, in a training."""
+
+
+FULL = Size(16, 15, (128, 1024, 4096, 15000), 384, 6, 256, (64, 1024), 128_000)
+TOY = Size(4, 2, (64, 512), 64, 1, 32, (16, 64), 256)
+
+Row = dict[str, str | int | float]
+
+
+def train_images(data_dir: Path | None, size: Size, seed: int) -> list[Row]:
+    """Train the small batch with SGD, larger ones with every optimizer, and test each."""
+    train, test = digits() if data_dir is None else fashion_mnist(data_dir)
+    small, *large = size.image_batches
+    rows = []
+    for batch_size, name in [(small, "Nesterov SGD"), *((b, name) for b in large for name in IMAGES)]:
+        lightning.seed_everything(seed, verbose=False)
+        steps = len(train) // batch_size * size.epochs
+        model = ImageClassifier(resnet20(size.width), train, test, **arguments_of(IMAGES[name], steps))
+        by_number = (
+            batches(TensorDataset(torch.arange(len(train))), batch_size, shuffle=True),
+            batches(TensorDataset(torch.arange(len(test))), 1000, shuffle=False),
+        )
+        callbacks = [PreciseBatchNorm(max(1, 8192 // batch_size))]
+        trainer = trainer_of(IMAGES[name], size.epochs, steps, small, batch_size, callbacks)
+        rows.append(train_one(name, batch_size, trainer, model, *by_number))
+    return rows
+
+
+def train_text(size: Size, seed: int) -> list[Row]:
+    """Train on as much text by every optimizer, in small batches and in large ones, and test each."""
+    train, held_out = standard_library(limit=2**16 if size is TOY else None)
+    rows = []
+    small = size.text_batches[0]
+    for batch_size in size.text_batches:
+        for name, optimizer in TEXT.items():
+            lightning.seed_everything(seed, verbose=False)
+            steps = size.stretches // batch_size
+            model = ByteTransformer(
+                train,
+                held_out,
+                size.text_length,
+                size.text_width,
+                size.text_layers,
+                **arguments_of(optimizer, steps),
+            )
+            starts = torch.randint(len(train) - size.text_length, (size.stretches,))
+            every = torch.arange(0, len(held_out) - size.text_length, size.text_length)
+            by_number = (
+                batches(TensorDataset(starts), batch_size, shuffle=True),
+                batches(TensorDataset(every[:4096]), 256, shuffle=False),
+            )
+            trainer = trainer_of(optimizer, 1, steps, small, batch_size, [])
+            rows.append(train_one(name, batch_size, trainer, model, *by_number))
+    return rows
+
+
+def arguments_of(optimizer: Optimizer, steps: int) -> dict[str, Any]:
+    """What a ``LargeBatchMixin`` wants to know."""
+    return {
+        "optimizer": optimizer.build,
+        "lr_scheduler": partial(WarmupDecayLR, warmup_steps=0, total_steps=steps),
+        "excluded_lr_scale": optimizer.excluded_lr_scale,
+    }
+
+
+def trainer_of(
+    optimizer: Optimizer,
+    epochs: int,
+    steps: int,
+    base_batch_size: int,
+    batch_size: int,
+    callbacks: list[lightning.Callback],
+) -> lightning.Trainer:
+    """A Trainer that carries the rate of the base batch over to this batch size, and warms up."""
+    return lightning.Trainer(
+        accelerator="auto",
+        devices=1,
+        precision="bf16-mixed",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[
+            BatchSizeScaling(base_batch_size, rule=optimizer.rule, batch_size=batch_size),
+            LearningRateWarmup(warmup_steps=max(1, steps // 10)),
+            *callbacks,
+        ],
+    )
+
+
+def train_one(
+    name: str,
+    batch_size: int,
+    trainer: lightning.Trainer,
+    model: lightning.LightningModule,
+    train: DataLoader,
+    test: DataLoader,
+) -> Row:
+    """Train, test, and return what came out."""
+    rich.print(f"{name}, batch {batch_size:,}")
+    started = time.perf_counter()
+    trainer.fit(model, train)
+    seconds = time.perf_counter() - started
+    (result,) = trainer.test(model, test, verbose=False)
+    ((metric, value),) = result.items()
+    row: Row = {"optimizer": name, "batch": batch_size, "steps": trainer.global_step, "seconds": seconds}
+    return {**row, metric: value}
+
+
+def report(title: str, rows: list[Row], folder: Path) -> None:
+    """Print the rows, and leave them as CSV and as a PNG of bars."""
+    metric = list(rows[0])[-1]
+    table = Table("optimizer", "batch", "steps", "seconds", metric, title=title)
+    for row in rows:
+        table.add_row(
+            row["optimizer"],
+            f"{row['batch']:,}",
+            f"{row['steps']:,}",
+            f"{row['seconds']:.1f}",
+            f"{row[metric]:.3f}",
+        )
+    rich.print(table)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / title.lower().replace(" ", "_")
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    labels = [f"{row['optimizer']}, batch {row['batch']:,}" for row in rows]
+    colors = ["tab:blue" if row["optimizer"] in ("LARS", "LAMB") else "tab:gray" for row in rows]
+    bars = axes.barh(labels, [row[metric] for row in rows], color=colors)
+    axes.bar_label(bars, fmt="%.2f", padding=2)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel(metric)
+    axes.set_title(title)
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="of the Fashion-MNIST files")
+    parser.add_argument("--toy", action="store_true", help="tiny networks, on scikit-learn's digits")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output-dir", type=Path, default=Path("gpu_recipe"), help="for CSV and PNG")
+    arguments = parser.parse_args()
+    be_quiet()
+    size = TOY if arguments.toy else FULL
+    data_dir = None if arguments.toy else arguments.data_dir
+    # Each part reports as soon as it is done.
+    images = train_images(data_dir, size, arguments.seed)
+    report("Images by a ResNet-20", images, arguments.output_dir)
+    text = train_text(size, arguments.seed)
+    report("Text by a transformer", text, arguments.output_dir)
+
+
+if __name__ == "__main__":
+    main()
