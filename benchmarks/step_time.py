@@ -4,13 +4,14 @@
     python -m benchmarks.step_time --shapes all --threads 2 --picture step_time.png
     python -m benchmarks.step_time --device cuda --shapes resnet50 bert-large
 
-All optimizers take turns within one run, each with parameters of its own; what counts are the ratios of the
-medians. Peers are installed into ``.peers/`` on first use, as by the tests. The share of bandwidth is that of
-the bytes that the step must move, in two passes where it has norms, in the time that it took, to what a copy
-moves, or on the CPU a multiplication in place.
+All optimizers of a floor take turns within one run, each with parameters of its own; what counts are the
+ratios of the medians. Peers are installed into ``.peers/`` on first use, as by the tests. The share of
+bandwidth is that of the bytes that the step must move, in two passes where it has norms, in the time that it
+took, to what a copy moves, or on the CPU a multiplication in place.
 """
 
 import argparse
+import os
 import statistics
 from pathlib import Path
 
@@ -19,19 +20,35 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.model_shapes import SHAPES, elements, parameters
-from benchmarks.rivals import Rival, rivals
+from benchmarks.rivals import FLOORS, Rival, rivals
 from benchmarks.timing import in_turns, memory_bandwidth
 
 Results = dict[str, tuple[Rival, list[float]]]
 
 
 def measure(name: str, rounds: int, device: str) -> Results:
-    """Time every optimizer on one model's layers."""
+    """Time every optimizer on one model's layers, first those like LARS and then those like LAMB."""
     shapes = SHAPES[name]()
-    ready = {label: (rival, rival.build(parameters(shapes, device))) for label, rival in rivals().items()}
-    steps = {label: optimizer.step for label, (_, optimizer) in ready.items()}
-    times = in_turns(steps, rounds, device, name)
-    return {label: (rival, times[label]) for label, (rival, _) in ready.items()}
+    results: Results = {}
+    for floor in FLOORS:
+        race = {label: rival for label, rival in rivals().items() if rival.floor == floor}
+        steps = {label: rival.build(parameters(shapes, device)).step for label, rival in race.items()}
+        times = in_turns(steps, rounds, device, name)
+        results |= {label: (rival, times[label]) for label, rival in race.items()}
+    return results
+
+
+def needed(name: str) -> int:
+    """Return the bytes that the larger race takes: weight, gradient and two moments of each, and scratch."""
+    runners = sum(rival.floor == FLOORS[1] for rival in rivals().values())
+    return 4 * elements(SHAPES[name]()) * (4 * runners + 4)
+
+
+def available(device: str) -> int:
+    """Return how many bytes there are."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def tabulate(name: str, results: Results, bandwidth: float) -> Table:
@@ -99,11 +116,14 @@ def main() -> None:
     bandwidth = memory_bandwidth(arguments.device)
     results = {}
     for name in SHAPES if "all" in arguments.shapes else arguments.shapes:
+        if needed(name) > available(arguments.device):
+            console.print(f"without {name}, which takes {needed(name) / 1e9:.0f} GB of memory")
+            continue
         results[name] = measure(name, arguments.rounds, arguments.device)
         console.print(tabulate(name, results[name], bandwidth))
     how = "A copy" if arguments.device == "cuda" else "A multiplication in place"
     console.print(f"{how} moves {bandwidth / 1e6:.1f} GB/s.")
-    if arguments.picture:
+    if arguments.picture and results:
         draw(arguments.picture, results)
 
 

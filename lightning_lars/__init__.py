@@ -1,5 +1,7 @@
 """LARS and LAMB for PyTorch Lightning: train with large batches, and see every layer's trust ratio."""
 
+import importlib.metadata
+
 from lightning_lars.batch_size import effective_batch_size
 from lightning_lars.callbacks import (
     BatchSizeScaling,
@@ -16,6 +18,8 @@ from lightning_lars.mixin import LargeBatchMixin
 from lightning_lars.optim import LAMB, LARS, LAMB8bit, LARS8bit
 from lightning_lars.param_groups import build_optimizer, explain_param_groups, param_groups
 from lightning_lars.schedules import WarmupDecayLR
+
+__version__ = importlib.metadata.version("lightning-lars")
 
 __all__ = [
     "DEFAULT_EXCLUDED",
