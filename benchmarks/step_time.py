@@ -82,12 +82,19 @@ def draw(path: Path, results: dict[str, Results]) -> None:
     """Save bars of the medians over the floor, a panel for each model."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5 * len(results), 6), layout="constrained")
-    panels = figure.subplots(1, len(results), squeeze=False)[0]
-    for axes, (name, of_model) in zip(panels, results.items(), strict=True):
+    columns = min(3, len(results))
+    rows = -(-len(results) // columns)
+    figure = Figure(figsize=(5.5 * columns, 5 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for empty in panels[len(results) :]:
+        empty.set_axis_off()
+    for axes, (name, of_model) in zip(panels, results.items(), strict=False):
         medians = {label: statistics.median(times) for label, (_, times) in of_model.items()}
         over_floor = [medians[label] / medians[rival.floor] for label, (rival, _) in of_model.items()]
-        colors = ["tab:gray" if rival.is_peer else "tab:blue" for rival, _ in of_model.values()]
+        kinds = {True: "tab:gray", False: "tab:blue"}
+        colors = [
+            "black" if label in FLOORS else kinds[rival.is_peer] for label, (rival, _) in of_model.items()
+        ]
         bars = axes.barh(list(of_model), over_floor, color=colors)
         axes.bar_label(bars, fmt="%.1f", padding=2)
         axes.invert_yaxis()

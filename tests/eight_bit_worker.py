@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -109,6 +110,18 @@ def train(make, name):
     return seen
 
 
+def in_triton(make, fused):
+    """What is said where kernels would be those for GPUs, or, if nothing is, the parameters after a step."""
+    net = make()
+    optimizer = CLASSES["LAMB"](param_groups(net), lr=0.1, weight_decay=0.1, fused=fused)
+    with patch("lightning_lars.optim.kernels.choice.TRITON_DEVICES", {"cpu"}):
+        try:
+            step(net, optimizer, batches()[0].chunk(2)[dist.get_rank()])
+        except RuntimeError as error:
+            return str(error)
+    return values(net)
+
+
 def refusal():
     """What is said where FullyShardedDataParallel divides the layers."""
     net = FullyShardedDataParallel(network(), device_id=torch.device("cpu"), use_orig_params=True)
@@ -126,6 +139,7 @@ def work(rank, folder, port):
     dist.init_process_group("gloo", rank=rank, world_size=2)
     seen = {(make.__name__, name): train(make, name) for make in (ddp, fsdp2) for name in CLASSES}
     seen["refusal"] = refusal()
+    seen["in triton"] = {fused: in_triton(fsdp2, fused) for fused in (None, True)}
     torch.save(seen, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 

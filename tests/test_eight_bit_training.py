@@ -98,6 +98,14 @@ def test_shards_of_fsdp1_are_refused(seen):
         assert "use fully_shard (FSDP2, ModelParallelStrategy), or 32-bit state" in process["refusal"]
 
 
+@distributed
+def test_kernels_for_gpus_leave_shards_to_single_operations(seen):
+    pytest.importorskip("triton", reason="there is no triton for this system")
+    for process in seen:
+        assert "8-bit state of layers that are divided between processes" in process["in triton"][True]
+        assert_close(process["in triton"][None], next(alone("LAMB")))
+
+
 class Model(lightning.LightningModule):
     def __init__(self, optimizer_class):
         super().__init__()

@@ -51,11 +51,23 @@ class EightBitOptimizer(LayerwiseOptimizer):
                     f"{self._name(p)!r}: use fully_shard (FSDP2, ModelParallelStrategy), or 32-bit state"
                 )
 
+    def _are_fused(self, layers: Layers) -> bool:
+        # The kernels in Triton read the state before and after the norms: it would be float32 for all layers
+        # at once while they wait for their norms.
+        if layers.are_divided and takes_triton(layers.parts[0]):
+            if layers.group["fused"]:
+                raise RuntimeError(
+                    "fused=True, but no kernel works on the 8-bit state of layers that are divided between "
+                    f"processes (parameter {self._name(layers.params[0])!r} ...): pass fused=None"
+                )
+            return False
+        return super()._are_fused(layers)
+
     @contextmanager
     def _float_state(self, layers: Layers, *, before_norms: bool) -> Iterator[None]:
         advances = before_norms == self._advances_before_norms(layers.group)
         opens = closes = advances
-        if layers.are_fused and takes_triton(layers.parts[0]):  # which read the state in both halves
+        if layers.are_fused and takes_triton(layers.parts[0]):
             opens, closes = before_norms, not before_norms
         if opens:
             for p in layers.params:
