@@ -19,8 +19,8 @@ class Dies:
 
     moved = 0
 
-    def _descend(self, *args):
-        super()._descend(*args)
+    def _move(self, *args):
+        super()._move(*args)
         self.moved += 1
         if self.moved == 2 * CRASHES_IN_STEP - 1:
             raise CrashError

@@ -17,13 +17,14 @@ def import_eight_bit_tensor() -> Any:
     """Return torchao's tensor of optimizer state in 8 bits.
 
     Raises:
-        ImportError: If torchao is not installed.
+        ImportError: If torchao is not installed, or cannot work with this torch.
     """
     try:
         from torchao.optim.subclass_8bit import OptimState8bit
-    except ImportError as error:
+    except (AttributeError, ImportError) as error:  # the first is what an older torch gives
         raise ImportError(
-            "8-bit state needs torchao, which is not installed: pip install 'lightning-lars[8bit]'"
+            "8-bit state needs torchao, which is not installed, or too new for this torch "
+            f"({torch.__version__}): pip install 'lightning-lars[8bit]'"
         ) from error
     _can_be_cloned(OptimState8bit)
     return OptimState8bit
