@@ -200,7 +200,7 @@ class PercentileGradientClipping(Callback):
         """Return the parameters in the order of their columns; those that were added since come last."""
         params, shards = self._params[index], self._shards[index]
         if len(params) != sum(len(group["params"]) for group in optimizer.param_groups):
-            named = list(named_params(optimizer.param_groups))
+            named = named_params(optimizer.param_groups)
             known = set(params)
             params += [p for _, p in named if p not in known]
             shards.update(find_shards(named))

@@ -416,7 +416,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
             for p in _params(self.param_groups)
         ):
             return
-        named = list(named_params(self.param_groups))
+        named = named_params(self.param_groups)
         shards = find_shards(named)
         check_not_partitioned(self.param_groups, shards, self._given_shapes)
         check_sees_all_gradients(self, self.param_groups)

@@ -1,22 +1,22 @@
 """What an optimizer takes as its parameters, and what it calls them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
 
-def named_params(groups: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, Tensor]]:
+def named_params(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, Tensor]]:
     """Pair every parameter with its name, or with its number in the state dict where it has none."""
-    before = 0
+    pairs: list[tuple[str, Tensor]] = []
     for group in groups:
         names = group.get("param_names")
         # As many as when they were given, unless something has put its own parameters into the group.
         if not names or len(names) != len(group["params"]):
-            names = map(str, range(before, before + len(group["params"])))
-        yield from zip(names, group["params"], strict=True)
-        before += len(group["params"])
+            names = map(str, range(len(pairs), len(pairs) + len(group["params"])))
+        pairs.extend(zip(names, group["params"], strict=True))
+    return pairs
 
 
 def check_params(params: list[Any], groups: Sequence[Mapping[str, Any]]) -> list[Any]:
