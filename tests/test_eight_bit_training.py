@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimi
 from torch.utils.data import DataLoader
 
 from lightning_lars import LAMB8bit, LARS8bit, build_optimizer
+from tests.eight_bit_lightning_worker import STRATEGIES
 from tests.eight_bit_worker import CLASSES, RESUMED, STEPS, batches, build, network, step, values
 
 pytest.importorskip("torchao", reason="there is no torchao for this system")
@@ -21,12 +22,10 @@ strategies = pytest.mark.parametrize("make", ["ddp", "fsdp2"])
 names = pytest.mark.parametrize("name", CLASSES)
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def run(module, folder):
     """What each of two processes saw."""
-    folder = tmp_path_factory.mktemp("eight_bit")
     finished = subprocess.run(
-        [sys.executable, "-m", "tests.eight_bit_worker", str(folder)],
+        [sys.executable, "-m", module, str(folder)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -35,6 +34,16 @@ def seen(tmp_path_factory):
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    return run("tests.eight_bit_worker", tmp_path_factory.mktemp("eight_bit"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return run("tests.eight_bit_lightning_worker", tmp_path_factory.mktemp("trainer"))
 
 
 def alone(name):
@@ -82,6 +91,43 @@ def test_a_full_checkpoint_goes_on_on_one_device(seen, make, name):
     for batch in batches()[RESUMED:]:
         step(net, optimizer, batch)
     assert_close(values(net), seen[0][make, name]["values"][-1])
+
+
+@distributed
+@names
+def test_a_full_checkpoint_holds_nothing_that_is_still_on_its_way(seen, name):
+    for state in seen[0]["fsdp2", name]["full"]["state"].values():
+        for value in state.values():
+            parts = [getattr(value, part, value) for part in ("codes", "scale", "qmap")]
+            assert {type(part) for part in parts} == {torch.Tensor}
+
+
+@distributed
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@names
+def test_trainers_of_two_processes_resume_exactly(trained, strategy, name):
+    for process in trained:
+        straight, in_eight_bits = process[strategy, name]["8"]
+        resumed, resumed_in_eight_bits = process[strategy, name]["8 to 8"]
+        assert in_eight_bits == resumed_in_eight_bits == ["net.0.weight", "net.2.weight"]
+        assert straight.keys() == resumed.keys()
+        for key, value in straight.items():
+            assert torch.equal(resumed[key], value), key
+
+
+@distributed
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2 full"])
+@pytest.mark.parametrize(("saved", "loaded"), [("32", "8"), ("8", "32")])
+@names
+def test_trainers_of_two_processes_go_on_in_the_other_kind(trained, strategy, saved, loaded, name):
+    runs = [process[strategy, name] for process in trained]
+    for of_each in runs:
+        straight, _ = of_each[saved]
+        resumed, in_eight_bits = of_each[f"{saved} to {loaded}"]
+        assert in_eight_bits == (["net.0.weight", "net.2.weight"] if loaded == "8" else [])
+        for key, value in straight.items():
+            assert (resumed[key] - value).norm() < 0.005 * value.norm(), key
+            assert torch.equal(resumed[key], runs[0][f"{saved} to {loaded}"][0][key]), key
 
 
 @distributed

@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_lars.optim.shards import laid_out_as, local
@@ -26,18 +27,41 @@ def import_eight_bit_tensor() -> Any:
             "8-bit state needs torchao, which is not installed, or too new for this torch "
             f"({torch.__version__}): pip install 'lightning-lars[8bit]'"
         ) from error
-    _can_be_cloned(OptimState8bit)
+    _complete(OptimState8bit)
     return OptimState8bit
 
 
 @cache
-def _can_be_cloned(tensor_class: Any) -> None:
+def _complete(tensor_class: Any) -> None:
+    """Give torchao's tensor what deepcopy() of an optimizer and loading a full state dict ask for."""
+
     def clone(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         (x,) = args
         return tensor_class(x.codes.clone(), x.scale.clone(), x.qmap.clone(), x.signed, dtype=x.dtype)
 
-    # torchao has none, without which an optimizer cannot be copied by deepcopy().
+    def broadcast(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        tensors, group, source, *others = args
+        if dist.ProcessGroup.unbox(group).rank() != source:
+            raise NotImplementedError("8-bit state cannot receive a broadcast: receive into a plain tensor")
+        for x in tensors:
+            if x.signed:
+                # What is largest in a block is -1 of its scale, but held as -0.993. The others, who get
+                # floats and quantize them, find the same codes and scale only if they see it.
+                x.qmap = x.qmap.clone()
+                x.qmap[0] = -1.0
+        return func([x.dequantize() for x in tensors], group, source, *others, **kwargs)
+
+    def gathered(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        (x,) = args
+        # torchao's own leaves tensors inside that nobody waits for, and that a checkpoint cannot hold.
+        codes, scale = (torch.ops._c10d_functional.wait_tensor(part) for part in (x.codes, x.scale))
+        return tensor_class(codes, scale, x.qmap.clone(), x.signed, dtype=x.dtype)
+
     tensor_class.implements(torch.ops.aten.clone.default)(clone)
+    if dist.is_available():
+        tensor_class.implements(torch.ops.c10d.broadcast_.default)(broadcast)
+        if hasattr(torch.ops._c10d_functional, "_wrap_tensor_autograd"):  # older ones do not wrap it
+            tensor_class.implements(torch.ops._c10d_functional._wrap_tensor_autograd.default)(gathered)
 
 
 def is_eight_bit(tensor: Tensor) -> bool:
