@@ -11,6 +11,8 @@ from torch.nn import Parameter
 STEPS = 5
 OPTIONS = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.05}
 CASES = {"default": {"max_unorm": 0.02}, "loose": {"max_unorm": 0.5}}
+LAMB_OPTIONS = {"lr": 0.05, "weight_decay": 0.0, "eps": 1e-12}
+LAMB_CASES = {"default": {"max_unorm": 1.0}, "loose": {"max_unorm": 4.0}}
 
 
 def start():
@@ -18,10 +20,13 @@ def start():
     return torch.randn(64, 128, generator=torch.Generator().manual_seed(100))
 
 
-def steps(optimizer):
-    """Yield the layer after every step."""
-    (w,) = optimizer.param_groups[0]["params"]
+def steps(optimizer, lr_factor=lambda t: 1.0):
+    """Yield the layer after every step, with the learning rate times a factor of the number of the step."""
+    (group,) = optimizer.param_groups
+    (w,) = group["params"]
+    lr = group["lr"]
     for step in range(STEPS):
+        group["lr"] = lr * lr_factor(step + 1)
         w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(step))
         optimizer.step()
         yield w.detach().clone()
@@ -32,11 +37,19 @@ if __name__ == "__main__":
     sys.path.insert(0, folder)
     import bitsandbytes
 
-    seen = {
-        (name, case): list(
-            steps(getattr(bitsandbytes.optim, name)([Parameter(start())], **OPTIONS, **options))
-        )
+    runs = [
+        (name, case, OPTIONS | options)
         for name in ("LARS", "LARS32bit", "LARS8bit", "PytorchLARS")
         for case, options in CASES.items()
+    ]
+    runs += [
+        (name, case, LAMB_OPTIONS | options)
+        for name in ("LAMB", "LAMB32bit", "LAMB8bit")
+        for case, options in LAMB_CASES.items()
+        if (name, case) != ("LAMB8bit", "loose")  # which it refuses
+    ]
+    seen = {
+        (name, case): list(steps(getattr(bitsandbytes.optim, name)([Parameter(start())], **options)))
+        for name, case, options in runs
     }
     torch.save(seen, file)

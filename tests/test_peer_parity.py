@@ -19,9 +19,11 @@ from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
 from torch.testing import assert_close
 
-from lightning_lars import LAMB, LARS, LARS8bit, PercentileGradientClipping
+from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit, PercentileGradientClipping
 from lightning_lars.percentile_clipping import PercentileClipping
 from tests.bitsandbytes_steps import CASES as BITSANDBYTES_CASES
+from tests.bitsandbytes_steps import LAMB_CASES as BITSANDBYTES_LAMB_CASES
+from tests.bitsandbytes_steps import LAMB_OPTIONS as BITSANDBYTES_LAMB_OPTIONS
 from tests.bitsandbytes_steps import OPTIONS as BITSANDBYTES_OPTIONS
 from tests.bitsandbytes_steps import start as start_of_bitsandbytes
 from tests.bitsandbytes_steps import steps
@@ -289,14 +291,14 @@ def bitsandbytes(tmp_path_factory):
     return torch.load(file)
 
 
-def largest_distance(optimizer, expected):
+def largest_distance(optimizer, expected, lr_factor=lambda t: 1.0):
     """The farthest from the layers that are expected, as a share of their norms."""
-    pairs = zip(steps(optimizer), expected, strict=True)
+    pairs = zip(steps(optimizer, lr_factor), expected, strict=True)
     return max(((w - other).norm() / other.norm()).item() for w, other in pairs)
 
 
-def case_of(theirs):
-    (case,) = (case for case, options in BITSANDBYTES_CASES.items() if options == theirs)
+def case_of(theirs, cases=BITSANDBYTES_CASES):
+    (case,) = (case for case, options in cases.items() if options == theirs)
     return case
 
 
@@ -314,6 +316,32 @@ def test_lars8bit_does_what_that_of_bitsandbytes_was_to_do(theirs, ours, bitsand
     expected, broken = (bitsandbytes[each, case_of(theirs)] for each in ("PytorchLARS", "LARS8bit"))
     way = ((expected[-1] - start_of_bitsandbytes()).norm() / expected[-1].norm()).item()
     assert largest_distance(lars, expected) < 0.02 * way
+    assert ((broken[-1] - expected[-1]).norm() / expected[-1].norm()).item() > way
+
+
+def bitsandbytes_lamb_factor(theirs):
+    """What the learning rate is multiplied with, by the number of the step (notes 7 and 11)."""
+    return lambda t: theirs["max_unorm"] * (1 - 0.999**t) ** 0.5 / (1 - 0.9**t)
+
+
+@on_each_row
+@pytest.mark.parametrize("name", ["LAMB", "LAMB32bit"])
+def test_lamb_reproduces_the_compiled_classes_of_bitsandbytes_given_their_learning_rate(
+    theirs, ours, name, bitsandbytes
+):
+    lamb = LAMB([Parameter(start_of_bitsandbytes())], **BITSANDBYTES_LAMB_OPTIONS, **ours)
+    expected = bitsandbytes[name, case_of(theirs, BITSANDBYTES_LAMB_CASES)]
+    assert largest_distance(lamb, expected, bitsandbytes_lamb_factor(theirs)) < 1e-6
+
+
+@on_each_row
+def test_lamb8bit_does_what_that_of_bitsandbytes_was_to_do(theirs, ours, bitsandbytes):
+    pytest.importorskip("torchao", reason="there is no torchao for this system")
+    lamb = LAMB8bit([Parameter(start_of_bitsandbytes())], **BITSANDBYTES_LAMB_OPTIONS, **ours)
+    case = case_of(theirs, BITSANDBYTES_LAMB_CASES)
+    expected, broken = (bitsandbytes[each, case] for each in ("LAMB32bit", "LAMB8bit"))
+    way = ((expected[-1] - start_of_bitsandbytes()).norm() / expected[-1].norm()).item()
+    assert largest_distance(lamb, expected, bitsandbytes_lamb_factor(theirs)) < 0.02 * way
     assert ((broken[-1] - expected[-1]).norm() / expected[-1].norm()).item() > way
 
 
