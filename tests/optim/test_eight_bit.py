@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from benchmarks.model_shapes import resnet50
 from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit
 from lightning_lars.optim.kernels import choice
+from tests import reference
 from tests.optim.layers import give_gradients
 
 torchao = pytest.importorskip("torchao.optim.subclass_8bit", reason="there is no torchao for this system")
@@ -103,6 +104,38 @@ def test_a_step_is_that_of_32_bits_from_the_dequantized_state(eight_bit_class, o
                     of_other = quantized(of_other, signed=key != "exp_avg_sq")
                 assert same(value, of_other), (name, key)
         assert optimizer.trust_ratios() == expected.trust_ratios()
+
+
+@pytest.mark.parametrize(("eight_bit_class", "optimizer_class", "options"), OPTIONS)
+def test_a_step_is_that_of_the_paper_from_the_dequantized_state(eight_bit_class, optimizer_class, options):
+    rule = reference.lars if optimizer_class is LARS else reference.lamb
+    of_rule = {key: v for key, v in options.items() if key not in ("fused", "max_grad_norm")}
+    params = layers()
+    optimizer = build(eight_bit_class, params, **options)
+    for step in range(4):
+        state = floats(optimizer.state)
+        give_gradients(params.values(), step)
+        grads = {name: p.grad.double().numpy() for name, p in params.items()}
+        scale = reference.gradient_scale(grads.values(), options.get("max_grad_norm"))
+        before = {name: p.detach().double().numpy() for name, p in params.items()}
+        optimizer.step()
+        for name, p in params.items():
+            saved = {key: v.double().numpy() for key, v in state.get(p, {}).items()}
+            adapted = name != "bias"
+            w, after, ratio = rule(
+                before[name], scale * grads[name], saved, lr=0.1, layer_adaptation=adapted, **of_rule
+            )
+            torch.testing.assert_close(p.detach().double(), torch.from_numpy(w), rtol=1e-6, atol=1e-6)
+            if adapted:
+                assert optimizer.trust_ratios()[name].item() == pytest.approx(ratio, rel=1e-6)
+            assert optimizer.state[p].keys() == after.keys()
+            if name in IN_EIGHT_BITS:
+                for key in after.keys() - {"step"}:
+                    # Half the widest step of the code book: 0.9 / 64 of the largest in a block, or 0.9 / 128.
+                    blocks = torch.from_numpy(after[key]).view(-1, 256)
+                    widest = blocks.abs().amax(1, keepdim=True) * 0.9 / (128 if key == "exp_avg_sq" else 64)
+                    error = optimizer.state[p][key].dequantize().view(-1, 256) - blocks
+                    assert (error.abs() <= 0.501 * widest).all(), (name, key)
 
 
 def test_the_trust_ratio_of_lamb_is_that_of_the_dequantized_moments():
@@ -332,6 +365,51 @@ def test_a_gradient_that_is_not_finite_shows_as_in_32_bits(eight_bit_class, opti
     optimizer.step()
     assert not torch.isfinite(params["wide"]).all()
     assert torch.isfinite(params["deep"]).all()
+
+
+@both
+def test_layers_that_are_frozen_or_empty_have_no_8_bit_state(eight_bit_class, optimizer_class):
+    params = layers(shapes={"wide": (8, 512), "empty": (0, 256), "frozen": (8, 512)})
+    params["frozen"].requires_grad_(False)
+    frozen = params["frozen"].clone()
+    optimizer = eight_bit_class(params.items(), min_8bit_size=0)
+    for step in range(2):
+        give_gradients([params["wide"], params["empty"]], step)
+        optimizer.step()
+    resumed = eight_bit_class(params.items(), min_8bit_size=0)
+    resumed.load_state_dict(optimizer.state_dict())
+    for each in (optimizer, resumed):
+        assert torch.equal(params["frozen"], frozen)
+        assert params["frozen"] not in each.state
+        assert not any(map(is_eight_bit, each.state[params["empty"]].values()))
+        assert any(map(is_eight_bit, each.state[params["wide"]].values()))
+
+
+def test_second_moments_far_below_the_largest_of_their_block_are_held_as_zero():
+    w = Parameter(torch.ones(16, 256))
+    optimizer = LAMB8bit([w])
+    w.grad = torch.ones(16, 256)
+    w.grad[:, 0], w.grad[:, 1] = 1 / 2600, 1 / 2400
+    optimizer.step()
+    v = optimizer.state[w]["exp_avg_sq"].dequantize()
+    assert not v[:, 0].any()
+    assert v[:, 1:].all()
+    assert optimizer.state[w]["exp_avg"].dequantize().all()
+
+
+def test_gradients_that_unequal_lower_the_trust_ratio_of_lamb8bit():
+    def ratio(optimizer_class, orders, **options):
+        w = Parameter(torch.ones(16, 256))
+        optimizer = optimizer_class([("w", w)], lr=0.0, weight_decay=0.0, **options)
+        for step in range(20):
+            give_gradients([w], step)
+            w.grad *= torch.logspace(-orders, 0, 256)
+            optimizer.step()
+        return optimizer.trust_ratios()["w"].item()
+
+    assert ratio(LAMB8bit, 0) == pytest.approx(ratio(LAMB, 0), rel=0.05)
+    assert ratio(LAMB8bit, 5) < 0.5 * ratio(LAMB, 5)
+    assert ratio(LAMB8bit, 5, min_8bit_size=10**6) == ratio(LAMB, 5)
 
 
 @both
