@@ -5,11 +5,11 @@
 
 Nothing is downloaded. Learning rates are those of a small batch, carried over by rule (`BatchSizeScaling`),
 with a warmup (`LearningRateWarmup`) and a cosine decay. Prints a table of each part, and leaves CSV and PNG
-in a folder.
+in a folder. docs/gpu_recipe.md estimates how long it takes on a GPU, which has not been measured.
 """
 
 import argparse
-import csv
+import itertools
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,8 +21,8 @@ import rich
 import torch
 from byte_transformer import ByteTransformer, standard_library
 from images import FASHION_MNIST, batches, digits, fashion_mnist
+from recipe_report import Row, report
 from resnet20 import ImageClassifier, resnet20
-from rich.table import Table
 from study_training import be_quiet
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, TensorDataset
@@ -74,15 +74,15 @@ class Size(NamedTuple):
 FULL = Size(16, 15, (128, 1024, 4096, 15000), 384, 6, 256, (64, 1024), 128_000)
 TOY = Size(4, 2, (64, 512), 64, 1, 32, (16, 64), 256)
 
-Row = dict[str, str | int | float]
 
-
-def train_images(data_dir: Path | None, size: Size, seed: int) -> list[Row]:
+def train_images(data_dir: Path | None, size: Size, seeds: int) -> list[Row]:
     """Train the small batch with SGD, larger ones with every optimizer, and test each."""
     train, test = digits() if data_dir is None else fashion_mnist(data_dir)
     small, *large = size.image_batches
+    trainings = [(small, "Nesterov SGD"), *itertools.product(large, IMAGES)]
     rows = []
-    for batch_size, name in [(small, "Nesterov SGD"), *((b, name) for b in large for name in IMAGES)]:
+    for seed, (batch_size, name) in itertools.product(range(seeds), trainings):
+        announce("Images", len(rows), seeds * len(trainings), name, batch_size, seed)
         lightning.seed_everything(seed, verbose=False)
         steps = len(train) // batch_size * size.epochs
         model = ImageClassifier(resnet20(size.width), train, test, **arguments_of(IMAGES[name], steps))
@@ -92,36 +92,43 @@ def train_images(data_dir: Path | None, size: Size, seed: int) -> list[Row]:
         )
         callbacks = [PreciseBatchNorm(max(1, 8192 // batch_size))]
         trainer = trainer_of(IMAGES[name], size.epochs, steps, small, batch_size, callbacks)
-        rows.append(train_one(name, batch_size, trainer, model, *by_number))
+        result = train_one(trainer, model, *by_number)
+        rows.append({"optimizer": name, "batch": batch_size, "seed": seed, **result})
     return rows
 
 
-def train_text(size: Size, seed: int) -> list[Row]:
+def train_text(size: Size, seeds: int) -> list[Row]:
     """Train on as much text by every optimizer, in small batches and in large ones, and test each."""
     train, held_out = standard_library(limit=2**16 if size is TOY else None)
-    rows = []
     small = size.text_batches[0]
-    for batch_size in size.text_batches:
-        for name, optimizer in TEXT.items():
-            lightning.seed_everything(seed, verbose=False)
-            steps = size.stretches // batch_size
-            model = ByteTransformer(
-                train,
-                held_out,
-                size.text_length,
-                size.text_width,
-                size.text_layers,
-                **arguments_of(optimizer, steps),
-            )
-            starts = torch.randint(len(train) - size.text_length, (size.stretches,))
-            every = torch.arange(0, len(held_out) - size.text_length, size.text_length)
-            by_number = (
-                batches(TensorDataset(starts), batch_size, shuffle=True),
-                batches(TensorDataset(every[:4096]), 256, shuffle=False),
-            )
-            trainer = trainer_of(optimizer, 1, steps, small, batch_size, [])
-            rows.append(train_one(name, batch_size, trainer, model, *by_number))
+    trainings = list(itertools.product(size.text_batches, TEXT))
+    rows = []
+    for seed, (batch_size, name) in itertools.product(range(seeds), trainings):
+        announce("Text", len(rows), seeds * len(trainings), name, batch_size, seed)
+        lightning.seed_everything(seed, verbose=False)
+        steps = size.stretches // batch_size
+        model = ByteTransformer(
+            train,
+            held_out,
+            size.text_length,
+            size.text_width,
+            size.text_layers,
+            **arguments_of(TEXT[name], steps),
+        )
+        starts = torch.randint(len(train) - size.text_length, (size.stretches,))
+        every = torch.arange(0, len(held_out) - size.text_length, size.text_length)
+        by_number = (
+            batches(TensorDataset(starts), batch_size, shuffle=True),
+            batches(TensorDataset(every[:4096]), 256, shuffle=False),
+        )
+        result = train_one(trainer_of(TEXT[name], 1, steps, small, batch_size, []), model, *by_number)
+        rows.append({"optimizer": name, "batch": batch_size, "seed": seed, **result})
     return rows
+
+
+def announce(part: str, done: int, total: int, name: str, batch_size: int, seed: int) -> None:
+    """Say which training comes, above the progress bar of its Trainer."""
+    rich.print(f"{part}, {done + 1} of {total}: {name}, batch {batch_size:,}, seed {seed}")
 
 
 def arguments_of(optimizer: Optimizer, steps: int) -> dict[str, Any]:
@@ -159,56 +166,22 @@ def trainer_of(
 
 
 def train_one(
-    name: str,
-    batch_size: int,
-    trainer: lightning.Trainer,
-    model: lightning.LightningModule,
-    train: DataLoader,
-    test: DataLoader,
+    trainer: lightning.Trainer, model: lightning.LightningModule, train: DataLoader, test: DataLoader
 ) -> Row:
     """Train, test, and return what came out."""
-    rich.print(f"{name}, batch {batch_size:,}")
     started = time.perf_counter()
     trainer.fit(model, train)
     seconds = time.perf_counter() - started
     (result,) = trainer.test(model, test, verbose=False)
-    ((metric, value),) = result.items()
-    row: Row = {"optimizer": name, "batch": batch_size, "steps": trainer.global_step, "seconds": seconds}
-    return {**row, metric: value}
+    return {"steps": trainer.global_step, "seconds": seconds, **result}
 
 
-def report(title: str, rows: list[Row], folder: Path) -> None:
-    """Print the rows, and leave them as CSV and as a PNG of bars."""
-    metric = list(rows[0])[-1]
-    table = Table("optimizer", "batch", "steps", "seconds", metric, title=title)
-    for row in rows:
-        table.add_row(
-            row["optimizer"],
-            f"{row['batch']:,}",
-            f"{row['steps']:,}",
-            f"{row['seconds']:.1f}",
-            f"{row[metric]:.3f}",
-        )
-    rich.print(table)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / title.lower().replace(" ", "_")
-    with path.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 1 + 0.3 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    labels = [f"{row['optimizer']}, batch {row['batch']:,}" for row in rows]
-    colors = ["tab:blue" if row["optimizer"] in ("LARS", "LAMB") else "tab:gray" for row in rows]
-    bars = axes.barh(labels, [row[metric] for row in rows], color=colors)
-    axes.bar_label(bars, fmt="%.2f", padding=2)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.set_xlabel(metric)
-    axes.set_title(title)
-    figure.savefig(path.with_suffix(".png"), dpi=120)
+def positive(text: str) -> int:
+    """Read an integer of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, is {number}")
+    return number
 
 
 def main() -> None:
@@ -217,16 +190,16 @@ def main() -> None:
     )
     parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="of the Fashion-MNIST files")
     parser.add_argument("--toy", action="store_true", help="tiny networks, on scikit-learn's digits")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=positive, default=1, help="how often each training is run")
     parser.add_argument("--output-dir", type=Path, default=Path("gpu_recipe"), help="for CSV and PNG")
     arguments = parser.parse_args()
     be_quiet()
     size = TOY if arguments.toy else FULL
     data_dir = None if arguments.toy else arguments.data_dir
     # Each part reports as soon as it is done.
-    images = train_images(data_dir, size, arguments.seed)
+    images = train_images(data_dir, size, arguments.seeds)
     report("Images by a ResNet-20", images, arguments.output_dir)
-    text = train_text(size, arguments.seed)
+    text = train_text(size, arguments.seeds)
     report("Text by a transformer", text, arguments.output_dir)
 
 

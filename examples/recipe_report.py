@@ -1,0 +1,69 @@
+"""Table, CSV and picture of the recipe for a GPU."""
+
+import csv
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import rich
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+from rich.table import Table
+from study_report import COLORS
+
+Row = dict[str, str | int | float]
+"""Optimizer, batch, seed, steps, seconds, and last what counts, under its name."""
+
+
+def report(title: str, rows: Sequence[Row], folder: Path) -> None:
+    """Print the rows, seeds taken together, and leave them as CSV, one by one, and as PNG."""
+    metric = list(rows[0])[-1]
+    trainings: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        trainings.setdefault((row["optimizer"], row["batch"]), []).append(row)
+    table = Table(title=title)
+    for name in ("optimizer", "batch", "steps", "seconds", metric):
+        table.add_column(name, justify="left" if name == "optimizer" else "right")
+    for (optimizer, batch_size), seeds in trainings.items():
+        values = [row[metric] for row in seeds]
+        spread = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        table.add_row(
+            optimizer,
+            f"{batch_size:,}",
+            f"{seeds[0]['steps']:,}",
+            f"{statistics.mean(row['seconds'] for row in seeds):.1f}",
+            f"{statistics.mean(values):.3f}{spread}",
+        )
+    rich.print(table)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / title.lower().replace(" ", "_")
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(title, metric, trainings, path.with_suffix(".png"))
+
+
+def draw(title: str, metric: str, trainings: Mapping[tuple[str, int], Sequence[Row]], path: Path) -> None:
+    """Draw what counts over the batch size: every seed, and a line through the means of each optimizer."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name in dict.fromkeys(optimizer for optimizer, _ in trainings):
+        color = COLORS[name.removeprefix("Nesterov ")]
+        values = {
+            size: [row[metric] for row in rows]
+            for (optimizer, size), rows in trainings.items()
+            if optimizer == name
+        }
+        axes.plot(list(values), [statistics.mean(each) for each in values.values()], color=color, label=name)
+        for size, each in values.items():
+            axes.plot([size] * len(each), each, "o", color=color, alpha=0.6, markeredgewidth=0)
+    sizes = sorted({size for _, size in trainings})
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("batch")
+    axes.set_ylabel(metric)
+    axes.set_title(title)
+    axes.legend()
+    figure.savefig(path, dpi=120)
