@@ -48,16 +48,18 @@ def draw(title: str, metric: str, trainings: Mapping[tuple[str, int], Sequence[R
     """Draw what counts over the batch size: every seed, and a line through the means of each optimizer."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name in dict.fromkeys(optimizer for optimizer, _ in trainings):
+    for index, name in enumerate(dict.fromkeys(optimizer for optimizer, _ in trainings)):
         color = COLORS[name.removeprefix("Nesterov ")]
         values = {
             size: [row[metric] for row in rows]
             for (optimizer, size), rows in trainings.items()
             if optimizer == name
         }
-        axes.plot(list(values), [statistics.mean(each) for each in values.values()], color=color, label=name)
+        aside = 1.04**index  # so that none hides another
+        means = [statistics.mean(each) for each in values.values()]
+        axes.plot([aside * size for size in values], means, "_-", color=color, markersize=14, label=name)
         for size, each in values.items():
-            axes.plot([size] * len(each), each, "o", color=color, alpha=0.6, markeredgewidth=0)
+            axes.plot([aside * size] * len(each), each, "o", color=color, alpha=0.6, markeredgewidth=0)
     sizes = sorted({size for _, size in trainings})
     axes.set_xscale("log")
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
