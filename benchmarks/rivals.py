@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW
 
 from benchmarks.model_shapes import grouped
 from lightning_lars import LAMB, LARS
-from tests.peers import peer
+from tests.support.peers import peer
 
 Build = Callable[[list[Parameter]], torch.optim.Optimizer]
 FLOORS = ("SGD(fused=True)", "AdamW(fused=True)")

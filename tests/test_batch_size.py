@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 
 from lightning_lars import effective_batch_size
 from lightning_lars.batch_size import scale_adam, scaling_factor
-from tests.walk import BATCHES, Walk, walk
+from tests.support.walk import BATCHES, Walk, walk
 
 DATA = torch.zeros(24, 1)
 sizes = st.integers(1, 2**20)

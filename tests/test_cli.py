@@ -19,7 +19,7 @@ from torch import nn
 import lightning_lars
 from lightning_lars import LAMB, LARS, WarmupDecayLR
 from lightning_lars.cli import LargeBatchCLI, PytorchLightningLargeBatchCLI
-from tests.boring import Boring
+from tests.support.boring import Boring
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

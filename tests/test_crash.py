@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lars import LAMB, LARS
-from tests.boring import boring, trainer
+from tests.support.boring import boring, trainer
 
 CRASHES_IN_STEP = 5
 

@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimi
 from torch.utils.data import DataLoader
 
 from lightning_lars import LAMB8bit, LARS8bit, build_optimizer
-from tests.eight_bit_lightning_worker import STRATEGIES
-from tests.eight_bit_worker import CLASSES, RESUMED, STEPS, batches, build, network, step, values
+from tests.workers.eight_bit import CLASSES, RESUMED, STEPS, batches, build, network, step, values
+from tests.workers.eight_bit_lightning import STRATEGIES
 
 pytest.importorskip("torchao", reason="there is no torchao for this system")
 
@@ -38,12 +38,12 @@ def run(module, folder):
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    return run("tests.eight_bit_worker", tmp_path_factory.mktemp("eight_bit"))
+    return run("tests.workers.eight_bit", tmp_path_factory.mktemp("eight_bit"))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    return run("tests.eight_bit_lightning_worker", tmp_path_factory.mktemp("trainer"))
+    return run("tests.workers.eight_bit_lightning", tmp_path_factory.mktemp("trainer"))
 
 
 def alone(name):

@@ -18,7 +18,7 @@ WARMUP = ["--trainer.callbacks+=lightning_lars.LearningRateWarmup", "--trainer.c
 
 def fit(tmp_path, cli, *more):
     root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "tests.late_optimizer", cli, *FIT.split(), *more]
+    command = [sys.executable, "-m", "tests.workers.late_optimizer", cli, *FIT.split(), *more]
     return subprocess.run(
         [*command, f"--trainer.default_root_dir={tmp_path / cli}"], cwd=root, capture_output=True, text=True
     )

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning
 from torch import nn
 
 from lightning_lars import LAMB, LARS, LargeBatchMixin
-from tests.boring import Boring, boring, trainer
+from tests.support.boring import Boring, boring, trainer
 
 
 def snapshot(module):
@@ -171,7 +171,7 @@ def test_a_checkpoint_with_a_torch_optimizer_loads_in_a_new_process(tmp_path, na
     fit.fit(boring(partial(getattr(torch.optim, name), lr=0.1)))
     fit.save_checkpoint(tmp_path / "a.ckpt")
     code = (
-        "from tests.boring import Boring;"
+        "from tests.support.boring import Boring;"
         f"module = Boring.load_from_checkpoint({str(tmp_path / 'a.ckpt')!r}, weights_only=True);"
         "print(type(module.configure_optimizers()).__name__)"
     )

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, CosineAnneali
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lars import LAMB, LARS, WarmupDecayLR
-from tests.boring import Boring, trainer
+from tests.support.boring import Boring, trainer
 
 SCHEDULE = partial(WarmupDecayLR, warmup_steps=2)
 

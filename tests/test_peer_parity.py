@@ -21,14 +21,14 @@ from torch.testing import assert_close
 
 from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit, PercentileGradientClipping
 from lightning_lars.percentile_clipping import PercentileClipping
-from tests.bitsandbytes_steps import CASES as BITSANDBYTES_CASES
-from tests.bitsandbytes_steps import LAMB_CASES as BITSANDBYTES_LAMB_CASES
-from tests.bitsandbytes_steps import LAMB_OPTIONS as BITSANDBYTES_LAMB_OPTIONS
-from tests.bitsandbytes_steps import OPTIONS as BITSANDBYTES_OPTIONS
-from tests.bitsandbytes_steps import start as start_of_bitsandbytes
-from tests.bitsandbytes_steps import steps
-from tests.peers import PEERS, peer
-from tests.reference import autoclip, percentile_clipping
+from tests.support.peers import PEERS, peer
+from tests.support.reference import autoclip, percentile_clipping
+from tests.workers.bitsandbytes_steps import CASES as BITSANDBYTES_CASES
+from tests.workers.bitsandbytes_steps import LAMB_CASES as BITSANDBYTES_LAMB_CASES
+from tests.workers.bitsandbytes_steps import LAMB_OPTIONS as BITSANDBYTES_LAMB_OPTIONS
+from tests.workers.bitsandbytes_steps import OPTIONS as BITSANDBYTES_OPTIONS
+from tests.workers.bitsandbytes_steps import start as start_of_bitsandbytes
+from tests.workers.bitsandbytes_steps import steps
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
 
@@ -284,7 +284,7 @@ def bitsandbytes(tmp_path_factory):
     """The layer after every step, by class and case, as the installed package moves it."""
     peer("bitsandbytes==0.50.2", "bitsandbytes.optim.lars")  # or the test is skipped
     file = tmp_path_factory.mktemp("bitsandbytes") / "seen.pt"
-    command = [sys.executable, "-m", "tests.bitsandbytes_steps", PEERS / "bitsandbytes-0.50.2", file]
+    command = [sys.executable, "-m", "tests.workers.bitsandbytes_steps", PEERS / "bitsandbytes-0.50.2", file]
     finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     if finished.returncode != 0:
         pytest.skip(f"bitsandbytes cannot be run: {finished.stderr[-300:]}")

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_lars import LAMB, LARS, recipes
 from lightning_lars.cli import LargeBatchCLI
-from tests.boring import Boring, boring, trainer
+from tests.support.boring import Boring, boring, trainer
 
 FOLDER = Path(__file__).parents[1] / "examples/recipes"
 EPOCH = 312  # steps of ImageNet at batch 4096, as loaders that drop the last batch have

@@ -11,7 +11,7 @@ from torch.optim import SGD
 
 from lightning_lars import LAMB, LARS, ExcludeNormAndBias, build_optimizer
 from lightning_lars.cli import LargeBatchCLI
-from tests.boring import Boring, boring, trainer
+from tests.support.boring import Boring, boring, trainer
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "barebones": False}
 

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lars.training_length import steps_of_epochs, total_steps
-from tests.walk import BATCHES, Walk, walk
+from tests.support.walk import BATCHES, Walk, walk
 
 
 class Counted(Walk):

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningR
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from lightning_lars import LARS, BatchSizeScaling
-from tests.walk import BATCH_SIZE, BATCHES, RATES, Walk, scaled, walk
+from tests.support.walk import BATCH_SIZE, BATCHES, RATES, Walk, scaled, walk
 
 BASE = 3
 SAMPLES = BATCHES * BATCH_SIZE

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from lightning_lars import LAMB, LARS, ExcludeNormAndBias, build_optimizer
-from tests.boring import Boring, trainer
+from tests.support.boring import Boring, trainer
 
 LARS_WITH_DECAY = partial(LARS, lr=0.5, weight_decay=0.1)
 

@@ -19,8 +19,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from lightning_lars import LARS, GradientNoiseScale
-from tests.boring import Boring, WithoutOptimizer, boring, trainer
-from tests.noise_scale_worker import (
+from tests.support.boring import Boring, WithoutOptimizer, boring, trainer
+from tests.workers.noise_scale import (
     B_SIMPLE,
     CLOSED_FORM,
     SQUARED_GRADIENT,
@@ -228,7 +228,7 @@ def test_arguments_that_break_their_rule_are_refused(arguments):
 def two_processes(tmp_path_factory):
     """What each of two processes saw, by run."""
     folder = tmp_path_factory.mktemp("noise")
-    command = [sys.executable, "-m", "tests.noise_scale_worker", folder]
+    command = [sys.executable, "-m", "tests.workers.noise_scale", folder]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert finished.returncode == 0, finished.stderr[-4000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lightning_lars import BatchSizeScaling, LearningRateWarmup
-from tests.distributed_walk import BASE, WARMUP
-from tests.walk import BATCH_SIZE, BATCHES, RATES, Walk, scaled, walk
+from tests.support.walk import BATCH_SIZE, BATCHES, RATES, Walk, scaled, walk
+from tests.workers.learning_rate import BASE, WARMUP
 
 pytestmark = pytest.mark.distributed
 REPLICAS = {"ddp": 2, "fsdp2": 2, "tensor parallel": 1}
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def folder(tmp_path_factory):
     """What two processes left."""
     path = tmp_path_factory.mktemp("two_processes")
-    command = [sys.executable, "-m", "tests.distributed_walk", str(path)]
+    command = [sys.executable, "-m", "tests.workers.learning_rate", str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return path

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.optim import lr_scheduler
 
 from lightning_lars import BatchSizeScaling, LearningRateWarmup
-from tests.walk import BATCH_SIZE, BATCHES, RATES, OtherWalk, Walk, scaled, walk, walker
+from tests.support.walk import BATCH_SIZE, BATCHES, RATES, OtherWalk, Walk, scaled, walk, walker
 
 WARMUP, BASE = 15, 3
 ROOTS = {"lightning": (lightning.pytorch, Walk), "pytorch_lightning": (pytorch_lightning, OtherWalk)}

@@ -11,8 +11,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.optim import lr_scheduler
 
 from lightning_lars import LAMB, LARS, BatchSizeScaling, LearningRateWarmup
-from tests.boring import Boring, trainer
-from tests.walk import BATCH_SIZE, BATCHES, RATES, OtherWalk, Walk, scaled, walk, walker
+from tests.support.boring import Boring, trainer
+from tests.support.walk import BATCH_SIZE, BATCHES, RATES, OtherWalk, Walk, scaled, walk, walker
 
 EPOCHS, WARMUP, BASE = 2, 5, 3
 

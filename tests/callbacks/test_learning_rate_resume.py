@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch.optim import lr_scheduler
 
 from lightning_lars import LAMB, LARS, BatchSizeScaling, LearningRateWarmup
-from tests.walk import BATCH_SIZE, BATCHES, OtherWalk, Walk, scaled, walk, walker
+from tests.support.walk import BATCH_SIZE, BATCHES, OtherWalk, Walk, scaled, walk, walker
 
 pytestmark = [
     # Lightning's own, about what the tests do on purpose.

@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lars import BatchSizeScaling, LearningRateWarmup
-from tests.walk import BATCH_SIZE, BATCHES, RATES, Walk, scaled, walk
+from tests.support.walk import BATCH_SIZE, BATCHES, RATES, Walk, scaled, walk
 
 SHAPES = {
     "constant": lambda start, progress: start,

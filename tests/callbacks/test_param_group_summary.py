@@ -20,8 +20,8 @@ from torch.optim import SGD, Adam
 
 from lightning_lars import LAMB, LARS, ExcludeNormAndBias, build_optimizer
 from lightning_lars.callbacks.param_group_summary import ParamGroupSummary
-from tests import group_summary_worker
-from tests.boring import Boring, boring, trainer
+from tests.support.boring import Boring, boring, trainer
+from tests.workers import group_summary
 
 
 class Plain:
@@ -310,11 +310,11 @@ def test_fold_is_true_or_false():
 
 @pytest.mark.distributed
 def test_one_of_two_processes_prints_whole_shapes(tmp_path):
-    command = [sys.executable, "-m", "tests.group_summary_worker", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.workers.group_summary", str(tmp_path)]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = tables(done.stdout)
-    assert len(found) == 2 * len(group_summary_worker.RUNS)
+    assert len(found) == 2 * len(group_summary.RUNS)
     for parameters, groups in zip(found[::2], found[1::2], strict=True):
         assert parameters == [
             ["lost", parameters[0][1], "(3,)", "1", "(in no optimizer)", ""],

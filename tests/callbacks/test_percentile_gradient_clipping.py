@@ -25,11 +25,11 @@ from torch.testing import assert_close
 from lightning_lars import LARS, GradientNoiseScale, PercentileGradientClipping
 from lightning_lars.gradient_norms import gradient_norms, scale_gradients
 from lightning_lars.percentile_clipping import PercentileClipping
-from tests.boring import Boring, boring, trainer
-from tests.clipping_worker import RUNS, train
-from tests.noise_scale_worker import Linear, Module
-from tests.reference import autoclip
-from tests.strategies.model import deviation
+from tests.support.boring import Boring, boring, trainer
+from tests.support.reference import autoclip
+from tests.support.small_network import deviation
+from tests.workers.clipping import RUNS, train
+from tests.workers.noise_scale import Linear, Module
 
 ROOT = Path(__file__).parents[2]
 PREFIX = "gradient_clipping/"
@@ -427,7 +427,7 @@ def test_arguments_that_break_their_rule_are_refused(arguments):
 def two_processes(tmp_path_factory):
     """What each of two processes saw, by run."""
     folder = tmp_path_factory.mktemp("clipping")
-    command = [sys.executable, "-m", "tests.clipping_worker", folder]
+    command = [sys.executable, "-m", "tests.workers.clipping", folder]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert finished.returncode == 0, finished.stderr[-4000:]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]

@@ -27,9 +27,9 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
 
 from lightning_lars.callbacks.precise_batch_norm import PreciseBatchNorm
-from tests import normed_worker
-from tests.boring import trainer
-from tests.normed import BATCH_SIZE, SAMPLES, Noisy, Normed, assert_precise, is_precise
+from tests.support.boring import trainer
+from tests.support.normed import BATCH_SIZE, SAMPLES, Noisy, Normed, assert_precise, is_precise
+from tests.workers import precise_batch_norm as worker
 
 BATCHES = SAMPLES // BATCH_SIZE
 
@@ -509,20 +509,20 @@ def test_a_number_of_batches_that_is_none_raises(num_batches):
 def two_processes(tmp_path_factory):
     """What each of two processes saw."""
     path = tmp_path_factory.mktemp("two_processes")
-    command = [sys.executable, "-m", "tests.normed_worker", str(path)]
+    command = [sys.executable, "-m", "tests.workers.precise_batch_norm", str(path)]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return [torch.load(path / f"{rank}.pt") for rank in (0, 1)]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("strategy", normed_worker.RUNS)
+@pytest.mark.parametrize("strategy", worker.RUNS)
 def test_every_process_has_the_statistics_of_all_inputs_of_all_processes(two_processes, strategy):
     runs = [seen[strategy] for seen in two_processes]
-    data, last = Noisy().data, -normed_worker.PASSES
+    data, last = Noisy().data, -worker.PASSES
     batches = [data[indices] for run in runs for indices in run["passed"][last:]]
     if strategy == "tensor parallel":  # the processes share their batches
-        batches = batches[: normed_worker.PASSES]
+        batches = batches[: worker.PASSES]
     if strategy == "synchronized":  # a layer normalizes by the batch of both
         batches = [torch.cat(pair) for pair in zip(batches[:last], batches[last:], strict=True)]
     for run in runs:
@@ -534,9 +534,9 @@ def test_every_process_has_the_statistics_of_all_inputs_of_all_processes(two_pro
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("strategy", normed_worker.RUNS)
+@pytest.mark.parametrize("strategy", worker.RUNS)
 def test_every_process_runs_the_first_batches_of_its_share_in_the_epoch(two_processes, strategy):
     for run in (seen[strategy] for seen in two_processes):
-        passes, epoch = normed_worker.PASSES, len(run["trained"]) // normed_worker.EPOCHS
+        passes, epoch = worker.PASSES, len(run["trained"]) // worker.EPOCHS
         assert run["passed"] == run["trained"][:passes] + run["trained"][epoch : epoch + passes]
         assert run["trained"][:epoch] != run["trained"][epoch:]

@@ -25,7 +25,7 @@ from lightning_lars import (
     TrustRatioMonitor,
     build_optimizer,
 )
-from tests.boring import Boring, WithoutOptimizer, boring, trainer
+from tests.support.boring import Boring, WithoutOptimizer, boring, trainer
 
 LAYERS = ["net.0.bias", "net.0.weight", "net.2.bias", "net.2.weight"]
 

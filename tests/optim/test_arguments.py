@@ -8,7 +8,7 @@ import torch
 from torch.nn import Parameter
 
 from lightning_lars import LAMB, LARS
-from tests.optim.layers import layers, walk
+from tests.support.layers import layers, walk
 
 both = pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
 NOT_A_SIZE = [-0.1, nan, inf, -inf]

@@ -10,8 +10,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
 from lightning_lars import LAMB, LARS
-from tests import reference
-from tests.optim.layers import EXCLUDED, give_gradients, groups, layers, values, walk
+from tests.support import reference
+from tests.support.layers import EXCLUDED, give_gradients, groups, layers, values, walk
 
 both = pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -34,7 +34,7 @@ def saved_and_read_again(state_dict):
 
 
 def torch_groups(params):
-    """The groups of tests.optim.layers for an optimizer of torch, which has no layer_adaptation."""
+    """The groups of tests.support.layers for an optimizer of torch, which has no layer_adaptation."""
     return [{k: v for k, v in group.items() if k != "layer_adaptation"} for group in groups(params)]
 
 

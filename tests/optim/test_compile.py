@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_lars import LAMB, LARS
-from tests.optim.layers import give_gradients, groups, layers, values
+from tests.support.layers import give_gradients, groups, layers, values
 
 OPTIONS = [
     (LARS, {}),

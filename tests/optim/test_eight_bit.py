@@ -15,8 +15,8 @@ from torch.nn import Parameter
 from benchmarks.model_shapes import resnet50
 from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit
 from lightning_lars.optim.kernels import choice
-from tests import reference
-from tests.optim.layers import give_gradients
+from tests.support import reference
+from tests.support.layers import give_gradients
 
 torchao = pytest.importorskip("torchao.optim.subclass_8bit", reason="there is no torchao for this system")
 

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from lightning_lars import LAMB, LARS
 from lightning_lars.optim.kernels import choice, cpu
-from tests.optim.layers import EXCLUDED, give_gradients, groups, layers, values, walk
+from tests.support.layers import EXCLUDED, give_gradients, groups, layers, values, walk
 
 # Triton's interpreter is numpy, which warns of what is not finite.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")

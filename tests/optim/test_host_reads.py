@@ -5,7 +5,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_lars import LAMB, LARS
-from tests.optim.layers import give_gradients, groups, layers
+from tests.support.layers import give_gradients, groups, layers
 
 OPTIONS = [
     (LARS, {}),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_lars import LAMB
-from tests.optim.layers import give_gradients, layers, values, walk
+from tests.support.layers import give_gradients, layers, values, walk
 
 ADAMW_OPTIONS = [
     {},

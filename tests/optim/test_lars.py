@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_lars import LARS
-from tests.optim.layers import give_gradients, layers, values, walk
+from tests.support.layers import give_gradients, layers, values, walk
 
 SGD_OPTIONS = [
     {},

@@ -9,7 +9,7 @@ import torch
 from torch.nn import Parameter
 
 from lightning_lars import LAMB, LARS
-from tests.optim.layers import give_gradients, groups, layers, values, walk
+from tests.support.layers import give_gradients, groups, layers, values, walk
 
 both = pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

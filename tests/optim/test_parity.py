@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_lars import LAMB, LARS
 from lightning_lars.optim.kernels import choice
-from tests import reference
+from tests.support import reference
 
 SHAPES = ((), (1,), (7,), (0,), (3, 5), (1, 17), (2, 3, 3, 1), (33,))
 LRS = (0.5, 0.0, 2.0, 0.01)

@@ -8,7 +8,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
 
 from lightning_lars import LAMB, LARS
-from tests.optim.layers import give_gradients, groups, layers
+from tests.support.layers import give_gradients, groups, layers
 
 SCHEDULERS = {
     "LambdaLR": {"lr_lambda": lambda step: 0.5**step},

@@ -12,7 +12,7 @@ import torch
 from lightning_lars.optim.kernels.layer_table import CHUNK, LayerTables
 
 pytest.importorskip("triton", reason="there is no triton for this system")
-COMPILE = Path(__file__).parents[1] / "compile_kernels.py"
+COMPILE = Path(__file__).parents[1] / "workers" / "compile_kernels.py"
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from lightning_lars import LAMB, LARS
 from lightning_lars.optim.trust_ratio import clip, over_lr, trust_ratio
-from tests.optim.layers import EXCLUDED, SHAPES, give_gradients, groups, layers, walk
+from tests.support.layers import EXCLUDED, SHAPES, give_gradients, groups, layers, walk
 
 both = pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
 

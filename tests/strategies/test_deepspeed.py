@@ -19,7 +19,7 @@ def seen():
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     finished = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.strategies.deepspeed_worker", port],
+        [sys.executable, "-W", "ignore", "-m", "tests.workers.deepspeed_zero", port],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

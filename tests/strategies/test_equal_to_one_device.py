@@ -12,10 +12,10 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
 from lightning_lars import LAMB, LARS
-from tests.strategies.edges import gradient_of_one_half
-from tests.strategies.model import CASES, RESUMED, STEPS, batches, deviation, network, trained
-from tests.strategies.setups import ON_FOUR, ON_TWO, Setup, alone, ddp, ddp_zero, no_shard, sequence_parallel
-from tests.strategies.worker import IN_TRITON, IN_TRITON_CASES, RESUMED_CASES, step
+from tests.support.setups import ON_FOUR, ON_TWO, Setup, alone, ddp, ddp_zero, no_shard, sequence_parallel
+from tests.support.small_network import CASES, RESUMED, STEPS, batches, deviation, network, trained
+from tests.workers.edges import gradient_of_one_half
+from tests.workers.equal_to_one_device import IN_TRITON, IN_TRITON_CASES, RESUMED_CASES, step
 
 PAGE = Path(__file__).parents[2] / "docs" / "strategies.md"
 
@@ -49,7 +49,7 @@ resumed_cases = pytest.mark.parametrize("case", RESUMED_CASES)
 def run(folder, processes):
     """Train in every set-up of so many processes, once."""
     return subprocess.run(
-        [sys.executable, "-m", "tests.strategies.worker", folder, str(processes)],
+        [sys.executable, "-m", "tests.workers.equal_to_one_device", folder, str(processes)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from lightning_lars import param_groups
-from tests.strategies.lightning_worker import (
+from tests.support.small_network import RESUMED, STEPS, batches, deviation, floats, loss_of, network, values
+from tests.workers.lightning_strategies import (
     BASE_BATCH_SIZE,
     BATCH_SIZE,
     INITIAL_SCALE,
@@ -23,7 +24,6 @@ from tests.strategies.lightning_worker import (
     Used,
     fit,
 )
-from tests.strategies.model import RESUMED, STEPS, batches, deviation, floats, loss_of, network, values
 
 pytestmark = pytest.mark.distributed
 
@@ -48,7 +48,7 @@ def over(runs):
 def run(folder, processes):
     """Train with every strategy for so many processes, once."""
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.strategies.lightning_worker", folder, str(processes)],
+        [sys.executable, "-W", "ignore", "-m", "tests.workers.lightning_strategies", folder, str(processes)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

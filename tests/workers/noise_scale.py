@@ -1,6 +1,6 @@
 """A model whose gradient is known, and what the noise scale of its batches is; with a door for two processes.
 
-Run as ``python -m tests.noise_scale_worker FOLDER``: Lightning starts the second process by the same command.
+Run as ``python -m tests.workers.noise_scale FOLDER``: Lightning starts the second process likewise.
 """
 
 import json
@@ -20,8 +20,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hoo
 from torch.utils.data import DataLoader
 
 from lightning_lars.callbacks.gradient_noise_scale import GradientNoiseScale
-from tests.boring import trainer
-from tests.strategies.lightning_worker import CPUFSDPStrategy
+from tests.support.boring import trainer
+from tests.workers.lightning_strategies import CPUFSDPStrategy
 
 MEAN = np.array([0.5, -0.25, 0.0, 0.25])
 DEVIATION = np.array([1.0, 2.0, 0.5, 1.5])

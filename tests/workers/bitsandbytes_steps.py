@@ -1,6 +1,6 @@
 """Takes steps with the classes of bitsandbytes as they are installed, compiled library and all.
 
-Run as ``python -m tests.bitsandbytes_steps FOLDER FILE``, with the folder that it is installed in.
+Run as ``python -m tests.workers.bitsandbytes_steps FOLDER FILE``, with the folder that it is installed in.
 """
 
 import sys

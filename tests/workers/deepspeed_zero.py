@@ -1,6 +1,6 @@
 """Takes steps under DeepSpeed on the CPU and prints what came of each stage of ZeRO, as JSON.
 
-Run as ``python -m tests.strategies.deepspeed_worker PORT``.
+Run as ``python -m tests.workers.deepspeed_zero PORT``.
 """
 
 import json
@@ -10,7 +10,7 @@ import sys
 import torch
 from torch import nn
 
-from tests.strategies.model import batches, deviation, loss_of, network, optimizer_of, trained, values
+from tests.support.small_network import batches, deviation, loss_of, network, optimizer_of, trained, values
 
 CASE = "LAMB"
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lars import param_groups
-from tests.strategies.model import CASES, RATES, Block, network, optimizer_of
+from tests.support.small_network import CASES, RATES, Block, network, optimizer_of
 
 
 class Setup(NamedTuple):

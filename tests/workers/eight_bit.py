@@ -1,6 +1,6 @@
 """Trains with 8-bit state on two processes, and leaves what each saw in a folder.
 
-Run as ``python -m tests.eight_bit_worker FOLDER``, which starts the processes.
+Run as ``python -m tests.workers.eight_bit FOLDER``, which starts the processes.
 """
 
 import io

@@ -1,6 +1,6 @@
 """Trains with clipped gradients on two processes, strategy by strategy, and leaves what each of them saw.
 
-Run as ``python -m tests.clipping_worker FOLDER``: Lightning starts the second process by the same command.
+Run as ``python -m tests.workers.clipping FOLDER``: Lightning starts the second process by the same command.
 """
 
 import sys
@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from lightning_lars.callbacks.percentile_gradient_clipping import PercentileGradientClipping
-from tests.boring import trainer
-from tests.strategies.lightning_worker import FSDP2, TensorParallel, Used, Witness, ddp, fsdp, model_parallel
-from tests.strategies.model import STEPS
+from tests.support.boring import trainer
+from tests.support.small_network import STEPS
+from tests.workers.lightning_strategies import FSDP2, TensorParallel, Used, Witness, ddp, fsdp, model_parallel
 
 SGD = partial(torch.optim.SGD, lr=0.1, foreach=False)
 RUNS = {

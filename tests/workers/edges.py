@@ -9,8 +9,8 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lightning_lars import LAMB, LARS
-from tests.strategies.model import Block, batches, floats, network
-from tests.strategies.setups import Setup
+from tests.support.setups import Setup
+from tests.support.small_network import Block, batches, floats, network
 
 WRAPPED_AFTER = 2
 

@@ -1,6 +1,6 @@
 """Trains in every set-up on this process and its peers, and leaves what it saw in a folder, a file a process.
 
-Run as ``python -m tests.strategies.worker FOLDER WORLD_SIZE``, which starts the processes.
+Run as ``python -m tests.workers.equal_to_one_device FOLDER WORLD_SIZE``, which starts the processes.
 """
 
 import os
@@ -17,9 +17,7 @@ import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor.debug import CommDebugMode
 
-from tests.strategies.edges import seen_at_edges
-from tests.strategies.model import CASES, RESUMED, batches, floats, loss_of
-from tests.strategies.setups import (
+from tests.support.setups import (
     ON_FOUR,
     ON_TWO,
     ddp_zero,
@@ -27,6 +25,8 @@ from tests.strategies.setups import (
     full_shard,
     sequence_parallel,
 )
+from tests.support.small_network import CASES, RESUMED, batches, floats, loss_of
+from tests.workers.edges import seen_at_edges
 
 RESUMED_CASES = ["LARS nesterov", "LAMB clipping"]
 # With parts of some layers on some processes only, and gradients that must be added up first.

@@ -1,6 +1,6 @@
 """Prints the groups of sharded parameters, on two processes.
 
-Run as ``python -m tests.group_summary_worker FOLDER``: Lightning starts the second process by the same
+Run as ``python -m tests.workers.group_summary FOLDER``: Lightning starts the second process by the same
 command.
 """
 
@@ -15,8 +15,8 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from lightning_lars import LARS, build_optimizer
 from lightning_lars.callbacks.param_group_summary import ParamGroupSummary
-from tests.boring import Boring, trainer
-from tests.strategies.lightning_worker import CPUFSDPStrategy
+from tests.support.boring import Boring, trainer
+from tests.workers.lightning_strategies import CPUFSDPStrategy
 
 
 class Wide(LightningModule):

@@ -1,6 +1,6 @@
 """Trains on two processes, one strategy after the other, and leaves what it saw in a folder, a file a rank.
 
-Run as ``python -m tests.distributed_walk FOLDER``: Lightning starts the second process by the same command.
+Run as ``python -m tests.workers.learning_rate FOLDER``: Lightning starts the second process likewise.
 """
 
 import json
@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils.data import DataLoader
 
 from lightning_lars import BatchSizeScaling, LearningRateWarmup, effective_batch_size
-from tests.walk import BATCH_SIZE, BATCHES, Walk, walker
+from tests.support.walk import BATCH_SIZE, BATCHES, Walk, walker
 
 WARMUP, BASE = 5, 3
 

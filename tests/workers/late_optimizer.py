@@ -1,7 +1,7 @@
 """A module whose parameters FSDP2 replaces, driven by the CLI of choice.
 
-Run as ``python -m tests.late_optimizer LargeBatchCLI fit ...``: Lightning starts the second process by the
-same command. Prints, for every process, how many of its weights have moved.
+Run as ``python -m tests.workers.late_optimizer LargeBatchCLI fit ...``: Lightning starts the second process
+by the same command. Prints, for every process, how many of its weights have moved.
 """
 
 import sys
@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from lightning_lars.cli import LargeBatchCLI
-from tests.boring import Boring
+from tests.support.boring import Boring
 
 
 class Replaced(LightningModule):

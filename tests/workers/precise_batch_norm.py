@@ -1,6 +1,6 @@
 """Recomputes running statistics on two processes, in one strategy after the other, and leaves what it saw.
 
-Run as ``python -m tests.normed_worker FOLDER``: Lightning starts the second process by the same command.
+Run as ``python -m tests.workers.precise_batch_norm FOLDER``: Lightning starts the second process likewise.
 """
 
 import sys
@@ -20,9 +20,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils.data import DataLoader
 
 from lightning_lars.callbacks.precise_batch_norm import PreciseBatchNorm
-from tests.boring import trainer
-from tests.normed import BATCH_SIZE, Noisy, Normed
-from tests.strategies.lightning_worker import CPUFSDPStrategy
+from tests.support.boring import trainer
+from tests.support.normed import BATCH_SIZE, Noisy, Normed
+from tests.workers.lightning_strategies import CPUFSDPStrategy
 
 EPOCHS, PASSES = 2, 2
 

@@ -1,6 +1,6 @@
 """Trains with 8-bit state in Trainers on two processes, resumes, and leaves what each saw in a folder.
 
-Run as ``python -m tests.eight_bit_lightning_worker FOLDER``, which starts the processes.
+Run as ``python -m tests.workers.eight_bit_lightning FOLDER``, which starts the processes.
 """
 
 import os
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit, build_optimizer
-from tests.eight_bit_worker import RESUMED, STEPS, batches, in_eight_bits, network, values
+from tests.workers.eight_bit import RESUMED, STEPS, batches, in_eight_bits, network, values
 
 PAIRS = {"LARS": (LARS8bit, LARS), "LAMB": (LAMB8bit, LAMB)}
 

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-PEERS = Path(__file__).parents[1] / ".peers"
+PEERS = Path(__file__).parents[2] / ".peers"
 
 
 def peer(requirement: str, module: str) -> ModuleType:

@@ -1,6 +1,6 @@
 """Trains with Lightning's strategies on this process and its peers, and leaves what it saw in a folder.
 
-Run as ``python -m tests.strategies.lightning_worker FOLDER WORLD_SIZE``, which starts the processes.
+Run as ``python -m tests.workers.lightning_strategies FOLDER WORLD_SIZE``, which starts the processes.
 """
 
 import os
@@ -29,8 +29,8 @@ from lightning_lars import (
     LearningRateWarmup,
     TrustRatioMonitor,
 )
-from tests.strategies.model import RESUMED, STEPS, Block, batches, floats, loss_of, network
-from tests.strategies.setups import Setup, parallelize
+from tests.support.setups import Setup, parallelize
+from tests.support.small_network import RESUMED, STEPS, Block, batches, floats, loss_of, network
 
 BATCH_SIZE, BASE_BATCH_SIZE, WARMUP_STEPS = 8, 4, 4
 # Overflows, and no longer after a few halvings.
