@@ -7,6 +7,7 @@
 3. Times of a step, alone and replayed from a CUDA graph, beside torch's fused SGD and AdamW, timm's, compiled
    steps, and kernels that take the layers in groups that the L2 cache holds between their two passes.
 
+``--report FILE`` prints the tables of results that are already there.
 It needs torch with CUDA, triton, pytest, hypothesis and numpy. ``--device cpu --only times`` runs the last
 part without a GPU, in Triton's interpreter, to see that it runs.
 """
@@ -17,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -26,6 +28,7 @@ from rich.table import Table
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
 
+from benchmarks.gpu_report import read, report
 from benchmarks.model_shapes import SHAPES, elements, grouped, parameters
 from benchmarks.rivals import find
 from benchmarks.timing import in_turns, memory_bandwidth
@@ -209,7 +212,11 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["resnet50", "bert-large"])
     parser.add_argument("--rounds", type=int, default=20, help="Turns of each step.")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="Only print the tables of these results.")
     arguments = parser.parse_args()
+    if arguments.report:
+        print(report(read(arguments.report)))
+        return 0
     console = Console()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU: --device cpu --only times runs the last part in Triton's interpreter")

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu_report import read, report
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -63,6 +65,14 @@ def test_the_times_on_a_gpu_can_be_tried_without_one():
     table = rows(run("benchmarks.on_gpu", *without_gpu))
     for step in ("LARS(fused=True)", "LARS(fused=True), in groups", "LAMB(fused=True)", "LAMB(fused=False)"):
         assert float(table[step][0]) > 0
+
+
+def test_the_table_of_the_docs_is_what_the_results_say():
+    (results,) = (ROOT / "benchmarks/results").glob("*-h100-*.jsonl")
+    page = (ROOT / "docs/performance.md").read_text()
+    device, table, _ = report(read(results)).split("\n\n")
+    assert device in page
+    assert table in page
 
 
 def test_the_checks_on_a_gpu_say_that_there_is_none():
