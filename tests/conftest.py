@@ -1,7 +1,13 @@
-"""Every test starts from the same random numbers, and the same console."""
+"""Every test starts from the same random numbers, and the same console; the end says what was left out."""
 
 import os
+import random
+from pathlib import Path
 
+# Before torch is imported, here and in the processes of tests: they share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
 import pytest
 import rich
 import torch
@@ -11,9 +17,17 @@ if not torch.cuda.is_available():
     # Before anything imports triton: its kernels then run on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# The processes that tests start find this package and these tests from any folder, installed or not.
+ROOT = str(Path(__file__).parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
+
+SLOW_LEFT_OUT = pytest.StashKey[int]()
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
     torch.manual_seed(0)
 
 
@@ -29,3 +43,29 @@ def process_group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+def pytest_deselected(items):
+    """Count the slow tests that no marker asked for."""
+    if all(item.get_closest_marker("slow") for item in items):
+        stash = items[0].config.stash
+        stash[SLOW_LEFT_OUT] = stash.get(SLOW_LEFT_OUT, 0) + len(items)
+
+
+def pytest_sessionfinish(session):
+    """Tell it to the process that the workers work for."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["slow_left_out"] = session.config.stash.get(SLOW_LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Read it there: every worker has collected all tests."""
+    if hasattr(node, "workeroutput"):  # it has not crashed
+        node.config.stash[SLOW_LEFT_OUT] = node.workeroutput["slow_left_out"]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Say it."""
+    if count := config.stash.get(SLOW_LEFT_OUT, 0):
+        terminalreporter.write_line(f'{count} slow tests left out: -m "slow or not slow" runs all')

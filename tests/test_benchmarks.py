@@ -12,7 +12,6 @@ from benchmarks.gpu_report import read, report
 
 ROOT = Path(__file__).parents[1]
 
-
 PNG = b"\x89PNG"
 
 
@@ -36,6 +35,7 @@ def rows(printed):
     return {row[0]: row[1:] for row in cells if row}
 
 
+@pytest.mark.slow
 def test_the_time_of_a_step_is_printed_and_drawn_beside_floor_and_peers(tmp_path):
     picture = tmp_path / "step_time.png"
     printed = run("benchmarks.step_time", "--shapes", "small-cnn", "--rounds", 3, "--picture", picture)
@@ -50,6 +50,7 @@ def test_the_time_of_a_step_is_printed_and_drawn_beside_floor_and_peers(tmp_path
     assert picture.read_bytes().startswith(PNG)
 
 
+@pytest.mark.slow
 def test_the_growth_of_a_step_is_printed_and_drawn(tmp_path):
     picture = tmp_path / "growth.png"
     sizes = ["--most-parameters", 16, "--most-layers", 2]
@@ -59,6 +60,7 @@ def test_the_growth_of_a_step_is_printed_and_drawn(tmp_path):
     assert picture.read_bytes().startswith(PNG)
 
 
+@pytest.mark.slow
 def test_the_times_on_a_gpu_can_be_tried_without_one():
     pytest.importorskip("triton", reason="there is no triton for this system")
     without_gpu = ["--device", "cpu", "--only", "times", "--shapes", "small-cnn", "--rounds", 2]
@@ -75,6 +77,7 @@ def test_the_table_of_the_docs_is_what_the_results_say():
     assert table in page
 
 
+@pytest.mark.slow
 def test_the_checks_on_a_gpu_say_that_there_is_none():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -84,6 +87,7 @@ def test_the_checks_on_a_gpu_say_that_there_is_none():
     assert "there is no GPU: --device cpu --only times" in finished.stderr
 
 
+@pytest.mark.slow
 def test_the_overhead_of_callbacks_is_printed_beside_the_step():
     printed = run("benchmarks.callback_overhead", "--batch-size", 2, "--steps", 3)
     rows = [line.split("│") for line in printed.splitlines() if line.startswith("│")]

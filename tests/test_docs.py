@@ -28,11 +28,14 @@ def test_every_link_to_a_file_leads_somewhere():
 
 
 def test_ci_runs_the_test_command_of_the_readme():
-    commands = [line for line in (ROOT / "README.md").read_text().splitlines() if line.endswith("-m pytest")]
+    commands = [
+        line for line in (ROOT / "README.md").read_text().splitlines() if line.endswith("-m pytest -n auto")
+    ]
     assert len(commands) == 1
-    assert "grep -m 1 -- '-m pytest$' README.md" in (ROOT / ".ci/run").read_text()
+    assert "grep -m 1 -- '-m pytest -n auto$' README.md" in (ROOT / ".ci/run").read_text()
 
 
+@pytest.mark.slow
 def test_the_picture_of_the_schedules_is_drawn_by_its_script(tmp_path):
     script = shutil.copy(ROOT / "docs/plot_schedules.py", tmp_path)
     subprocess.run([sys.executable, script], check=True, capture_output=True)
@@ -40,6 +43,7 @@ def test_the_picture_of_the_schedules_is_drawn_by_its_script(tmp_path):
     assert drawn[:24] == shown[:24]  # a PNG of the same size
 
 
+@pytest.mark.slow
 def test_the_pictures_of_trust_ratios_are_drawn_by_their_script(tmp_path):
     cases = ["healthy", "learning_rate_of_sgd", "learning_rate_too_large"]
     script = [sys.executable, ROOT / "docs/plot_trust_ratios.py", "--dataset", "digits", "--epochs", "2"]

@@ -15,6 +15,9 @@ import lightning_lars
 
 ROOT = Path(__file__).parents[1]
 
+# One worker builds, and all wait for pip.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("release")]
+
 USE = """
 from importlib.metadata import version
 from pathlib import Path
@@ -57,7 +60,7 @@ def installed(built, tmp_path_factory):
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    run(python, "-m", "pip", "install", "--no-deps", "--no-index", built[1], cwd=folder)
+    run(python, "-I", "-m", "pip", "install", "--no-deps", "--no-index", built[1], cwd=folder)
     # What it depends on is taken from here, but not the repository: its own .pth file is not read again.
     (site,) = folder.glob("lib/python*/site-packages")
     site.joinpath("dependencies.pth").write_text(sysconfig.get_paths()["purelib"])
@@ -93,10 +96,10 @@ def test_the_metadata_is_complete(built):
 
 
 def test_a_step_in_the_new_environment(installed, tmp_path):
-    assert run(installed, "-W", "error", "-c", USE, cwd=tmp_path) == "['0.weight']\n"
+    assert run(installed, "-I", "-W", "error", "-c", USE, cwd=tmp_path) == "['0.weight']\n"
 
 
 def test_the_command_line_in_the_new_environment(installed, tmp_path):
     command = "from lightning_lars.cli import LargeBatchCLI; LargeBatchCLI()"
-    printed = run(installed, "-c", command, "fit", "--help", cwd=tmp_path)
+    printed = run(installed, "-I", "-c", command, "fit", "--help", cwd=tmp_path)
     assert "--optimizer" in printed

@@ -52,6 +52,7 @@ def test_a_compiled_step_is_one_graph_equal_to_the_eager_step(optimizer_class, o
         torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.0)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(("optimizer_class", "options"), [OPTIONS[1], OPTIONS[4]])
 def test_inductor_gives_the_eager_step_up_to_rounding(optimizer_class, options):

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="there is no triton for this system")
 COMPILE = Path(__file__).parents[1] / "workers" / "compile_kernels.py"
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_every_kernel_compiles_for_a_gpu_and_moves_16_bytes_at_a_time(capability):
     # In a process of its own, as the interpreter takes the place of the compiler in this one.
     compiles = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
