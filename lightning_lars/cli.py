@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_lars.excluded_rate import keep_excluded_rate
 from lightning_lars.introspection import DEFAULT_EXCLUDED
 from lightning_lars.param_groups import build_optimizer
 from lightning_lars.strategy_checks import check_strategy
@@ -59,10 +60,16 @@ class _LateOptimizer(_EitherCLI):  # type: ignore[misc]
             help="Whether the normalization layers are excluded.",
         )
         parser.add_argument(
+            "--param_groups.excluded_lr",
+            type=float | None,
+            default=None,
+            help="Learning rate of what is excluded, whatever that of --optimizer is (null: the same).",
+        )
+        parser.add_argument(
             "--param_groups.excluded_lr_scale",
             type=float,
             default=1.0,
-            help="Factor on the learning rate of what is excluded.",
+            help="The same as a factor on the learning rate of the rest, not together with excluded_lr.",
         )
 
     def link_optimizers_and_lr_schedulers(self, parser: Any) -> None:
@@ -128,12 +135,19 @@ class _ConfigureOptimizers:
             partial(lightning.pytorch.cli.instantiate_class, init=self.optimizer),
             exclude=(*(DEFAULT_EXCLUDED if self.groups["exclude_norm"] else ()), *self.groups["exclude"]),
             exclude_bias=self.groups["exclude_bias"],
+            excluded_lr=self.groups["excluded_lr"],
             excluded_lr_scale=self.groups["excluded_lr_scale"],
         )
         check_strategy(self.module, optimizer)
         if not self.lr_scheduler:
             return optimizer
         scheduler = lightning.pytorch.cli.instantiate_class(optimizer, self.lr_scheduler)
+        keep_excluded_rate(
+            scheduler,
+            optimizer.param_groups,
+            self.groups["excluded_lr"],
+            self.groups["excluded_lr_scale"],
+        )
         config = scheduler_config(self.module.trainer, scheduler, self.lr_scheduler_interval)
         return {"optimizer": optimizer, "lr_scheduler": config}
 
@@ -154,9 +168,9 @@ class LargeBatchCLI(_LateOptimizer, lightning.pytorch.cli.LightningCLI):
 
     Takes the arguments of ``LightningCLI``, and on the command line or in YAML ``lr_scheduler_interval``
     (``step`` or ``epoch``) and ``param_groups`` (``exclude``, ``exclude_bias``, ``exclude_norm``,
-    ``excluded_lr_scale``). A :class:`~lightning_lars.schedules.WarmupDecayLR` without ``total_steps`` gets
-    those of the training. Import this module, or ``lightning_lars``, to use the short names ``LARS``,
-    ``LAMB``, ``WarmupDecayLR``.
+    ``excluded_lr``, ``excluded_lr_scale``). A :class:`~lightning_lars.schedules.WarmupDecayLR` without
+    ``total_steps`` gets those of the training. Import this module, or ``lightning_lars``, to use the short
+    names ``LARS``, ``LAMB``, ``WarmupDecayLR``.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel

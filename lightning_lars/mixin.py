@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.serialization import add_safe_globals
 
+from lightning_lars.excluded_rate import check_excluded_rate, keep_excluded_rate
 from lightning_lars.introspection import DEFAULT_EXCLUDED
 from lightning_lars.optim import LAMB, LARS
 from lightning_lars.optim.arguments import require
-from lightning_lars.param_groups import build_optimizer, check_excluded_lr_scale
+from lightning_lars.param_groups import build_optimizer
 from lightning_lars.schedules import WarmupDecayLR
 from lightning_lars.strategy_checks import check_strategy
 from lightning_lars.training_length import scheduler_config
@@ -54,7 +55,10 @@ class LargeBatchMixin:
             :func:`~lightning_lars.param_groups.build_optimizer`.
         exclude_bias: Whether biases are excluded too.
         exclude_norm: Whether the normalization layers are excluded (apex LARC adapts them, as SwAV does).
-        excluded_lr_scale: Factor, above 0, on the learning rate of what is excluded.
+        excluded_lr: Learning rate of what is excluded, above 0, whatever that of ``optimizer`` is.
+            Schedules and warmup act on it, ``BatchSizeScaling`` does not. None leaves the rate of the rest.
+        excluded_lr_scale: The same as a factor, above 0, on the rate of the rest. Not together with
+            ``excluded_lr``.
         **kwargs: Handed on to the next class.
 
     Raises:
@@ -86,6 +90,7 @@ class LargeBatchMixin:
         exclude: Sequence[str] = (),
         exclude_bias: bool = True,
         exclude_norm: bool = True,
+        excluded_lr: float | None = None,
         excluded_lr_scale: float = 1.0,
         **kwargs: Any,
     ) -> None:
@@ -109,13 +114,14 @@ class LargeBatchMixin:
         self._build_optimizer = optimizer
         self._build_lr_scheduler = lr_scheduler
         self._lr_scheduler_interval = lr_scheduler_interval
-        check_excluded_lr_scale(excluded_lr_scale)
+        check_excluded_rate(excluded_lr, excluded_lr_scale)
         require("exclude", "patterns over parameter names", exclude, isinstance(exclude, Sequence))
         require("exclude_bias", "True or False", exclude_bias, isinstance(exclude_bias, bool))
         require("exclude_norm", "True or False", exclude_norm, isinstance(exclude_norm, bool))
         names = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         self._exclude = (*(DEFAULT_EXCLUDED if exclude_norm else ()), *names)
         self._exclude_bias = exclude_bias
+        self._excluded_lr = excluded_lr
         self._excluded_lr_scale = excluded_lr_scale
         used = [each.func if isinstance(each, partial) else each for each in (optimizer, lr_scheduler)]
         add_safe_globals([each for each in used if isclass(each) or isfunction(each)])
@@ -138,7 +144,8 @@ class LargeBatchMixin:
             The optimizer, or what Lightning takes for one with a scheduler.
 
         Raises:
-            ValueError: If no parameter is trainable, or an argument breaks its rule.
+            ValueError: If no parameter is trainable, an argument breaks its rule, or the scheduler leaves
+                what is excluded no rate of its own.
             TypeError: If what ``optimizer`` returns is no optimizer.
             MisconfigurationException: If the strategy hides the layers from LARS or LAMB (DeepSpeed ZeRO).
         """
@@ -148,6 +155,7 @@ class LargeBatchMixin:
             self._build_optimizer,
             exclude=self._exclude,
             exclude_bias=self._exclude_bias,
+            excluded_lr=self._excluded_lr,
             excluded_lr_scale=self._excluded_lr_scale,
         )
         check_strategy(cast(LightningModule, self), optimizer)
@@ -158,6 +166,12 @@ class LargeBatchMixin:
             raise TypeError(
                 f"lr_scheduler must return a scheduler, got {scheduler!r} from {self._build_lr_scheduler!r}"
             )
+        keep_excluded_rate(
+            scheduler,
+            optimizer.param_groups,
+            self._excluded_lr,
+            self._excluded_lr_scale,
+        )
         trainer = cast(LightningModule, self).trainer
         config = scheduler_config(trainer, scheduler, self._lr_scheduler_interval)
         return {"optimizer": optimizer, "lr_scheduler": config}

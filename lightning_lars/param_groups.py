@@ -1,6 +1,5 @@
 """Which layers are adapted and decayed, by module introspection."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lightning_lars.excluded_rate import check_excluded_rate, is_excluded, set_excluded_rate
 from lightning_lars.introspection import DEFAULT_EXCLUDED, Exclusion, classify
-from lightning_lars.optim.arguments import is_number
 
 
 def param_groups(
@@ -114,6 +113,7 @@ def build_optimizer(
     *,
     exclude: Exclusion | Iterable[Exclusion] = DEFAULT_EXCLUDED,
     exclude_bias: bool = True,
+    excluded_lr: float | None = None,
     excluded_lr_scale: float = 1.0,
     **optimizer_kwargs: Any,
 ) -> Optimizer:
@@ -125,26 +125,31 @@ def build_optimizer(
             groups (and ``optimizer_kwargs``).
         exclude: As for :func:`param_groups`.
         exclude_bias: As for :func:`param_groups`.
-        excluded_lr_scale: Factor, above 0, on the learning rate of the excluded group (Barlow Twins:
-            0.024). Lost to schedulers that set one rate for all groups, as ``OneCycleLR(max_lr=1.0)`` does.
+        excluded_lr: Learning rate of the excluded group, above 0, whatever ``lr`` is. What is excluded
+            takes steps of plain SGD (LARS) or Adam (LAMB), whose rates are far below those of layers with
+            trust ratios. Schedules and warmup act on it; ``BatchSizeScaling`` does not, as the group has
+            ``batch_size_scaling=False``. None leaves ``lr``.
+        excluded_lr_scale: The same as a factor, above 0, on ``lr`` (Barlow Twins: 0.024). Not together with
+            ``excluded_lr``. Both are lost to schedulers that set one rate for all groups: pass a list, as in
+            ``OneCycleLR(optimizer, max_lr=[3.2, 0.05])``.
         **optimizer_kwargs: Handed to ``optimizer``.
 
     Returns:
         What ``optimizer`` returned.
 
     Raises:
-        ValueError: As :func:`param_groups`; if ``excluded_lr_scale`` is not above 0, or there is no
-            excluded group for it to act on.
+        ValueError: As :func:`param_groups`; if ``excluded_lr`` or ``excluded_lr_scale`` is not above 0, if
+            both are given, or if there is no excluded group for them to act on.
         TypeError: If ``optimizer`` cannot be called, or what it returns is no optimizer.
 
     Example:
         >>> from torch import nn
         >>> from lightning_lars import LARS, build_optimizer
-        >>> optimizer = build_optimizer(nn.Linear(4, 2), LARS, lr=0.2, excluded_lr_scale=0.5)
+        >>> optimizer = build_optimizer(nn.Linear(4, 2), LARS, lr=3.2, excluded_lr=0.05)
         >>> [(group["name"], group["lr"]) for group in optimizer.param_groups]
-        [('adapted', 0.2), ('excluded', 0.1)]
+        [('adapted', 3.2), ('excluded', 0.05)]
     """
-    check_excluded_lr_scale(excluded_lr_scale)
+    check_excluded_rate(excluded_lr, excluded_lr_scale)
     if not callable(optimizer):
         raise TypeError(
             "optimizer must be an optimizer class or a callable that takes parameter groups, "
@@ -155,28 +160,12 @@ def build_optimizer(
     if not isinstance(built, Optimizer):
         raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {built!r} from {optimizer!r}")
     for group in built.param_groups:
-        if isinstance(group["lr"], Tensor):
+        if isinstance(group.get("lr"), Tensor):
             # A scheduler writes into the tensor of each group: one that is shared would be scaled twice.
             group["lr"] = group["lr"].clone()
-    if excluded_lr_scale != 1.0:
-        excluded = [group for group in built.param_groups if group.get("name") == "excluded"]
-        if not excluded:
-            raise ValueError(
-                "excluded_lr_scale must be 1.0 where no parameter is excluded, "
-                f"got {excluded_lr_scale!r}, which would have no effect"
-            )
-        for group in excluded:
-            group["lr"] = group["lr"] * excluded_lr_scale
+    excluded = [group for group in built.param_groups if is_excluded(group)]
+    set_excluded_rate(excluded, excluded_lr, excluded_lr_scale)
     return built
-
-
-def check_excluded_lr_scale(excluded_lr_scale: float) -> None:
-    """Raise ValueError unless the factor is above 0 and finite."""
-    if not is_number(excluded_lr_scale) or not 0 < excluded_lr_scale < math.inf:
-        raise ValueError(
-            f"excluded_lr_scale must be above 0 and finite, got {excluded_lr_scale!r}: "
-            "to keep parameters as they are, use requires_grad_(False)"
-        )
 
 
 def check_holds_parameters(optimizer: Optimizer, module: nn.Module) -> None:

@@ -110,7 +110,8 @@ def test_every_argument_is_typed_and_described_in_the_help(printed, script, key,
 def test_the_arguments_of_large_batch_cli_itself_are_described(printed):
     text = printed("large_batch_cli.py", "fit", "--help")
     for flag in ("lr_scheduler_interval", "param_groups.exclude", "param_groups.exclude_bias",
-                 "param_groups.exclude_norm", "param_groups.excluded_lr_scale"):  # fmt: skip
+                 "param_groups.exclude_norm", "param_groups.excluded_lr",
+                 "param_groups.excluded_lr_scale"):  # fmt: skip
         assert re.search(rf"\n  --{flag}[ ,][^\n]*\n? +\w", text), flag
 
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_lars.batch_size import (
@@ -22,6 +22,7 @@ from lightning_lars.batch_size import (
 )
 from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.callbacks.learning_rate_owner import LearningRateOwner
+from lightning_lars.optim.arguments import require
 
 
 class BatchSizeScaling(Callback):
@@ -36,6 +37,9 @@ class BatchSizeScaling(Callback):
     ``LearningRateMonitor`` looks; so a checkpoint resumed on another number of devices is scaled anew.
     Follows a ``GradientAccumulationScheduler``. Says in the log what it found and did.
 
+    Groups with ``batch_size_scaling=False`` are left alone: those that
+    :func:`~lightning_lars.param_groups.build_optimizer` gives an ``excluded_lr``, and any that you mark so.
+
     Args:
         base_batch_size: Effective batch size that the learning rate belongs to, above 0.
         rule: ``"linear"``, ``"sqrt"``, ``"none"``, or an exponent, as in
@@ -43,6 +47,7 @@ class BatchSizeScaling(Callback):
             moves ``betas`` and ``eps``, as in :func:`~lightning_lars.batch_size.scale_adam`.
         batch_size: Per-device batch size. None reads it from the train loader, or, where that does not tell
             it, from the first batch; before that, a ``LearningRateMonitor`` shows the plain rate.
+        scale_excluded: Whether to scale groups with ``batch_size_scaling=False`` too.
 
     Raises:
         ValueError: If an argument breaks its rule; at the first batch, if one of several train loaders does
@@ -63,14 +68,17 @@ class BatchSizeScaling(Callback):
         base_batch_size: int = 256,
         rule: ScalingRule | float = "linear",
         batch_size: int | None = None,
+        scale_excluded: bool = False,
     ) -> None:
         check_batch_size("base_batch_size", base_batch_size)
         if batch_size is not None:
             check_batch_size("batch_size", batch_size)
         scaling_exponent(rule)
+        require("scale_excluded", "True or False", scale_excluded, isinstance(scale_excluded, bool))
         self.base_batch_size = base_batch_size
         self.rule = rule
         self.batch_size = batch_size
+        self.scale_excluded = scale_excluded
         self._first_batch_size: int | None = None
         self._said: str | None = None
 
@@ -96,6 +104,12 @@ class BatchSizeScaling(Callback):
                         'BatchSizeScaling(rule="adam_sqrt") needs an optimizer with betas and eps, got '
                         f'{type(optimizer).__name__}: use rule="linear" or "sqrt"'
                     )
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        if self.scale_excluded and all(group.get("batch_size_scaling", True) for group in groups):
+            rank_zero_warn(
+                "BatchSizeScaling(scale_excluded=True) has no effect: every group is scaled anyway, as none "
+                "has batch_size_scaling=False, which excluded_lr sets"
+            )
         owner = LearningRateOwner.of(trainer, self)
         owner.adjust("batch-size scaling", lambda group, step: self._scaled(trainer, group))
         self._tell(trainer)
@@ -128,10 +142,13 @@ class BatchSizeScaling(Callback):
         except ValueError:
             return self._first_batch_size
 
+    def _leaves(self, group: Mapping[str, Any]) -> bool:
+        return not (self.scale_excluded or group.get("batch_size_scaling", True))
+
     def _scaled(self, trainer: Trainer, group: Mapping[str, Any]) -> dict[str, Any]:
         per_device = self._per_device(trainer)
         # Before the first batch only a monitor asks.
-        if per_device is None:
+        if per_device is None or self._leaves(group):
             return {}
         batch_size = effective_batch_size(trainer, per_device)
         scaled = {"lr": group["lr"] * scaling_factor(batch_size, self.base_batch_size, self.rule)}
@@ -163,8 +180,11 @@ class BatchSizeScaling(Callback):
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 name = "/".join(filter(None, [type(optimizer).__name__, group.get("name")]))
-                before, after = float(group["lr"]), float(self._scaled(trainer, group)["lr"])
-                rates.append(f"{name} {before:.6g} -> {after:.6g}")
+                before = f"{name} {float(group['lr']):.6g}"
+                if self._leaves(group):
+                    rates.append(f"{before}, its own, is left alone: scale_excluded=True scales it too")
+                else:
+                    rates.append(f"{before} -> {float(self._scaled(trainer, group)['lr']):.6g}")
         rank_zero_info(f"{found} ({', '.join(rates)}).")
 
 

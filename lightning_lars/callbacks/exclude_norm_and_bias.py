@@ -10,6 +10,18 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lars.callbacks.both_roots import Callback
+from lightning_lars.excluded_rate import (
+    check_end,
+    check_excluded_rate,
+    is_excluded,
+    is_own_rate,
+    mark_own_rate,
+    peak,
+    rescale,
+    set_excluded_rate,
+    share,
+    unknown,
+)
 from lightning_lars.introspection import DEFAULT_EXCLUDED, classify
 from lightning_lars.optim.arguments import require
 from lightning_lars.param_groups import check_holds_parameters
@@ -32,16 +44,22 @@ class ExcludeNormAndBias(Callback):
 
     For optimizers that were built over bare ``parameters()``, as by ``LightningCLI --optimizer LARS``. Splits
     every group into what :func:`~lightning_lars.param_groups.param_groups` calls adapted and excluded, and
-    leaves the learning rates and their schedulers as they are.
+    leaves the learning rates and their schedulers as they are, or gives what is excluded a rate of its own.
 
     Args:
         exclude: fnmatch patterns over parameter names, to be excluded beside the normalization layers.
         exclude_bias: Whether biases are excluded too.
+        excluded_lr: Learning rate of what is excluded, above 0, whatever that of the optimizer is: the peak
+            of its schedule. ``BatchSizeScaling`` leaves it alone. None leaves the rate of the group.
+        excluded_lr_scale: The same as a factor, above 0, on the rate of the group. Not together with
+            ``excluded_lr``.
 
     Raises:
-        ValueError: At the start of training, if a pattern matches no parameter name, or an optimizer holds
-            none of the module's parameters.
-        MisconfigurationException: At the start of training, if a strategy has wrapped the optimizer.
+        ValueError: If an argument breaks its rule; at the start of training, if a pattern matches no
+            parameter name, or an optimizer holds none of the module's parameters, or decays to a higher rate
+            than ``excluded_lr``.
+        MisconfigurationException: At the start of training, if a strategy has wrapped the optimizer, or a
+            scheduler that computes rates in another way than torch's would have to be given ``excluded_lr``.
 
     Example:
         >>> from lightning import Trainer
@@ -49,11 +67,20 @@ class ExcludeNormAndBias(Callback):
         >>> trainer = Trainer(callbacks=[ExcludeNormAndBias()], accelerator="cpu")
     """
 
-    def __init__(self, exclude: Sequence[str] = (), exclude_bias: bool = True) -> None:
+    def __init__(
+        self,
+        exclude: Sequence[str] = (),
+        exclude_bias: bool = True,
+        excluded_lr: float | None = None,
+        excluded_lr_scale: float = 1.0,
+    ) -> None:
         require("exclude", "patterns over parameter names", exclude, isinstance(exclude, Sequence))
         require("exclude_bias", "True or False", exclude_bias, isinstance(exclude_bias, bool))
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self.exclude_bias = exclude_bias
+        check_excluded_rate(excluded_lr, excluded_lr_scale)
+        self.excluded_lr = excluded_lr
+        self.excluded_lr_scale = excluded_lr_scale
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -78,12 +105,44 @@ class ExcludeNormAndBias(Callback):
                     f"ExcludeNormAndBias found nothing to split in {type(optimizer).__name__}: "
                     "its groups are apart already"
                 )
-                continue
+                if not is_own_rate(self.excluded_lr, self.excluded_lr_scale):
+                    continue
             indices = [next(i for i, g in enumerate(optimizer.param_groups) if g is o) for o in origins]
+            schedulers = [
+                config.scheduler
+                for config in trainer.lr_scheduler_configs
+                if config.scheduler.optimizer is optimizer
+            ]
+            self._check_schedulers(schedulers)
             optimizer.param_groups[:] = [part for _, part in groups]
-            for config in trainer.lr_scheduler_configs:
-                if config.scheduler.optimizer is optimizer:
-                    _follow(config.scheduler, indices)
+            for scheduler in schedulers:
+                _follow(scheduler, indices)
+            self._set_excluded_rate(optimizer, schedulers)
+
+    def _check_schedulers(self, schedulers: Sequence[Any]) -> None:
+        others = unknown(*schedulers)
+        if others and is_own_rate(self.excluded_lr, self.excluded_lr_scale):
+            raise MisconfigurationException(
+                "ExcludeNormAndBias can give what is excluded a learning rate of its own under torch's "
+                f"schedulers, got a {others[0]}: build the optimizer by build_optimizer in "
+                "configure_optimizers, and the scheduler on it"
+            )
+
+    def _set_excluded_rate(self, optimizer: Optimizer, schedulers: Sequence[Any]) -> None:
+        if not is_own_rate(self.excluded_lr, self.excluded_lr_scale):
+            return
+        if not schedulers:
+            groups = [group for group in optimizer.param_groups if is_excluded(group)]
+            set_excluded_rate(groups, self.excluded_lr, self.excluded_lr_scale)
+            return
+        for index, group in enumerate(optimizer.param_groups):
+            if is_excluded(group):
+                highest = peak(schedulers, group, index)
+                wanted = highest * self.excluded_lr_scale if self.excluded_lr is None else self.excluded_lr
+                rescale(schedulers, group, index, share(wanted, highest))
+                mark_own_rate(group, self.excluded_lr)
+                for scheduler in schedulers:
+                    check_end(scheduler, optimizer.param_groups, index, wanted, f"excluded_lr={wanted:g}")
 
 
 def _split(

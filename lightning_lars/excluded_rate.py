@@ -1,0 +1,197 @@
+"""The learning rate of the excluded group: a share of the others', or one of its own."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_lars.optim.arguments import is_number, require
+
+# What torch's schedulers keep of rates: in each group, and in lists with an entry for each group.
+_IN_GROUP = ("lr", "initial_lr", "max_lr", "min_lr")
+_IN_LISTS = ("base_lrs", "max_lrs", "_last_lr")
+
+
+def check_excluded_rate(excluded_lr: float | None, excluded_lr_scale: float) -> None:
+    """Raise ValueError unless at most one of the two is given, above 0 and finite."""
+    for argument, value in (("excluded_lr_scale", excluded_lr_scale), ("excluded_lr", excluded_lr)):
+        if value is None and argument == "excluded_lr":
+            continue
+        if not is_number(value) or not 0 < value < math.inf:
+            raise ValueError(
+                f"{argument} must be above 0 and finite, got {value!r}: "
+                "to keep parameters as they are, use requires_grad_(False)"
+            )
+    rule = f"left out with excluded_lr_scale={excluded_lr_scale!r}: one of them sets the rate"
+    require("excluded_lr", rule, excluded_lr, excluded_lr is None or excluded_lr_scale == 1.0)
+
+
+def is_own_rate(excluded_lr: float | None, excluded_lr_scale: float) -> bool:
+    """Tell whether the excluded group is to have another rate than the rest."""
+    return excluded_lr is not None or excluded_lr_scale != 1.0
+
+
+def set_excluded_rate(
+    groups: Sequence[dict[str, Any]], excluded_lr: float | None, excluded_lr_scale: float
+) -> None:
+    """Give excluded groups their learning rate, before there is a scheduler.
+
+    Raises:
+        ValueError: If there is a rate to set and no group, or no group with a learning rate.
+    """
+    if not is_own_rate(excluded_lr, excluded_lr_scale):
+        return
+    argument, value, unset = (
+        ("excluded_lr_scale", excluded_lr_scale, 1.0)
+        if excluded_lr is None
+        else ("excluded_lr", excluded_lr, None)
+    )
+    if not groups:
+        raise ValueError(
+            f"{argument} must be {unset} where no parameter is excluded, "
+            f"got {value!r}, which would have no effect"
+        )
+    if any(group.get("lr") is None for group in groups):
+        raise ValueError(
+            f"{argument} must be {unset} where the groups of the optimizer have no lr, got {value!r}"
+        )
+    for group in groups:
+        group["lr"] = _rate(group["lr"], excluded_lr, excluded_lr_scale)
+        mark_own_rate(group, excluded_lr)
+
+
+def mark_own_rate(group: dict[str, Any], excluded_lr: float | None) -> None:
+    """Keep ``BatchSizeScaling`` from a rate that was set whatever the others are."""
+    if excluded_lr is not None:
+        group["batch_size_scaling"] = False
+
+
+def is_excluded(group: Mapping[str, Any]) -> bool:
+    """Tell whether a group is what ``param_groups`` or ``ExcludeNormAndBias`` calls excluded."""
+    return re.split(r"[./]", str(group.get("name", "")))[-1] == "excluded"
+
+
+def keep_excluded_rate(
+    scheduler: Any,
+    groups: Sequence[dict[str, Any]],
+    excluded_lr: float | None,
+    excluded_lr_scale: float,
+) -> None:
+    """Give the excluded groups their rate under a scheduler that has set one for all groups.
+
+    Args:
+        scheduler: A scheduler that has not stepped yet.
+        groups: All groups of its optimizer.
+        excluded_lr: As in :func:`~lightning_lars.param_groups.build_optimizer`.
+        excluded_lr_scale: As in :func:`~lightning_lars.param_groups.build_optimizer`.
+
+    Raises:
+        ValueError: If the scheduler has rates for each group that say otherwise, or ends above the rate, or
+            is of a kind whose rates are not known.
+    """
+    if not is_own_rate(excluded_lr, excluded_lr_scale):
+        return
+    argument = f"{excluded_lr=!r}" if excluded_lr is not None else f"{excluded_lr_scale=!r}"
+    kind = type(scheduler).__name__
+    one_rate_for_all = ValueError(
+        f"{argument} must be left out with {kind}, which sets one learning rate for all groups: return an "
+        "optimizer of build_optimizer, and a scheduler with a rate for each group, from configure_optimizers"
+    )
+    peaks = [peak([scheduler], group, index) for index, group in enumerate(groups)]
+    excluded = [index for index, group in enumerate(groups) if is_excluded(group)]
+    others = [peak for index, peak in enumerate(peaks) if index not in excluded]
+    for index in excluded:
+        if excluded_lr is not None or others:
+            wanted = excluded_lr if excluded_lr is not None else others[0] * excluded_lr_scale
+        else:
+            wanted = peaks[index]
+        if not math.isclose(peaks[index], wanted, rel_tol=1e-6):
+            if len(set(peaks)) > 1:
+                raise ValueError(
+                    f"{argument} and the rates of {kind} must agree, got {peaks[index]:g} for the excluded "
+                    "group: leave one of them out"
+                )
+            if unknown(scheduler):
+                raise one_rate_for_all
+            rescale([scheduler], groups[index], index, share(wanted, peaks[index]))
+        check_end(scheduler, groups, index, wanted, argument)
+    rates = {float(group["lr"]) for group in groups}
+    if len(rates) == 1 and rates != {0.0} and len(set(peaks)) > 1:
+        raise one_rate_for_all
+
+
+def rescale(schedulers: Sequence[Any], group: dict[str, Any], index: int, factor: float) -> None:
+    """Multiply the rates of one group, and what torch's schedulers keep of them."""
+    for key in _IN_GROUP:
+        if key in group:
+            group[key] = group[key] * factor
+    for each in tree(*schedulers):
+        for attribute in _IN_LISTS:
+            kept = getattr(each, attribute, None)
+            if isinstance(kept, list) and index < len(kept):
+                setattr(each, attribute, [*kept[:index], kept[index] * factor, *kept[index + 1 :]])
+
+
+def unknown(*schedulers: Any) -> list[str]:
+    """Return the types of the schedulers that compute rates in a way that neither torch nor we wrote."""
+    getters = {type(each): getattr(type(each), "get_lr", None) for each in tree(*schedulers)}
+    return [
+        kind.__name__
+        for kind, get_lr in getters.items()
+        if not issubclass(kind, LRScheduler)
+        or not getattr(get_lr, "__module__", "").startswith(("torch.optim.", "lightning_lars."))
+    ]
+
+
+def tree(*schedulers: Any) -> Iterator[Any]:
+    """Return schedulers and those inside them, as in ``SequentialLR`` and ``ChainedScheduler``."""
+    for scheduler in schedulers:
+        yield scheduler
+        yield from tree(*getattr(scheduler, "_schedulers", ()))
+
+
+def peak(schedulers: Sequence[Any], group: Mapping[str, Any], index: int) -> float:
+    """Return the highest rate of a group under its schedulers."""
+    cycles = [each.max_lrs[index] for each in tree(*schedulers) if hasattr(each, "max_lrs")]
+    return float(cycles[0] if cycles else group.get("max_lr", group.get("initial_lr", group["lr"])))
+
+
+def share(wanted: float, highest: float) -> float:
+    """Return the factor from one rate to another.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if highest == 0:
+        raise ValueError(
+            "lr must be above 0 under a scheduler where what is excluded has a rate of its own, got 0: the "
+            "schedule cannot be told from it"
+        )
+    return wanted / highest
+
+
+def _rate(lr: float | Tensor, excluded_lr: float | None, excluded_lr_scale: float) -> float | Tensor:
+    if excluded_lr is None:
+        return lr * excluded_lr_scale
+    return lr.new_full(lr.shape, excluded_lr) if isinstance(lr, Tensor) else excluded_lr
+
+
+def check_end(
+    scheduler: Any, groups: Sequence[dict[str, Any]], index: int, wanted: float, argument: str
+) -> None:
+    """Raise ValueError where the scheduler leads all groups to one rate, and this one up to it."""
+    for each in tree(scheduler):
+        floor = getattr(each, "eta_min", 0.0)
+        if floor > 0 and floor >= wanted:
+            raise ValueError(
+                f"{type(each).__name__} must end below {argument}, got eta_min={floor!r}, where "
+                "all groups end: lower it"
+            )
+        if type(each).__name__ == "SWALR" and len({float(group["swa_lr"]) for group in groups}) == 1:
+            raise ValueError(
+                f"swa_lr must have a rate for each group with {argument}, got "
+                f"{groups[index]['swa_lr']!r} for all of them: pass a list"
+            )
