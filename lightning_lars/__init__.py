@@ -19,7 +19,10 @@ from lightning_lars.optim import LAMB, LARS, LAMB8bit, LARS8bit
 from lightning_lars.param_groups import build_optimizer, explain_param_groups, param_groups
 from lightning_lars.schedules import WarmupDecayLR
 
-__version__ = importlib.metadata.version("lightning-lars")
+try:
+    __version__ = importlib.metadata.version("lightning-lars")
+except importlib.metadata.PackageNotFoundError:  # a tree that was copied, not installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "DEFAULT_EXCLUDED",

@@ -1,6 +1,7 @@
 """The public names, and the arrows between the rooms."""
 
 import ast
+import importlib.metadata
 import inspect
 import subprocess
 import sys
@@ -30,6 +31,19 @@ def test_all_holds_the_public_names():
         if not name.startswith("_") and not inspect.ismodule(value)
     }
     assert sorted(public) == sorted(lightning_lars.__all__)
+
+
+def test_a_tree_that_was_copied_and_not_installed_imports(monkeypatch):
+    def not_installed(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
+    try:
+        assert importlib.reload(lightning_lars).__version__ == "0+unknown"
+    finally:
+        monkeypatch.undo()
+        importlib.reload(lightning_lars)
+    assert lightning_lars.__version__ == importlib.metadata.version("lightning-lars")
 
 
 @pytest.mark.parametrize("name", [n for n in lightning_lars.__all__ if callable(getattr(lightning_lars, n))])

@@ -290,7 +290,14 @@ def _corrections(
 
 def _one_minus_power(beta: float, steps: Tensor) -> Tensor:
     # 1 - beta ** steps loses four digits of float32 where beta is near 1; this does not.
-    return -torch.expm1(steps * (math.log(beta) if beta > 0 else -math.inf))
+    return -torch.expm1(steps * _log(beta, steps))
+
+
+def _log(beta: float, like: Tensor) -> float | Tensor:
+    if torch.compiler.is_compiling():
+        # A schedule may change it in every step: for the logarithm in Python there would be a graph each.
+        return torch.full_like(like[0], beta - 1).log1p()
+    return math.log(beta) if beta > 0 else -math.inf
 
 
 def _is_pair(value: object) -> TypeGuard[tuple[float, float]]:

@@ -51,8 +51,9 @@ class LayerwiseOptimizer(Optimizer, ABC):
     switches: ClassVar[tuple[str, ...]]
     """The hyperparameters that are True or False."""
 
-    # For the layers of the last step that moved together: themselves and their ratios.
-    _last_trust_ratios: list[tuple[list[Tensor], TrustRatios[Tensor] | list[TrustRatios[float]]]]
+    # For the layers of the last step that moved together: themselves and their ratios, as a plain tuple
+    # where they are tensors, as torch 2.11 cannot compile a step that keeps a generic one.
+    _last_trust_ratios: list[tuple[list[Tensor], tuple[Tensor, ...] | list[TrustRatios[float]]]]
 
     # What the directions of layers are kept in until they have moved.
     _scratch: Scratch
@@ -292,7 +293,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
         """Return the ratios of layers of one dtype, and remember them."""
         ratios = self._trust_ratios(*norms, lr, group)
         ratios = ratios._replace(ratio=ratios.ratio.to(_dtype_of_step(params[0])))
-        self._last_trust_ratios.append((params, ratios))
+        self._last_trust_ratios.append((params, tuple(ratios)))
         return ratios.ratio
 
     def _adapt_on_cpu(
@@ -337,8 +338,10 @@ class LayerwiseOptimizer(Optimizer, ABC):
         values: dict[Tensor, Tensor] = {}
         for params, ratios in self._last_trust_ratios:
             if isinstance(ratios, list):
-                ratios = stack_ratios(ratios, _dtype_of_step(params[0]))
-            values.update(zip(params, value(ratios).unbind(), strict=True))
+                of_layers = stack_ratios(ratios, _dtype_of_step(params[0]))
+            else:
+                of_layers = TrustRatios(*ratios)
+            values.update(zip(params, value(of_layers).unbind(), strict=True))
         return {name: values[p] for name, p in named_params(self.param_groups) if p in values}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

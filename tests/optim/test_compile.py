@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from lightning_lars import LAMB, LARS
 from tests.support.layers import give_gradients, groups, layers, values
@@ -50,6 +51,42 @@ def test_a_compiled_step_is_one_graph_equal_to_the_eager_step(optimizer_class, o
     compiled = steps(optimizer_class, options, "eager", dtype)
     for expected, actual in zip(eager, compiled, strict=True):
         torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
+def test_a_step_keeps_its_trust_ratios_in_a_plain_tuple(optimizer_class):
+    # torch 2.11 cannot compile a step that keeps a generic NamedTuple.
+    optimizer = optimizer_class(groups(layers()), fused=False)
+    give_gradients([p for group in optimizer.param_groups for p in group["params"]], 0)
+    optimizer.step()
+    assert [type(ratios) for _, ratios in optimizer._last_trust_ratios] == [tuple]
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "key", "value"),
+    [
+        (LAMB, "betas", lambda number: (0.95 - 0.01 * number, 0.999 - 0.01 * number)),
+        (LAMB, "betas", lambda number: (0.1 * number, 0.1 * number)),
+        (LARS, "momentum", lambda number: 0.95 - 0.01 * number),
+    ],
+    ids=["betas", "betas from 0", "momentum"],
+)
+def test_a_hyperparameter_that_moves_takes_two_graphs_of_a_kind(optimizer_class, key, value):
+    counter = CompileCounter()
+    ends = []
+    for backend in (counter, None):
+        params = layers()
+        optimizer = optimizer_class(groups(params), lr=torch.tensor(0.1), fused=False)
+        step = torch.compile(optimizer.step, fullgraph=True, backend=backend) if backend else optimizer.step
+        for number in range(6):
+            for group in optimizer.param_groups:
+                group[key] = value(number)
+            give_gradients(params.values(), number)
+            step()
+        ends.append(values(params))
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-7)
+    # Two, and one for the first step, which makes the state.
+    assert counter.frame_count <= 3
 
 
 @pytest.mark.slow

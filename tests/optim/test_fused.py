@@ -269,6 +269,11 @@ def with_gaps(dtype=torch.float32):
     return {"layer": Parameter(whole[:, :3])}
 
 
+def named(value):
+    # The address of a function is another in every process, and pytest-xdist compares names.
+    return getattr(value, "__name__", None) or str(value)
+
+
 NOT_FUSED = [
     ("torch", LARS, {"denominator": "momentum", "nesterov": True}, torch.float32, adapted_layers, "momentum"),
     ("torch", LAMB, {"bias_correction": False}, torch.float32, layers, "bias_correction=True"),
@@ -285,7 +290,7 @@ NOT_FUSED = [
 
 
 @pytest.mark.parametrize(
-    ("kernels", "optimizer_class", "options", "dtype", "own", "reason"), NOT_FUSED, ids=str
+    ("kernels", "optimizer_class", "options", "dtype", "own", "reason"), NOT_FUSED, ids=named
 )
 def test_what_no_kernel_does_is_done_by_single_operations(
     device, kernels, optimizer_class, options, dtype, own, reason
@@ -296,7 +301,7 @@ def test_what_no_kernel_does_is_done_by_single_operations(
 
 
 @pytest.mark.parametrize(
-    ("kernels", "optimizer_class", "options", "dtype", "own", "reason"), NOT_FUSED, ids=str
+    ("kernels", "optimizer_class", "options", "dtype", "own", "reason"), NOT_FUSED, ids=named
 )
 def test_fused_is_refused_where_no_kernel_can_do_the_step(
     device, optimizer_class, options, dtype, own, reason
