@@ -67,7 +67,9 @@ def log_histograms(logger: Any, quantities: Quantities, optimizer: str, step: in
         # By name, as lightning.pytorch and pytorch_lightning have loggers of their own.
         kinds = {base.__name__ for base in type(logger).__mro__}
         if "TensorBoardLogger" in kinds:
-            logger.experiment.add_histogram(key, torch.tensor(values), step)
+            # Its log_metrics, which adds the prefix, takes numbers alone, and the prefix has no public name.
+            prefix = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
+            logger.experiment.add_histogram(f"{prefix}{key}", torch.tensor(values), step)
         elif "WandbLogger" in kinds:
             from wandb import Histogram
 

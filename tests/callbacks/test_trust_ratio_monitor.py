@@ -245,17 +245,32 @@ def test_tensorboard_gets_histograms_of_all_layers(tmp_path):
         assert all(event.histogram_value.num == 2 for event in histograms)
 
 
+@pytest.mark.parametrize("joined_by", ["-", "."])
+def test_histograms_of_tensorboard_have_the_prefix_of_the_logger_as_numbers_have(tmp_path, joined_by):
+    class Joining(TensorBoardLogger):
+        LOGGER_JOIN_CHAR = joined_by
+
+    logger = Joining(tmp_path, prefix="run3")
+    trainer(tmp_path, logger=logger, log_every_n_steps=4, callbacks=[TrustRatioMonitor()]).fit(boring())
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    tags = events.Tags()
+    assert len(tags["histograms"]) == 3
+    assert all(tag.startswith(f"run3{joined_by}") for tag in tags["histograms"])
+    assert f"run3{joined_by}trust_ratio/median" in tags["scalars"]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::ResourceWarning")
 def test_weights_and_biases_gets_summary_and_histograms(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
-    logger, spy = WandbLogger(save_dir=tmp_path, offline=True), Spy()
+    logger, spy = WandbLogger(save_dir=tmp_path, offline=True, prefix="run3"), Spy()
     trainer(tmp_path, logger=logger, log_every_n_steps=4, callbacks=[TrustRatioMonitor(), spy]).fit(boring())
     summary = dict(logger.experiment.summary)
     logger.experiment.finish()
-    assert summary["trust_ratio/max"] == pytest.approx(
+    assert summary["run3-trust_ratio/max"] == pytest.approx(
         max(ratio for step in range(4, 8) for ratio in spy.ratios[step].values()), rel=1e-6
     )
-    assert sum(summary["trust_ratio_per_layer/all"]["values"]) == 2
+    assert sum(summary["run3-trust_ratio_per_layer/all"]["values"]) == 2
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
