@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_lars.gradient_norms import values_of
-from lightning_lars.optim.norms import layer_norms
+from lightning_lars.optim.norms import layer_norms, widest_float
 
 
 class BackwardNorms:
@@ -68,8 +68,7 @@ class BackwardNorms:
         self._norms[index] = layer_norms([values_of(grad)])
 
     def _sum_of_squares(self, norms: Sequence[Tensor]) -> Tensor:
-        # MPS has no double precision.
-        dtype = torch.float32 if self._device.type == "mps" else torch.float64
+        dtype = widest_float(self._device)
         if not norms:
             return torch.zeros((), device=self._device, dtype=dtype)
         return torch.cat(list(norms)).to(dtype).square().sum()

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_lars.optim.norms import norm_of_each, whole_norms
+from lightning_lars.optim.norms import norm_of_each, whole_norms, widest_float
 from lightning_lars.optim.shards import Shard, local, local_gradient
 
 
@@ -38,9 +38,8 @@ def gradient_norms(params: Sequence[Tensor], shards: Mapping[Tensor, Shard], dev
     if divided:
         whole = whole_norms([norms.get(p) for p in divided], [shards[p] for p in divided])
         norms.update(zip(divided, whole, strict=True))
-    dtype = torch.float32
-    for norm in norms.values():
-        dtype = torch.promote_types(dtype, norm.dtype)
+    is_wide = any(norm.dtype == torch.float64 for norm in norms.values())
+    dtype = widest_float(device) if is_wide else torch.float32
     zero = torch.zeros((), dtype=dtype, device=device)
     return torch.stack([norms[p].to(zero) if p in norms else zero for p in params])
 

@@ -7,6 +7,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_lars.optim.norms import widest_float
+
 Number = TypeVar("Number", float, Tensor)
 
 
@@ -93,10 +95,9 @@ class MovingNoiseScale:
             counts: 0-d bool, whether to take it in; None if so.
         """
         if self._sums.device != tr_sigma.device:
-            # MPS has no double precision.
-            dtype = torch.float32 if tr_sigma.device.type == "mps" else torch.float64
+            device = tr_sigma.device
             self._sums, self._kept, self._added = (
-                each.to(tr_sigma.device, dtype) for each in (self._sums, self._kept, self._added)
+                each.to(device, widest_float(device)) for each in (self._sums, self._kept, self._added)
             )
         trace, gradient = tr_sigma.to(self._sums), squared_gradient.to(self._sums)
         one = torch.ones_like(trace)

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from lightning_lars.optim.norms import widest_float
+
 
 class PopulationStatistics:
     """Gathers the statistics of all inputs of a layer, while it is watched, from those of each batch.
@@ -29,9 +31,8 @@ class PopulationStatistics:
         self.layer = layer
         self.count = 0
         """Inputs of a channel so far, in this process."""
-        # MPS has no double precision.
-        precise = torch.float32 if self._running()[0].device.type == "mps" else torch.float64
-        self.mean = torch.zeros_like(self._running()[0], dtype=precise)
+        mean, _ = self._running()
+        self.mean = torch.zeros_like(mean, dtype=widest_float(mean.device))
         self.squares = torch.zeros_like(self.mean)
         """Sum of squared deviations from the mean."""
 

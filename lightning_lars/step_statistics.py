@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lars.layer_statistics import LayerStatistics
-from lightning_lars.optim.norms import norm_of_each, whole_norms
+from lightning_lars.optim.norms import norm_of_each, whole_norms, widest_float
 from lightning_lars.optim.parameters import named_params
 from lightning_lars.optim.shards import Shard, find_shards, local
 
@@ -128,9 +128,9 @@ class StepStatistics:
         on_device = [i for i, lr in enumerate(self._lr) if isinstance(lr, Tensor)]
         computed = [statistics.compute() for statistics in quantities.values()]
         computed += [self._lr[i].detach().to(computed[0]).expand(3, 1) for i in on_device]
-        device, dtype = computed[0].device, torch.float32
-        for table in computed:
-            dtype = torch.promote_types(dtype, table.dtype)
+        device = computed[0].device
+        is_wide = any(table.dtype == torch.float64 for table in computed)
+        dtype = widest_float(device) if is_wide else torch.float32
         columns = torch.cat([table.to(device, dtype) for table in computed], dim=1).cpu().T
         rows = iter(columns.tolist())
         taken = {
@@ -191,7 +191,7 @@ class StepStatistics:
 
 def _stack(values: Mapping[str, Tensor]) -> Tensor:
     first = next(iter(values.values()))
-    return torch.stack([value.to(first.device, non_blocking=True) for value in values.values()])
+    return torch.stack([value.to(first, non_blocking=True) for value in values.values()])
 
 
 @torch.no_grad()
@@ -202,5 +202,5 @@ def _relative_change(params: list[Tensor], before: Mapping[Tensor, Tensor]) -> T
     found = find_shards((str(i), p) for i, p in enumerate(params))
     shards = [found.get(p, Shard((), p.device)) for p in params]
     norms = whole_norms(norm_of_each([*change, *after]), [*shards, *shards])
-    change_norm, weight_norm = torch.stack([norm.to(shards[0].device) for norm in norms]).view(2, -1)
+    change_norm, weight_norm = torch.stack([norm.to(norms[0]) for norm in norms]).view(2, -1)
     return torch.where(change_norm == 0, 0.0, change_norm / weight_norm)

@@ -112,7 +112,7 @@ def norm_of_all(
         norms.append(torch.stack(whole_norms([here.get(p) for p in divided], list(divided.values()))))
     if not norms:
         return None
-    norm_of_each = torch.cat([norm.to(norms[0].device, non_blocking=True) for norm in norms])
+    norm_of_each = torch.cat([norm.to(norms[0], non_blocking=True) for norm in norms])
     norm: Tensor = torch.linalg.vector_norm(norm_of_each.where(norm_of_each.isfinite(), 0))
     return norm
 

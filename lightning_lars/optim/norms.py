@@ -17,6 +17,8 @@ _LONG = 16384
 # Elements of a tensor on the CPU that are added up in float32, before their sums are in float64.
 _BLOCK = 256
 
+_WITHOUT_FLOAT64 = {"mps"}
+
 # Norms for which no square that matters overflows or vanishes in float32.
 _SQUARE_FITS = (1e-12, 1e18)
 
@@ -97,10 +99,10 @@ def whole_norms(norms: Sequence[Tensor | None], shards: Sequence[Shard]) -> list
         shards: Where the rest of each layer is.
 
     Returns:
-        0-d float64 tensors, on the device of their shard.
+        0-d tensors on the device of their shard, in float64 where it has that.
     """
     zeros = {
-        device: torch.zeros((), dtype=torch.float64, device=device)
+        device: torch.zeros((), dtype=widest_float(device), device=device)
         for device in {shard.device for shard in shards}
     }
     squares = [zeros[shard.device] for shard in shards]
@@ -110,8 +112,9 @@ def whole_norms(norms: Sequence[Tensor | None], shards: Sequence[Shard]) -> list
             alike.setdefault((norm.device, norm.dtype), []).append(i)
     for indices in alike.values():
         here = torch.stack([norm for i in indices if (norm := norms[i]) is not None])
-        for i, square in zip(indices, here.double().square().unbind(), strict=True):
-            squares[i] = square.to(shards[i].device)
+        wide = here.to(widest_float(here.device))
+        for i, square in zip(indices, wide.square().unbind(), strict=True):
+            squares[i] = square.to(zeros[shards[i].device])
     return list(torch._foreach_sqrt(add_up(squares, shards)))
 
 
@@ -123,3 +126,12 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """
     on_cpu = tensor.device.type == "cpu"
     return torch.promote_types(tensor.dtype, torch.float64 if on_cpu else torch.float32)
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 for a device that does not have it: MPS, and some of Intel's GPUs."""
+    if device.type == "xpu":
+        has_float64 = bool(torch.xpu.get_device_properties(device).has_fp64)
+    else:
+        has_float64 = device.type not in _WITHOUT_FLOAT64
+    return torch.float64 if has_float64 else torch.float32
