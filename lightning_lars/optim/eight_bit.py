@@ -92,7 +92,12 @@ class EightBitOptimizer(LayerwiseOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state dict, with the codes and scales of what is in 8 bits as plain tensors."""
-        return plain_state_dict(super().state_dict())
+        # Ahead of the hooks of the caller, which have the last word.
+        hook = self.register_state_dict_post_hook(lambda _, saved: plain_state_dict(saved), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def _forget_step(self) -> None:
         for p in self.state:

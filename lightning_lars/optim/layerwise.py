@@ -380,14 +380,25 @@ class LayerwiseOptimizer(Optimizer, ABC):
             adapted.update(adapt_state_dict(saved, self.param_groups, self.state_keys, self._check_groups))
             return adapted
 
-        # Registered last, it sees what the hooks of the caller made of the state dict.
-        hook = self.register_load_state_dict_pre_hook(adapt)
+        def fit(_: Optimizer) -> None:
+            restore_dtypes(self.state, adapted, self.param_groups)
+            self._fit_loaded_state()
+
+        # Between the hooks of the caller: those before see the state dict as it was saved, those after see
+        # the state as it stays.
+        hooks = [
+            self.register_load_state_dict_pre_hook(adapt),
+            self.register_load_state_dict_post_hook(fit, prepend=True),
+        ]
+        before = self.__dict__.copy()
         try:
             super().load_state_dict(state_dict)
+        except BaseException:
+            self.__dict__.update(before)
+            raise
         finally:
-            hook.remove()
-        restore_dtypes(self.state, adapted, self.param_groups)
-        self._fit_loaded_state()
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def _fit_loaded_state(self) -> None:
