@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _MOST_LABELS = 60
 _LONGEST_LABEL = 48
+_WIDTH = 10
 _FEW_LINES, _MANY_LINES = 8, 60
 _GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 _NO_VALUE, _NOT_FINITE, _SCHEDULE = "0.92", "#d7191c", "0.9"
@@ -59,7 +60,7 @@ def plot_trust_ratios(history: TrustRatioHistory, ax: Axes | None = None) -> tup
 
     Args:
         history: With one record at least.
-        ax: To draw in; None makes a figure.
+        ax: To draw in; None makes a figure of pyplot.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -103,7 +104,7 @@ def plot_effective_lr(history: TrustRatioHistory, ax: Axes | None = None) -> tup
 
     Args:
         history: With one record at least.
-        ax: To draw in; None makes a figure.
+        ax: To draw in; None makes a figure of pyplot.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -164,8 +165,12 @@ def plot_effective_lr(history: TrustRatioHistory, ax: Axes | None = None) -> tup
     return figure, ax
 
 
-def plot_history(history: TrustRatioHistory) -> tuple[Figure, list[Axes]]:
+def plot_history(history: TrustRatioHistory, figure: Figure | None = None) -> tuple[Figure, list[Axes]]:
     """Draw heat-map and lines, one below the other; without lines if the optimizer tells no learning rates.
+
+    Args:
+        history: With one record at least.
+        figure: An empty one to draw in; None makes one of pyplot, which notebooks show when their cell ends.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -173,15 +178,18 @@ def plot_history(history: TrustRatioHistory) -> tuple[Figure, list[Axes]]:
     """
     _check_matplotlib("plot")
     _check_recorded(history)
-    if not history.series("effective_lr"):
-        figure, alone = plot_trust_ratios(history)
-        return figure, [alone]
-    heights = [_heat_map_height(len(history.series("trust_ratio"))), 3.5]
-    figure = _figure(height=sum(heights))
-    above, below = figure.subplots(2, 1, height_ratios=heights)
-    plot_trust_ratios(history, above)
-    plot_effective_lr(history, below)
-    return figure, [above, below]
+    heights = [_heat_map_height(len(history.series("trust_ratio")))]
+    if history.series("effective_lr"):
+        heights.append(3.5)
+    if figure is None:
+        figure = _figure(height=sum(heights))
+    else:
+        figure.set_size_inches(_WIDTH, sum(heights))
+        figure.set_layout_engine("constrained")
+    axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0].tolist()
+    for draw, ax in zip((plot_trust_ratios, plot_effective_lr), axes, strict=False):
+        draw(history, ax)
+    return figure, axes
 
 
 def save_picture(history: TrustRatioHistory, path: Path) -> None:
@@ -192,7 +200,10 @@ def save_picture(history: TrustRatioHistory, path: Path) -> None:
         OSError: If the file cannot be written.
         ValueError: If the history has no records, or matplotlib does not know the format.
     """
-    figure, _ = plot_history(history)
+    from matplotlib.figure import Figure
+
+    # None of pyplot, which would keep it, and open a window.
+    figure, _ = plot_history(history, Figure())
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -239,19 +250,17 @@ def _short(name: str) -> str:
 def _check_recorded(history: TrustRatioHistory) -> None:
     if not history.series("trust_ratio"):
         raise ValueError(
-            "there is nothing to plot: no step with trust ratios has been recorded. Train for at least "
-            "log_every_n_steps steps first"
+            "there is nothing to plot: no step with trust ratios has been recorded in this process. Either "
+            "no training has come to its first log (log_every_n_steps), or it ran in processes of its own "
+            "(strategy='ddp_notebook', 'ddp_spawn', 'ddp_fork'), which have ended with what they recorded: "
+            "there, TrustRatioMonitor(picture=...) draws into a file"
         )
 
 
 def _figure(height: float) -> Figure:
-    # Without pyplot, which would keep every figure, and open windows.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib import pyplot
 
-    figure = Figure(figsize=(10, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return pyplot.figure(figsize=(_WIDTH, height), layout="constrained")
 
 
 def _heat_map_height(layers: int) -> float:

@@ -2,10 +2,14 @@
 
 import os
 import random
+import sys
 from pathlib import Path
 
 # Before torch is imported, here and in the processes of tests: they share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# No window opens where there is a screen.
+os.environ["MPLBACKEND"] = "agg"
 
 import numpy as np
 import pytest
@@ -35,6 +39,14 @@ def _seed() -> None:
 def _console() -> None:
     # Lightning's RichProgressBar configures that of the whole process.
     rich.reconfigure()
+
+
+@pytest.fixture(autouse=True)
+def _figures():
+    yield
+    # Pyplot keeps those that nobody closes, and warns of them.
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.fixture

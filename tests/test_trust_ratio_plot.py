@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from matplotlib import pyplot
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -163,8 +164,22 @@ def test_draws_in_axes_that_are_given():
 
 
 @pytest.mark.parametrize("plot", [plot_history, plot_trust_ratios, plot_effective_lr])
+def test_what_is_drawn_is_a_figure_of_pyplot_which_notebooks_and_show_look_for(plot):
+    figure, _ = plot(recorded(FEW))
+    assert [pyplot.figure(number) for number in pyplot.get_fignums()] == [figure]
+
+
+def test_a_picture_that_is_saved_opens_no_figure_of_pyplot(tmp_path):
+    save_picture(recorded(FEW), tmp_path / "picture.png")
+    assert pyplot.get_fignums() == []
+    width, height = pyplot.imread(tmp_path / "picture.png").shape[1::-1]
+    figure, _ = plot_history(recorded(FEW))
+    assert (figure.get_size_inches() * 150).tolist() == pytest.approx([width, height], abs=1)
+
+
+@pytest.mark.parametrize("plot", [plot_history, plot_trust_ratios, plot_effective_lr])
 def test_without_records_says_what_to_do(plot):
-    with pytest.raises(ValueError, match="Train for at least log_every_n_steps steps"):
+    with pytest.raises(ValueError, match="nothing to plot: no step with trust ratios"):
         plot(TrustRatioHistory())
 
 

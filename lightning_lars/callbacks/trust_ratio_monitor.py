@@ -237,7 +237,7 @@ class TrustRatioMonitor(Callback):
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
-            ValueError: If nothing was logged.
+            ValueError: If nothing was logged in this process.
         """
         return plot_history(self._history) if ax is None else plot_trust_ratios(self._history, ax)
 

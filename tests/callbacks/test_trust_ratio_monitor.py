@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins import MixedPrecision
+from matplotlib import pyplot
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -605,6 +606,25 @@ def test_plot_draws_the_ratios_that_were_logged(tmp_path):
     assert below.get_lines()[0].get_xdata().tolist() == [2, 4, 6, 8]
     given = above.get_figure().subplots()
     assert monitor.plot(given) == (above.get_figure(), given)
+
+
+def test_plot_shows_where_a_notebook_looks_when_a_cell_ends(tmp_path):
+    monitor = TrustRatioMonitor()
+    trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=1, callbacks=[monitor]).fit(boring())
+    figure, _ = monitor.plot()
+    assert [pyplot.figure(number) for number in pyplot.get_fignums()] == [figure]
+    monitor.plot(pyplot.subplots()[1])
+    assert len(pyplot.get_fignums()) == 2
+
+
+def test_plot_without_records_says_what_is_known_of_why():
+    with pytest.raises(
+        ValueError, match="in this process. Either no training has come to its first log"
+    ) as raised:
+        TrustRatioMonitor().plot()
+    # Their processes have ended, and this one cannot know that they were there.
+    assert "in processes of its own (strategy='ddp_notebook', " in str(raised.value)
+    assert "TrustRatioMonitor(picture=...) draws into a file" in str(raised.value)
 
 
 def test_an_optimizer_of_someone_else_is_drawn_without_a_learning_rate(tmp_path):
