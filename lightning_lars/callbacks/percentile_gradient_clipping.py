@@ -1,5 +1,6 @@
 """Clips gradients at a percentile of the norms that they had in the last steps."""
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lars.before_steps import BeforeSteps
 from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.gradient_norms import gradient_norms, scale_gradients
 from lightning_lars.optim.arguments import is_number, require
+from lightning_lars.optim.checkpoint import is_trial_of_checkpoint
 from lightning_lars.optim.parameters import named_params
 from lightning_lars.optim.shards import Shard, find_shards
 from lightning_lars.optimizer_names import by_name
@@ -36,8 +39,10 @@ class PercentileGradientClipping(Callback):
     Not kept are norms of 0, and those of a step with a gradient that is not finite, which a gradient scaler
     skips. The history is part of checkpoints.
 
-    Other callbacks see gradients before clipping, the module's ``on_before_optimizer_step`` after it. Nothing
-    comes to the host but when Lightning logs.
+    Other callbacks see gradients before clipping, the module's ``on_before_optimizer_step`` after it. Steps
+    that go round Lightning (``optimizers(use_pl_optimizer=False)``, ``optimizer.optimizer.step()``) are
+    clipped too, without these. An optimizer none of whose steps could be seen is warned of when training
+    ends. Nothing comes to the host but when Lightning logs.
 
     Args:
         percentile: What of the history to clip at, at least 0 and below 100: with 10, nine steps of ten are
@@ -61,8 +66,8 @@ class PercentileGradientClipping(Callback):
 
     Raises:
         ValueError: If an argument breaks its rule.
-        MisconfigurationException: At the start of a fit, under DeepSpeed, which clips by itself, or if a
-            checkpoint has the history of another number of layers.
+        MisconfigurationException: At the start of a fit, under DeepSpeed, which clips by itself, without an
+            optimizer, or if a checkpoint has the history of another number of layers.
 
     Example:
         >>> import lightning
@@ -98,7 +103,8 @@ class PercentileGradientClipping(Callback):
         # Of each optimizer: in the order of the columns, and None before the first step.
         self._params: list[list[Tensor]] = []
         self._shards: list[dict[Tensor, Shard]] = []
-        self._has_stepped = False
+        self._steps: list[BeforeSteps] = []
+        self._has_stepped = self._has_trained = False
 
     @property
     @override
@@ -123,8 +129,13 @@ class PercentileGradientClipping(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not any(optimizer.param_groups for optimizer in trainer.optimizers):
+            raise MisconfigurationException(
+                "PercentileGradientClipping clips the gradients that an optimizer steps with, got no "
+                "optimizer: return one from configure_optimizers or leave the callback out"
+            )
         number = len(trainer.optimizers)
-        self._has_stepped = False
+        self._has_stepped = self._has_trained = False
         self._params, self._shards = [[] for _ in range(number)], [{} for _ in range(number)]
         self._clippings = [
             PercentileClipping(self.percentile, self.history, self.starts_full) for _ in range(number)
@@ -147,13 +158,23 @@ class PercentileGradientClipping(Callback):
             max_grad_norm = optimizer.param_groups[0].get("max_grad_norm")
             if max_grad_norm is not None:
                 self._warn_of_another(f"{type(optimizer).__name__}(max_grad_norm={max_grad_norm!r})")
+        self._detach()
+        self._steps = [
+            BeforeSteps(optimizer, partial(self._clip, trainer, i))
+            for i, optimizer in enumerate(trainer.optimizers)
+        ]
 
     @override
-    @torch.no_grad()
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        index = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
+        self._steps[next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)].announce()
+
+    @torch.no_grad()
+    def _clip(self, trainer: Trainer, index: int) -> None:
+        if is_trial_of_checkpoint():
+            return
+        optimizer = trainer.optimizers[index]
         params, shards = self._look_at_params(index, optimizer)
         norms = gradient_norms(params, shards, trainer.strategy.root_device)
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
@@ -169,6 +190,9 @@ class PercentileGradientClipping(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         # Lightning asks for logs on every batch that is accumulated for a step; the step is in the last.
         stepped, self._has_stepped = self._has_stepped, False
+        self._has_trained = True
+        for steps in self._steps:
+            steps.forget()
         # Only the connector knows when Lightning logs its own metrics, and only the loop on which x-axis.
         if not stepped or not trainer._logger_connector.should_update_logs:
             return
@@ -182,7 +206,24 @@ class PercentileGradientClipping(Callback):
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
 
     @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        names = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+        unseen = [name for name, steps in zip(names, self._steps, strict=True) if not steps.number]
+        if unseen and self._has_trained and not cast(Any, trainer).fast_dev_run:
+            rank_zero_warn(
+                f"PercentileGradientClipping has clipped no gradient of {', '.join(unseen)}, which took no "
+                "step that it could see. It sees those of optimizer.step() of what configure_optimizers "
+                "returned, not of an optimizer inside of that or of another method: step through that, or "
+                "leave the callback out"
+            )
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._detach()
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._detach()
         # Off the device, and still there for a checkpoint.
         self._states = [clipping.state() for clipping in self._clippings]
         self._clippings, self._params, self._shards = [], [], []
@@ -195,6 +236,11 @@ class PercentileGradientClipping(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._states = state_dict["norms"]
+
+    def _detach(self) -> None:
+        for steps in self._steps:
+            steps.detach()
+        self._steps = []
 
     def _look_at_params(self, index: int, optimizer: Optimizer) -> tuple[list[Tensor], dict[Tensor, Shard]]:
         """Return the parameters in the order of their columns; those that were added since come last."""

@@ -25,7 +25,7 @@ from torch.testing import assert_close
 from lightning_lars import LARS, GradientNoiseScale, PercentileGradientClipping
 from lightning_lars.gradient_norms import gradient_norms, scale_gradients
 from lightning_lars.percentile_clipping import PercentileClipping
-from tests.support.boring import Boring, boring, trainer
+from tests.support.boring import Boring, WithoutOptimizer, boring, trainer
 from tests.support.reference import autoclip
 from tests.support.small_network import deviation
 from tests.workers.clipping import RUNS, train
@@ -300,6 +300,125 @@ def test_every_optimizer_has_a_history_of_its_own_in_manual_optimization(tmp_pat
     assert shown == {PREFIX + "SGD", PREFIX + "SGD-1"}
 
 
+class Manual(SteepModule):
+    """Steps by itself, in a way that a test chooses."""
+
+    automatic_optimization = False
+
+    def __init__(self, take_step):
+        super().__init__()
+        self.take_step = take_step
+
+    def training_step(self, batch, batch_idx):
+        def gradients():
+            self.zero_grad()
+            self.manual_backward(super(Manual, self).training_step(batch, batch_idx))
+
+        self.take_step(self, gradients, batch_idx)
+
+
+def step_of(own, gradients, which):
+    """Take the step of an optimizer for which a function of the module looks."""
+    gradients()
+    which(own).step()
+
+
+def now_and_then(own, gradients, batch_idx):
+    gradients()
+    own.optimizers(use_pl_optimizer=batch_idx % 3 > 0).step()
+
+
+ROUND_LIGHTNING = {
+    "use_pl_optimizer=False": lambda own, grads, _: step_of(
+        own, grads, lambda own: own.optimizers(use_pl_optimizer=False)
+    ),
+    "optimizer.optimizer": lambda own, grads, _: step_of(own, grads, lambda own: own.optimizers().optimizer),
+    "trainer.optimizers": lambda own, grads, _: step_of(own, grads, lambda own: own.trainer.optimizers[0]),
+    "closure": lambda own, grads, _: own.optimizers().optimizer.step(grads),
+    "closure by name": lambda own, grads, _: own.optimizers().optimizer.step(closure=grads),
+    "now and then": now_and_then,
+    "closure of Lightning": lambda own, grads, _: own.optimizers().step(grads),
+}
+
+
+@pytest.mark.parametrize("way", ROUND_LIGHTNING)
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_steps_that_go_round_lightning_are_clipped_once(tmp_path, way, per_layer):
+    module = Manual(ROUND_LIGHTNING[way])
+    clipping = PercentileGradientClipping(25.0, 100, per_layer)
+    fitting, steps = fit(tmp_path, module, clipping, log_every_n_steps=1)
+    wanted = clipped(module.gradients(), 25.0, per_layer=per_layer)
+    assert steps == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+    assert PREFIX + "threshold" in fitting.callback_metrics
+    assert not fitting.optimizers[0]._optimizer_step_pre_hooks
+
+
+def test_steps_that_a_module_takes_round_lightning_in_automatic_optimization_are_clipped(tmp_path):
+    class Overridden(SteepModule):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+            if batch_idx % 2:
+                optimizer.optimizer.step(closure=optimizer_closure)
+            else:
+                optimizer_closure()
+                optimizer.optimizer.step()
+
+    module = Overridden()
+    _, steps = fit(tmp_path, module, PercentileGradientClipping(25.0))
+    assert steps == pytest.approx(clipped(module.gradients(), 25.0), rel=1e-9, abs=1e-12)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As other packages write it: an Optimizer that leaves out its own __init__, and so has no hooks."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.param_groups, self.state, self.defaults = optimizer.param_groups, optimizer.state, {}
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
+def test_an_optimizer_without_hooks_is_clipped_where_lightning_steps_it(tmp_path):
+    class Wrapped(SteepModule):
+        optimizer = staticmethod(lambda params: Wrapper(torch.optim.SGD(params, lr=1.0)))
+
+    module = Wrapped()
+    _, steps = fit(tmp_path, module, PercentileGradientClipping(25.0))
+    assert steps == pytest.approx(clipped(module.gradients(), 25.0), rel=1e-9, abs=1e-12)
+
+
+class Trying(torch.optim.SGD):
+    """Has steps of other names, as SAM."""
+
+    def second_step(self):
+        return torch.optim.SGD.step.__wrapped__(self)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "take_step", "name"),
+    [
+        (lambda params: Wrapper(torch.optim.SGD(params, lr=1.0)), lambda o: o.step(), "Wrapper"),
+        (lambda params: Trying(params, lr=1.0), lambda o: o.second_step(), "Trying"),
+    ],
+)
+def test_an_optimizer_whose_steps_cannot_be_seen_is_warned_of(tmp_path, optimizer, take_step, name):
+    def unseen(own, gradients, batch_idx):
+        gradients()
+        take_step(own.optimizers(use_pl_optimizer=False))
+
+    class Unseen(Manual):
+        def configure_optimizers(self):
+            return optimizer(self.parameters())
+
+    module = Unseen(unseen)
+    with pytest.warns(UserWarning, match=rf"clipped no gradient of {name}, which took no step that it could"):
+        _, steps = fit(tmp_path, module, PercentileGradientClipping(25.0))
+    assert steps == pytest.approx(module.gradients())
+
+
 def test_layers_that_are_unfrozen_get_columns(tmp_path):
     class Tuned(Boring):
         def __init__(self):
@@ -376,6 +495,13 @@ def test_deepspeed_is_refused(tmp_path):
     fitting = trainer(tmp_path, callbacks=[PercentileGradientClipping()], strategy=DeepSpeedStrategy("cpu"))
     with pytest.raises(MisconfigurationException, match="cannot clip under DeepSpeed"):
         fitting.fit(SteepModule())
+
+
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+def test_without_an_optimizer_says_what_to_do(tmp_path):
+    fitting = trainer(tmp_path, callbacks=[PercentileGradientClipping()])
+    with pytest.raises(MisconfigurationException, match="got no optimizer: return one from"):
+        fitting.fit(WithoutOptimizer(optimizer=LARS))
 
 
 @pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning], ids=lambda each: each.__name__)

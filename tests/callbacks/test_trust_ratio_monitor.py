@@ -619,7 +619,7 @@ def test_plot_shows_where_a_notebook_looks_when_a_cell_ends(tmp_path):
 
 def test_plot_without_records_says_what_is_known_of_why():
     with pytest.raises(
-        ValueError, match="in this process. Either no training has come to its first log"
+        ValueError, match=r"in this process\. Either no training has come to its first log"
     ) as raised:
         TrustRatioMonitor().plot()
     # Their processes have ended, and this one cannot know that they were there.
