@@ -36,7 +36,7 @@ class LayerStatistics(Metric):
         super().__init__(sync_on_compute=False)
         self.layers: list[str] = []
         for state in ("count", "total", "minimum", "maximum"):
-            self.add_state(state, torch.zeros(0), dist_reduce_fx=None)
+            self.add_state(state, torch.zeros(0, device="cpu"), dist_reduce_fx=None)
 
     def update(self, layers: Sequence[str], values: Tensor) -> None:
         """Add one step.
@@ -59,7 +59,8 @@ class LayerStatistics(Metric):
         where: Tensor | slice = slice(None)
         if list(layers) != self.layers:
             number = {layer: i for i, layer in enumerate(self.layers)}
-            where = torch.tensor([number[layer] for layer in layers]).to(values.device, non_blocking=True)
+            places = torch.tensor([number[layer] for layer in layers], device="cpu")
+            where = places.to(values.device, non_blocking=True)
         self.count[where] += 1
         self.total[where] += values
         self.minimum[where] = torch.minimum(self.minimum[where], values)

@@ -82,9 +82,9 @@ class MovingNoiseScale:
 
     def __init__(self, decay: float, state: Sequence[float] | None = None) -> None:
         # Of 1, tr_sigma, squared_gradient, their squares and their product; and the sum of squared weights.
-        self._sums = torch.tensor(state or [0.0] * 7, dtype=torch.float64)
-        self._kept = torch.tensor([decay] * 6 + [decay**2], dtype=torch.float64)
-        self._added = torch.tensor([1 - decay] * 6 + [(1 - decay) ** 2], dtype=torch.float64)
+        self._sums = torch.tensor(state or [0.0] * 7, dtype=torch.float64, device="cpu")
+        self._kept = torch.tensor([decay] * 6 + [decay**2], dtype=torch.float64, device="cpu")
+        self._added = torch.tensor([1 - decay] * 6 + [(1 - decay) ** 2], dtype=torch.float64, device="cpu")
 
     def update(self, tr_sigma: Tensor, squared_gradient: Tensor, counts: Tensor | None = None) -> None:
         """Take in a measurement, and wait for nothing; leave it out if it is not finite.

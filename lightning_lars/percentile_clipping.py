@@ -53,7 +53,7 @@ class PercentileClipping:
         self._starts_full = starts_full
         self._length = history
         # A row for each step, the last at the end; a column for each norm; NaN where none has been.
-        self._norms = torch.full((history, 0), torch.nan)
+        self._norms = torch.full((history, 0), torch.nan, device="cpu")
         self._last: tuple[Tensor, Tensor] | None = None
         self._counts: Tensor | None = None  # of norms, and of those that were clipped, since the last read
 

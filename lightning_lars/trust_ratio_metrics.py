@@ -69,7 +69,7 @@ def log_histograms(logger: Any, quantities: Quantities, optimizer: str, step: in
         if "TensorBoardLogger" in kinds:
             # Its log_metrics, which adds the prefix, takes numbers alone, and the prefix has no public name.
             prefix = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
-            logger.experiment.add_histogram(f"{prefix}{key}", torch.tensor(values), step)
+            logger.experiment.add_histogram(f"{prefix}{key}", torch.tensor(values, device="cpu"), step)
         elif "WandbLogger" in kinds:
             from wandb import Histogram
 

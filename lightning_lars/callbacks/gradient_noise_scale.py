@@ -286,4 +286,6 @@ def _check(trainer: Trainer, pl_module: LightningModule) -> None:
 
 
 def _publish(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
+    trainer.callback_metrics.update(
+        {key: torch.tensor(value, device="cpu") for key, value in metrics.items()}
+    )

@@ -203,7 +203,9 @@ class PercentileGradientClipping(Callback):
                 metrics.update({f"gradient_clipping/{name}{k}": v for k, v in clipped._asdict().items()})
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
+        trainer.callback_metrics.update(
+            {key: torch.tensor(value, device="cpu") for key, value in metrics.items()}
+        )
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

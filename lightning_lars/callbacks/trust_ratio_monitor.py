@@ -185,7 +185,9 @@ class TrustRatioMonitor(Callback):
             logger.log_metrics({**summary, **per_layer}, step=step)
             for name, quantities in taken.items():
                 log_histograms(logger, quantities, name, step)
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in summary.items()})
+        trainer.callback_metrics.update(
+            {key: torch.tensor(value, device="cpu") for key, value in summary.items()}
+        )
         for name, quantities in taken.items():
             self._warn(name, self._alerts[name].look(quantities))
             self._warn(name, self._alerts[name].look_at_peak(self._watched[name].rates))

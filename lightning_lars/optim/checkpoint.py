@@ -74,7 +74,7 @@ def restore_dtypes(
         dtype = torch.promote_types(p.dtype, torch.float32)
         for key, value in saved["state"].get(saved_id, {}).items():
             if key == "step":
-                state[p][key] = torch.as_tensor(value, dtype=torch.float32).to(p.device, copy=True)
+                state[p][key] = torch.as_tensor(value, dtype=torch.float32, device=p.device).clone()
             elif isinstance(value, Tensor):
                 state[p][key] = value.to(p.device, dtype, copy=True)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_lars.optim.arguments import require
 from lightning_lars.optim.eight_bit_state import (
+    Maps,
     fits_eight_bit,
     import_eight_bit_tensor,
     is_eight_bit,
@@ -33,7 +34,13 @@ class EightBitOptimizer(LayerwiseOptimizer):
     # Of groups that do not name it.
     _min_8bit_size: int
 
+    _maps: Maps
+
+    # What was in 8 bits, of layers in the middle of a step.
+    _held: dict[Tensor, dict[str, Tensor]]
+
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        self._maps, self._held = Maps(), {}
         super().__init__(params, {**defaults, "min_8bit_size": self._min_8bit_size})
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
@@ -71,7 +78,7 @@ class EightBitOptimizer(LayerwiseOptimizer):
             opens, closes = before_norms, not before_norms
         if opens:
             for p in layers.params:
-                to_float(self.state[p], p)
+                self._held[p] = to_float(self.state[p], p)
         try:
             yield
         finally:
@@ -81,9 +88,10 @@ class EightBitOptimizer(LayerwiseOptimizer):
 
     def _pack(self, p: Tensor, group: Mapping[str, Any]) -> None:
         if fits_eight_bit(p, group["min_8bit_size"]):
-            to_eight_bit(self.state[p], p)
+            to_eight_bit(self.state[p], p, self._maps, self._held.pop(p, {}))
         else:
             to_float(self.state[p], p)
+            self._held.pop(p, None)
 
     def _moments(self, params: Iterable[Tensor]) -> list[list[Tensor]]:
         # What is in 8 bits will be float32, laid out as its parameter, when a kernel sees it.
@@ -98,6 +106,12 @@ class EightBitOptimizer(LayerwiseOptimizer):
             return super().state_dict()
         finally:
             hook.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._held = {}
+        if "_maps" not in self.__dict__:
+            self._maps = Maps()
 
     def _forget_step(self) -> None:
         for p in self.state:

@@ -88,28 +88,67 @@ def fits_eight_bit(p: Any, min_8bit_size: int) -> bool:
     return size >= max(min_8bit_size, 1) and size % BLOCK_SIZE == 0
 
 
-def to_float(state: dict[str, Any], p: Tensor) -> None:
-    """Dequantize what of the state of a parameter is in 8 bits, laid out in memory as the parameter is."""
+class Maps:
+    """The numbers that codes stand for, on each device, where a step must not wait for them to be copied.
+
+    One optimizer's, so that they are copied on the stream that it steps on, and live as long as CUDA graphs
+    of its steps may read them.
+    """
+
+    def __init__(self) -> None:
+        self._maps: dict[tuple[bool, torch.device], Tensor] = {}
+
+    def map(self, signed: bool, device: torch.device) -> Tensor:
+        """Return the map of numbers with a sign, or of those without."""
+        known = self._maps.get((signed, device))
+        if known is None:
+            with torch.device("cpu"):
+                zeros = import_eight_bit_tensor().zeros((BLOCK_SIZE,), signed, BLOCK_SIZE, device="cpu")
+            on_host = zeros.qmap.pin_memory() if device.type == "cuda" else zeros.qmap
+            known = self._maps[signed, device] = on_host.to(device, non_blocking=True)
+        return known
+
+
+def to_float(state: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+    """Dequantize what of the state of a parameter is in 8 bits, laid out in memory as the parameter is.
+
+    Returns:
+        What was in 8 bits, by key.
+    """
+    held = {}
     for key, value in state.items():
         if isinstance(value, Tensor) and is_eight_bit(value):
-            part = local(p)
+            part, held[key] = local(p), value
             floats = torch.empty_like(part, dtype=torch.promote_types(part.dtype, torch.float32))
             state[key] = laid_out_as(p, floats.copy_(local(value).dequantize()))
+    return held
 
 
-def to_eight_bit(state: dict[str, Any], p: Tensor) -> None:
-    """Quantize what of the state of a parameter is of its size, and is not in 8 bits yet."""
+def to_eight_bit(state: dict[str, Any], p: Tensor, maps: Maps, held: Mapping[str, Tensor]) -> None:
+    """Quantize what of the state of a parameter is of its size, and is not in 8 bits yet.
+
+    Args:
+        state: Of the parameter.
+        p: The parameter.
+        maps: What codes stand for.
+        held: What :func:`to_float` returned, which takes the codes again: a CUDA graph knows their address.
+    """
     for key, value in state.items():
         if isinstance(value, Tensor) and key != "step" and not is_eight_bit(value):
+            part = local(p)
             # What is a mean of squares has no sign, and twice as many steps without.
-            eight_bit = import_eight_bit_tensor().zeros(
-                local(p).shape,
-                signed=key != "exp_avg_sq",
-                block_size=BLOCK_SIZE,
-                device=local(p).device,
-                dtype=torch.float32,
-            )
-            state[key] = laid_out_as(p, eight_bit.copy_(local(value).float().contiguous()))
+            signed = key != "exp_avg_sq"
+            whole = held.get(key)
+            if whole is None:
+                codes = torch.zeros(part.shape, dtype=torch.uint8, device=part.device)
+                scale = torch.zeros(part.numel() // BLOCK_SIZE, dtype=torch.float32, device=part.device)
+                qmap = maps.map(signed, part.device)
+                new = import_eight_bit_tensor()(codes, scale, qmap, signed, dtype=torch.float32)
+                whole = laid_out_as(p, new)
+            eight_bit: Any = local(whole)
+            eight_bit.qmap = maps.map(signed, part.device)
+            eight_bit.copy_(local(value).float().contiguous())
+            state[key] = whole
 
 
 def plain_state_dict(saved: dict[str, Any]) -> dict[str, Any]:

@@ -214,7 +214,7 @@ class LARS(LayerwiseOptimizer):
         if ratios is None and not group["lr_in_momentum"]:
             self._descend_by_sgd(layers, weights, direction, lr, weight_decay)
         elif not self._descend_by_adapted_sgd(layers, weights, direction, ratios, lr, weight_decay):
-            of_layers = None if ratios is None else torch.tensor(ratios, dtype=weights[0].dtype)
+            of_layers = None if ratios is None else weights[0].new_tensor(ratios)
             self._descend(layers, weights, direction, of_layers, lr)
 
     def _descend_by_adapted_sgd(

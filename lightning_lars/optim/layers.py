@@ -90,7 +90,9 @@ def sort_layers(group: dict[str, Any], shards: Shards, name: Callable[[Tensor], 
 
 def _elements_at_once(part: Tensor, group: Mapping[str, Any]) -> float:
     needs_scratch = "min_8bit_size" in group  # for its state in float32
-    if takes_triton(part) and group["fused"] is not False and triton_can_do(part.dtype) and not needs_scratch:
+    may_be_fused = takes_triton(part) and group["fused"] is not False and not needs_scratch
+    # No kernel is tried while a step is compiled, which needs no bound either.
+    if may_be_fused and (torch.compiler.is_compiling() or triton_can_do(part)):
         return math.inf
     return _ELEMENTS_AT_ONCE_ON_CPU if part.device.type == "cpu" else _ELEMENTS_AT_ONCE
 

@@ -19,7 +19,12 @@ from lightning_lars.optim.arguments import (
 )
 from lightning_lars.optim.checkpoint import adapt_state_dict, is_trial_of_checkpoint, restore_dtypes
 from lightning_lars.optim.eight_bit_state import to_float
-from lightning_lars.optim.kernels.choice import takes_triton, why_not_fused
+from lightning_lars.optim.kernels.choice import (
+    lay_out_as,
+    takes_triton,
+    warn_where_triton_fails,
+    why_not_fused,
+)
 from lightning_lars.optim.kernels.layer_table import LayerTable, LayerTables
 from lightning_lars.optim.layers import (
     Layers,
@@ -34,7 +39,7 @@ from lightning_lars.optim.norms import Tensors, layer_norms
 from lightning_lars.optim.parameters import check_params, named_params
 from lightning_lars.optim.partitions import check_not_partitioned, check_sees_all_gradients, given_shapes
 from lightning_lars.optim.scratch import Scratch
-from lightning_lars.optim.shards import Shard, find_shards, is_laid_out, local
+from lightning_lars.optim.shards import Shard, find_shards, is_laid_out, laid_out_as, local
 from lightning_lars.optim.trust_ratio import Number, TrustRatios, at_clip, at_zero_rule, stack_ratios
 
 
@@ -176,7 +181,8 @@ class LayerwiseOptimizer(Optimizer, ABC):
 
         Raises:
             RuntimeError: If a gradient is sparse, a parameter is a part of a layer whose norm cannot be
-                known, or no kernel can do what ``fused=True`` asks for; nothing has moved then.
+                known, state is on another device than its parameter, or no kernel can do what
+                ``fused=True`` asks for; nothing has moved then.
         """
         loss = None
         if closure is not None:
@@ -192,6 +198,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
         is_first = not self.state
         gradient_scale = self._gradient_scale(layers_with_grad)
         self._last_trust_ratios.clear()
+        self._tables.start_step()
         divided = []
         for layers in layers_with_grad:
             with self._float_state(layers, before_norms=True):
@@ -205,16 +212,27 @@ class LayerwiseOptimizer(Optimizer, ABC):
         self._finish_divided(divided)
         if self._only_tried:
             self._only_tried.difference_update(*(layers.params for layers in layers_with_grad))
+        if not torch.compiler.is_compiling():
+            self._tell_autograd(layers_with_grad)
         if is_first and is_trial_of_checkpoint():
             self._forget_step()
         return loss
 
+    def _tell_autograd(self, layers_with_grad: Iterable[Layers]) -> None:
+        """Let a backward pass raise that needs what was there before the step: not all kernels do."""
+        params = list(chain.from_iterable(layers.params for layers in layers_with_grad))
+        state = chain.from_iterable(self.state[p].values() for p in params if p in self.state)
+        modified = [*params, *(value for value in state if isinstance(value, Tensor))]
+        torch.autograd.graph.increment_version(modified)
+
     def _are_fused(self, layers: Layers) -> bool:
-        fused = layers.group["fused"]
+        if not torch.compiler.is_compiling():
+            self._lay_out_state(layers)
+        fused, part = layers.group["fused"], layers.parts[0]
         if fused is False:
             return False
         reason = None
-        if not takes_triton(layers.parts[0]):
+        if not takes_triton(part):
             reason = self._why_no_cpu_kernel(layers.group)
         if reason is None:
             reason = why_not_fused(layers.parts, layers.grads, self._moments(layers.params))
@@ -224,7 +242,31 @@ class LayerwiseOptimizer(Optimizer, ABC):
                 f"fused=True, but {reason} (parameters {names} ...): pass fused=None, which takes kernels "
                 "where they can be taken"
             )
+        if reason is not None and takes_triton(part) and not torch.compiler.is_compiling():
+            warn_where_triton_fails(part.device, part.dtype)
         return reason is None
+
+    def _lay_out_state(self, layers: Layers) -> None:
+        """Lay out state in memory as its layer is, which may have changed since (``channels_last``).
+
+        Raises:
+            RuntimeError: If it is not on the device of its layer.
+        """
+        for p, part in zip(layers.params, layers.parts, strict=True):
+            for key, value in self.state.get(p, {}).items():
+                if key not in self.state_keys or value is None:
+                    continue
+                here = local(value)
+                if here.device != part.device:
+                    raise RuntimeError(
+                        f"Expected all tensors to be on the same device, but {key!r} in the state of "
+                        f"parameter {self._name(p)!r} is on {here.device}, and the parameter on "
+                        f"{part.device}: move it there before the step"
+                    )
+                if not (here.is_contiguous() and part.is_contiguous()):
+                    laid_out = lay_out_as(part, here)
+                    if laid_out is not here:
+                        self.state[p][key] = laid_out_as(p, laid_out)
 
     def _float_state(self, layers: Layers, *, before_norms: bool) -> AbstractContextManager[None]:
         """Hold the state of layers in float32 or wider, for the half of a step before or after the norms."""
@@ -410,7 +452,11 @@ class LayerwiseOptimizer(Optimizer, ABC):
         super().__setstate__(state)
         self._last_trust_ratios = []
         self._shards, self._only_tried = {}, set()
-        self._scratch, self._tables = Scratch(), LayerTables()
+        self._scratch = Scratch()
+        if "_tables" in self.__dict__:
+            self._tables.forget()
+        else:
+            self._tables = LayerTables()
         if "_given_shapes" not in self.__dict__:  # a copy, not an optimizer that loads a state dict
             self._given_shapes = given_shapes(_params(self.param_groups))
 

@@ -35,7 +35,7 @@ def at_clip(ratios: TrustRatios[Tensor]) -> Tensor:
 
 def stack_ratios(of_each: Sequence[TrustRatios[float]], dtype: torch.dtype) -> TrustRatios[Tensor]:
     """Return the ratios of some layers on the CPU as tensors, what the step used in this dtype."""
-    columns = torch.tensor(of_each, dtype=torch.float64).unbind(1)
+    columns = torch.tensor(of_each, dtype=torch.float64, device="cpu").unbind(1)
     ratios: TrustRatios[Tensor] = TrustRatios(*columns)
     return ratios._replace(ratio=ratios.ratio.to(dtype))
 

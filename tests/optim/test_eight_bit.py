@@ -448,3 +448,32 @@ def test_without_torchao_the_error_says_what_to_install(eight_bit_class, optimiz
     monkeypatch.setitem(sys.modules, "torchao.optim.subclass_8bit", None)
     with pytest.raises(ImportError, match=r"pip install 'lightning-lars\[8bit\]'"):
         eight_bit_class(layers().values())
+
+
+@both
+def test_a_step_makes_no_state_anew_and_copies_no_list_to_the_device(
+    eight_bit_class, optimizer_class, monkeypatch
+):
+    params = layers()
+    optimizer = build(eight_bit_class, params)
+    give_gradients(params.values(), 0)
+    optimizer.step()
+    held = [value for state in optimizer.state.values() for value in state.values()]
+    places = [value.codes.data_ptr() for value in held if is_eight_bit(value)]
+    assert places
+    monkeypatch.setattr(torch, "tensor", lambda data, **options: pytest.fail(f"a tensor of {data}"))
+    give_gradients(params.values(), 1)
+    optimizer.step()
+    again = [value for state in optimizer.state.values() for value in state.values()]
+    assert list(map(id, again)) == list(map(id, held))
+    assert [value.codes.data_ptr() for value in again if is_eight_bit(value)] == places
+
+
+@both
+def test_8_bit_state_names_its_device(eight_bit_class, optimizer_class):
+    params = layers()
+    optimizer = build(eight_bit_class, params)
+    give_gradients(params.values(), 0)
+    with torch.device("meta"):
+        optimizer.step()
+    assert {v.device.type for state in optimizer.state.values() for v in state.values()} == {"cpu"}

@@ -216,6 +216,42 @@ def test_the_kernels_take_addresses_that_are_not_aligned(device, optimizer_class
 
 
 @both_kernels
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e25])
+def test_squares_beyond_float32_are_in_the_norms(device, kernels, optimizer_class, scale):
+    if optimizer_class is LAMB and scale > 1:
+        pytest.skip("the second moment is beyond float32 too")
+    options = {"eps": 0.0} if optimizer_class is LARS else {"eps": scale, "weight_decay": 0.0}
+    ends = []
+    for fused in (True, False):
+        params = on(device, large_layers())
+        optimizer = optimizer_class(groups(params), fused=fused, **options)
+        for p in params.values():
+            if optimizer_class is LAMB:
+                p.data.mul_(scale)
+            p.grad = scale * torch.ones_like(p)
+        optimizer.step()
+        assert not any(is_at.item() for is_at in optimizer.at_zero_rule().values())
+        ends.append(optimizer.trust_ratios())
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=0.0)
+
+
+@both_kernels
+def test_one_layer_that_is_not_aligned_leaves_the_steps_of_all_as_they_are(device, optimizer_class):
+    ends = []
+    for fused in (True, False):
+        params = on(device, large_layers(torch.bfloat16))
+        optimizer = optimizer_class(groups(params), fused=fused)
+        for step in range(2):
+            give_gradients(params.values(), step)
+            grad = params["linear.weight"].grad
+            memory = grad.new_empty(grad.numel() + 1)
+            params["linear.weight"].grad = memory[1:].view_as(grad).copy_(grad)
+            optimizer.step()
+        ends.append(values(params))
+    close(*ends, torch.bfloat16)
+
+
+@both_kernels
 def test_the_gradients_stay_as_they_are(device, optimizer_class):
     params = on(device, layers())
     give_gradients(params.values(), 0)

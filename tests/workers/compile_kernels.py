@@ -16,13 +16,12 @@ from lightning_lars.optim.kernels.triton_layers import BLOCK, _norms
 
 INTEGERS = ("layers", "chunks")
 TABLES = ("columns", "sizes", "layer_of_chunk", "offset_of_chunk", "first_chunk")
-ARRAYS = ("sums", "norms", "ratios", "lr", "gradient_scale")
-WIDE = ("ld.global.v4", "st.global.v4")
+ARRAYS = ("norms", "ratios", "lr", "gradient_scale")
+INSTRUCTIONS = ("ld.global.v4", "st.global.v4", "ld.global.b32", "ld.global.b16")
 PLAIN = {
     "decoupled_weight_decay": False,
     "has_scale": False,
     "maximize": False,
-    "are_aligned": True,
     "chunk_size": CHUNK,
     "block": BLOCK,
 }
@@ -53,7 +52,7 @@ KERNELS = {
 
 
 def compile_for(target: GPUTarget, kernel, constants: dict[str, object]) -> tuple[dict[str, int], int]:
-    """Return how often the kernel has each wide instruction, and the size of its machine code."""
+    """Return how often the kernel has each instruction, and the size of its machine code."""
     signature, aligned = {}, {}
     for number, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -61,14 +60,14 @@ def compile_for(target: GPUTarget, kernel, constants: dict[str, object]) -> tupl
             signature[name] = "constexpr"
         elif name in INTEGERS:
             signature[name] = "i32"
-        elif name in TABLES + ARRAYS:
-            signature[name] = "*i64" if name in TABLES else "*fp32"
+        elif name in (*TABLES, *ARRAYS, "sums"):
+            signature[name] = "*i64" if name in TABLES else "*fp64" if name == "sums" else "*fp32"
             aligned[(number,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
     compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target)
     ptx = compiled.asm["ptx"]
-    counts = {instruction: len(re.findall(re.escape(instruction), ptx)) for instruction in WIDE}
+    counts = {instruction: len(re.findall(re.escape(instruction), ptx)) for instruction in INSTRUCTIONS}
     return counts, len(compiled.asm["cubin"])
 
 

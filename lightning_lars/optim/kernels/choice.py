@@ -1,5 +1,6 @@
 """Whether fused kernels can take the step of some layers, and if not, why."""
 
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -26,9 +27,42 @@ def is_triton_installed() -> bool:
     return find_spec("triton") is not None
 
 
-def triton_can_do(dtype: torch.dtype) -> bool:
-    """Tell whether the kernels in Triton can work on weights of this dtype."""
-    return dtype in _DTYPES and is_triton_installed()
+def triton_can_do(weight: Tensor) -> bool:
+    """Tell whether the kernels in Triton can work on weights like this one, where it is."""
+    return weight.dtype in _DTYPES and why_triton_fails(weight.device, weight.dtype) is None
+
+
+def why_triton_fails(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why no kernel can be launched on a device, None if one can."""
+    if not is_triton_installed():
+        return "kernels for GPUs need triton, which is not installed (pip install triton)"
+    return failure_of_trial(device, dtype)
+
+
+@cache
+def failure_of_trial(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Launch a kernel, once for each device and dtype; return what went wrong, None if nothing did."""
+    try:
+        from lightning_lars.optim.kernels.triton_trial import launch
+
+        launch(device, dtype)
+    except Exception as error:
+        first_line = next(iter(str(error).splitlines()), "")
+        return f"triton cannot launch a kernel on {device}: {type(error).__name__}: {first_line}"
+    return None
+
+
+@cache
+def warn_where_triton_fails(device: torch.device, dtype: torch.dtype) -> None:
+    """Warn, once, if triton is there and cannot launch a kernel on a device."""
+    can_try = dtype in _DTYPES and is_triton_installed()
+    reason = why_triton_fails(device, dtype) if can_try else None
+    if reason is not None:
+        warnings.warn(
+            f"{reason}. Steps on {dtype} are unfused there, which takes several times as long. Triton needs a "
+            "C compiler, the headers of Python and a GPU that it knows; fused=False says nothing",
+            stacklevel=2,
+        )
 
 
 def why_not_fused(
@@ -44,14 +78,13 @@ def why_not_fused(
     if torch.compiler.is_compiling():
         return "torch.compile fuses the operations of a step by itself"
     device = weights[0].device
-    if takes_triton(weights[0]):
-        if not is_triton_installed():
-            return "kernels for GPUs need triton, which is not installed (pip install triton)"
-    elif device.type != "cpu":
+    if not takes_triton(weights[0]) and device.type != "cpu":
         return f"there are kernels for CUDA and the CPU, and the parameters are on {device}"
     dtype = weights[0].dtype
     if dtype not in _DTYPES:
         return f"the kernels work in float32, and parameters are {dtype}"
+    if takes_triton(weights[0]) and (reason := why_triton_fails(device, dtype)) is not None:
+        return reason
     if takes_triton(weights[0]) and any(g.dtype is not dtype for g in grads):
         return f"parameters are {dtype} and their gradients are not"
     if not _are_plain([*weights, *grads]):
@@ -80,8 +113,16 @@ def _are_laid_out_alike(
     )
 
 
+def lay_out_as(weight: Tensor, moment: Tensor) -> Tensor:
+    """Return the state of a layer laid out as its weight is: itself, where it is already or cannot be."""
+    is_alike = moment.stride() == weight.stride() or moment.shape != weight.shape
+    if is_alike or not (_are_plain([moment]) and _has_no_gaps(weight)):
+        return moment
+    return torch.empty_like(weight, dtype=moment.dtype).copy_(moment)
+
+
 def _has_no_gaps(tensor: Tensor) -> bool:
-    return any(
+    return tensor.is_contiguous() or any(
         tensor.ndim == ndim and tensor.is_contiguous(memory_format=memory_format)
         for memory_format, ndim in _DENSE
     )

@@ -1,7 +1,7 @@
 """Where the tensors of all layers are, in a table on the device, so that one launch reaches all of them."""
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,24 @@ from torch import Tensor
 CHUNK = 8192
 """Elements that one program works on."""
 
-_ALIGNMENT = 16
+
+class Chunks(NamedTuple):
+    """How layers are divided among programs, all int64."""
+
+    sizes: Tensor
+    """Elements of each layer, shape ``(layers,)``."""
+
+    layer_of_chunk: Tensor
+    """Shape ``(chunks,)``."""
+
+    offset_of_chunk: Tensor
+    """Where in its layer a chunk begins, shape ``(chunks,)``."""
+
+    first_chunk: Tensor
+    """Of each layer, and after the last: shape ``(layers + 1,)``."""
+
+    most_chunks: int
+    """Of any layer."""
 
 
 class LayerTable(NamedTuple):
@@ -19,81 +36,138 @@ class LayerTable(NamedTuple):
     columns: Tensor
     """Shape ``(columns, layers)``, int64: a row for each list of tensors, then for each of numbers."""
 
-    sizes: Tensor
-    """Elements of each layer, shape ``(layers,)``, int64."""
+    chunked: Chunks
 
-    layer_of_chunk: Tensor
-    """Shape ``(chunks,)``, int64."""
-
-    offset_of_chunk: Tensor
-    """Where in its layer a chunk begins, shape ``(chunks,)``, int64."""
-
-    first_chunk: Tensor
-    """Of each layer, and after the last: shape ``(layers + 1,)``, int64."""
-
-    most_chunks: int
-    """Of any layer."""
-
-    are_aligned: bool
-    """Whether all addresses are multiples of 16 bytes."""
+    @property
+    def device(self) -> torch.device:
+        """Where the layers are."""
+        return self.columns.device
 
     @property
     def layers(self) -> int:
         """How many layers there are."""
-        return self.sizes.numel()
+        return self.chunked.sizes.numel()
 
     @property
     def chunks(self) -> int:
         """How many chunks there are."""
-        return self.layer_of_chunk.numel()
+        return self.chunked.layer_of_chunk.numel()
+
+
+class _Made(NamedTuple):
+    """A table, and what it was made of."""
+
+    rows: list[list[int]]
+    sizes: tuple[int, ...]
+    table: LayerTable
+    stream: int
+    spare: Tensor | None
+    """Pinned memory for the rows of a capture, in which memory cannot be pinned everywhere."""
 
 
 class LayerTables:
-    """Makes the tables of a step; what has not changed since the last step stays on the device."""
+    """Makes the tables of a step; what has not changed since the last step stays on the device.
+
+    One optimizer's, so that they are made on the stream that it steps on. Those of the last step are kept,
+    and those that a CUDA graph has captured as long as the optimizer, as every replay reads them.
+    """
 
     def __init__(self) -> None:
-        self._columns: dict[tuple[tuple[int, ...], torch.device], tuple[list[list[int]], Tensor]] = {}
+        self._made: list[_Made | None] = []
+        self._next = 0
+        self._captured: dict[int, tuple[object, ...]] = {}
+
+    def start_step(self) -> None:
+        """Expect the first table of a step."""
+        del self._made[self._next :]
+        self._next = 0
 
     def table(self, tensors: Sequence[Sequence[Tensor]], numbers: Sequence[Sequence[int]] = ()) -> LayerTable:
-        """Return the table of some layers.
+        """Return the table of some layers, the next in this step.
+
+        In a CUDA graph a table that is new is copied again in each replay, from memory that stays as it is:
+        gradients may be made inside the capture.
 
         Args:
-            tensors: Lists with a tensor for each layer, on one device; the first holds the weights.
+            tensors: Lists with a tensor for each layer, on one device; weights, gradients, then state.
             numbers: Lists with a number for each layer.
-
-        Raises:
-            RuntimeError: While a CUDA graph is captured, if addresses have changed since the last step.
         """
-        device = tensors[0][0].device
-        addresses = [[tensor.data_ptr() for tensor in of_layers] for of_layers in tensors]
-        rows = [*addresses, *map(list, numbers)]
-        key = (tuple(addresses[0]), device)
-        known = self._columns.get(key)
-        if known is None or known[0] != rows:
-            known = rows, _on_device(torch.tensor(rows, dtype=torch.int64), device)
-            self._columns[key] = known
-        are_aligned = all(address % _ALIGNMENT == 0 for row in addresses for address in row)
-        return LayerTable(known[1], *_chunks(tuple(w.numel() for w in tensors[0]), device), are_aligned)
+        weights = tensors[0]
+        device = weights[0].device
+        rows = [[tensor.data_ptr() for tensor in of_layers] for of_layers in tensors]
+        rows.extend(map(list, numbers))
+        sizes = tuple(w.numel() for w in weights)
+        is_captured, stream = is_capturing(device), _current_stream(device)
+        if self._next == len(self._made):
+            self._made.append(None)
+        last = self._made[self._next]
+        if last is not None and (last.table.device != device or last.stream != stream) and not is_captured:
+            # What another stream has copied may not be there yet.
+            last = None
+        pinned: list[Tensor] = []
+        if last is not None and last.sizes == sizes:
+            chunked = last.table.chunked
+        else:
+            chunked = _chunks(sizes, device, pinned)
+        if last is not None and last.rows == rows:
+            columns, spare = last.table.columns, last.spare
+        else:
+            host = torch.tensor(rows, dtype=torch.int64, device="cpu")
+            columns = _on_device(
+                host, device, pinned, last.spare if last is not None and is_captured else None
+            )
+            spare = None
+        table = LayerTable(columns, chunked)
+        if is_captured:
+            # With the state that it names: a state dict that is loaded puts other tensors in its place.
+            state = list(chain.from_iterable(tensors[2:]))
+            self._captured.setdefault(id(columns), (table, pinned, state))
+            # What is copied in each replay is not there before.
+            if last is not None:
+                self._made[self._next] = last._replace(spare=spare)
+        else:
+            if spare is None and device.type == "cuda":
+                spare = torch.empty_like(columns, device="cpu", pin_memory=True)
+            self._made[self._next] = _Made(rows, sizes, table, stream, spare)
+        self._next += 1
+        return table
+
+    def forget(self) -> None:
+        """Make all tables anew, but keep those that CUDA graphs read."""
+        self._made.clear()
+        self._next = 0
 
 
-@lru_cache(maxsize=64)
-def _chunks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    size = torch.tensor(sizes, dtype=torch.int64)
+def is_capturing(device: torch.device) -> bool:
+    """Tell whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _current_stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _chunks(sizes: Iterable[int], device: torch.device, pinned: list[Tensor]) -> Chunks:
+    size = torch.tensor(sizes, dtype=torch.int64, device="cpu")
     count = (size + CHUNK - 1) // CHUNK
     first = torch.cat([count.new_zeros(1), count.cumsum(0)])
-    layer = torch.repeat_interleave(torch.arange(len(sizes)), count)
-    offset = (torch.arange(layer.numel()) - first[layer]) * CHUNK
-    most_chunks = int(count.max())
-    size, layer, offset, first = (_on_device(tensor, device) for tensor in (size, layer, offset, first))
-    return size, layer, offset, first, most_chunks
+    layer = torch.repeat_interleave(torch.arange(size.numel(), device="cpu"), count)
+    offset = (torch.arange(layer.numel(), device="cpu") - first[layer]) * CHUNK
+    size, layer, offset, first = (
+        _on_device(tensor, device, pinned) for tensor in (size, layer, offset, first)
+    )
+    return Chunks(size, layer, offset, first, int(count.max()))
 
 
-def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
+def _on_device(
+    tensor: Tensor, device: torch.device, pinned: list[Tensor], spare: Tensor | None = None
+) -> Tensor:
+    """Copy a tensor to the device without waiting for it, from pinned memory, which is added to the list."""
     if device.type != "cuda":
         return tensor.to(device)
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "addresses of parameters, gradients or state are new, and a CUDA graph would keep those of now: "
-            "take two steps before the capture, and keep the gradients in place, zero_grad(set_to_none=False)"
-        )
-    return tensor.pin_memory().to(device, non_blocking=True)
+    if spare is None or spare.shape != tensor.shape:
+        spare = tensor.pin_memory()
+    else:
+        spare.copy_(tensor)
+    pinned.append(spare)
+    return spare.to(device, non_blocking=True)

@@ -21,6 +21,8 @@ from lightning_lars.optim.kernels.triton_layers import (
     load,
     no_norms,
     norms,
+    pointer_to,
+    square,
     store,
     weights,
 )
@@ -61,7 +63,6 @@ def _lamb(
     decoupled_weight_decay: tl.constexpr,
     has_scale: tl.constexpr,
     maximize: tl.constexpr,
-    are_aligned: tl.constexpr,
     chunk_size: tl.constexpr,
     block: tl.constexpr,
 ):
@@ -69,46 +70,50 @@ def _lamb(
     layer = tl.load(layer_of_chunk + chunk)
     offset = tl.multiple_of(tl.load(offset_of_chunk + chunk), 16)
     size = tl.load(sizes + layer)
-    w_at = address(columns, 0, layer, layers, dtype, are_aligned)
-    g_at = address(columns, 1, layer, layers, dtype, are_aligned)
-    m_at = address(columns, 2, layer, layers, tl.float32, are_aligned)
-    v_at = address(columns, 3, layer, layers, tl.float32, are_aligned)
+    w_at = address(columns, 0, layer, layers)
+    g_at = address(columns, 1, layer, layers)
+    m_at = address(columns, 2, layer, layers)
+    v_at = address(columns, 3, layer, layers)
     correction1 = 1.0
     correction2 = 1.0
     if bias_correction:
-        t = tl.load(address(columns, 4, layer, layers, tl.float32, False))
+        t = tl.load(pointer_to(address(columns, 4, layer, layers), tl.float32, True))
         correction1 = _one_minus_exp(t * log_beta1)
         correction2 = tl.sqrt(_one_minus_exp(t * log_beta2))
     rate = tl.load(lr)
     if has_ratios:
         rate = rate * tl.load(ratios + layer)
-    is_cut = (offset + chunk_size > size).to(tl.int32)
-    w_squares = tl.zeros([block], tl.float32)
-    squares = tl.zeros([block], tl.float32)
+    is_narrow = ((offset + chunk_size > size) | (((w_at | g_at | m_at | v_at) & 15) != 0)).to(tl.int32)
+    w_squares = tl.zeros([block], tl.float64)
+    squares = tl.zeros([block], tl.float64)
     for has_mask in tl.static_range(2):
-        if is_cut == has_mask:
+        if is_narrow == has_mask:
+            w_from = pointer_to(w_at, dtype, has_mask)
+            g_from = pointer_to(g_at, dtype, has_mask)
+            m_from = pointer_to(m_at, tl.float32, has_mask)
+            v_from = pointer_to(v_at, tl.float32, has_mask)
             for start in range(0, chunk_size, block):
                 at = offset + start + tl.arange(0, block)
                 mask = at < size
-                w = weights(w_at + at, mask, has_mask, lr, weight_decay, decoupled_weight_decay)
-                m = load(m_at + at, mask, has_mask)
-                v = load(v_at + at, mask, has_mask)
+                w = weights(w_from + at, mask, has_mask, lr, weight_decay, decoupled_weight_decay)
+                m = load(m_from + at, mask, has_mask)
+                v = load(v_from + at, mask, has_mask)
                 if advances:
-                    g = gradient(g_at + at, mask, has_mask, gradient_scale, has_scale, maximize)
+                    g = gradient(g_from + at, mask, has_mask, gradient_scale, has_scale, maximize)
                     m = beta1 * m + entering_m * g
                     v = beta2 * v + entering_v * g * g
-                    store(m_at + at, m, mask, has_mask)
-                    store(v_at + at, v, mask, has_mask)
+                    store(m_from + at, m, mask, has_mask)
+                    store(v_from + at, v, mask, has_mask)
                 u = m / (tl.sqrt(v) / correction2 + eps) / correction1
                 if not decoupled_weight_decay:
                     u = u + weight_decay * w
                 if measures:
                     if has_mask:
                         u = tl.where(mask, u, 0.0)  # 0 / 0, where eps is 0
-                    w_squares += w * w
-                    squares += u * u
+                    w_squares += square(w)
+                    squares += square(u)
                 else:
-                    store(w_at + at, w - rate * u, mask, has_mask)
+                    store(w_from + at, w - rate * u, mask, has_mask)
     if measures:
         tl.store(sums + chunk, tl.sum(w_squares, axis=0))
         tl.store(sums + chunks + chunk, tl.sum(squares, axis=0))
@@ -155,13 +160,13 @@ def lamb(
     beta1, beta2 = betas
     if not table.chunks:
         return no_norms(table) if measures else None
-    sums = torch.empty(2, table.chunks if measures else 0, device=table.sizes.device)
+    sums = torch.empty(2, table.chunks if measures else 0, dtype=torch.float64, device=table.device)
     with device_of(table):
         _lamb[(table.chunks,)](
             table.columns,
-            table.sizes,
-            table.layer_of_chunk,
-            table.offset_of_chunk,
+            table.chunked.sizes,
+            table.chunked.layer_of_chunk,
+            table.chunked.offset_of_chunk,
             sums if measures else lr,
             lr if ratios is None else ratios,
             lr,
@@ -184,7 +189,6 @@ def lamb(
             decoupled_weight_decay=decoupled_weight_decay,
             has_scale=gradient_scale is not None,
             maximize=maximize,
-            are_aligned=table.are_aligned,
             chunk_size=CHUNK,
             block=BLOCK,
         )

@@ -19,6 +19,8 @@ from lightning_lars.optim.kernels.triton_layers import (
     load,
     no_norms,
     norms,
+    pointer_to,
+    square,
     store,
     weights,
 )
@@ -44,7 +46,6 @@ def _measure(
     decoupled_weight_decay: tl.constexpr,
     has_scale: tl.constexpr,
     maximize: tl.constexpr,
-    are_aligned: tl.constexpr,
     chunk_size: tl.constexpr,
     block: tl.constexpr,
 ):
@@ -52,31 +53,34 @@ def _measure(
     layer = tl.load(layer_of_chunk + chunk)
     offset = tl.multiple_of(tl.load(offset_of_chunk + chunk), 16)
     size = tl.load(sizes + layer)
-    w_at = address(columns, 0, layer, layers, dtype, are_aligned)
-    g_at = address(columns, 1, layer, layers, dtype, are_aligned)
-    v_at = address(columns, 2, layer, layers, tl.float32, are_aligned)
+    w_at = address(columns, 0, layer, layers)
+    g_at = address(columns, 1, layer, layers)
+    v_at = address(columns, 2, layer, layers)
     entering = tl.where(tl.load(columns + 3 * layers + layer) != 0, 1.0, entering)
-    is_cut = (offset + chunk_size > size).to(tl.int32)
-    w_squares = tl.zeros([block], tl.float32)
-    squares = tl.zeros([block], tl.float32)
+    is_narrow = ((offset + chunk_size > size) | (((w_at | g_at | v_at) & 15) != 0)).to(tl.int32)
+    w_squares = tl.zeros([block], tl.float64)
+    squares = tl.zeros([block], tl.float64)
     for has_mask in tl.static_range(2):
-        if is_cut == has_mask:
+        if is_narrow == has_mask:
+            w_from = pointer_to(w_at, dtype, has_mask)
+            g_from = pointer_to(g_at, dtype, has_mask)
+            v_from = pointer_to(v_at, tl.float32, has_mask)
             for start in range(0, chunk_size, block):
                 at = offset + start + tl.arange(0, block)
                 mask = at < size
-                w = weights(w_at + at, mask, has_mask, lr, weight_decay, decoupled_weight_decay)
-                u = gradient(g_at + at, mask, has_mask, gradient_scale, has_scale, maximize)
+                w = weights(w_from + at, mask, has_mask, lr, weight_decay, decoupled_weight_decay)
+                u = gradient(g_from + at, mask, has_mask, gradient_scale, has_scale, maximize)
                 if denominator != "gradient" and not decoupled_weight_decay:
                     u = u + weight_decay * w
                 if denominator == "momentum":
-                    v = momentum * load(v_at + at, mask, has_mask) + entering * u
-                    store(v_at + at, v, mask, has_mask)
+                    v = momentum * load(v_from + at, mask, has_mask) + entering * u
+                    store(v_from + at, v, mask, has_mask)
                     if nesterov:
                         u = u + momentum * v
                     else:
                         u = v
-                w_squares += w * w
-                squares += u * u
+                w_squares += square(w)
+                squares += square(u)
     tl.store(sums + chunk, tl.sum(w_squares, axis=0))
     tl.store(sums + chunks + chunk, tl.sum(squares, axis=0))
 
@@ -103,7 +107,6 @@ def _descend(
     decoupled_weight_decay: tl.constexpr,
     has_scale: tl.constexpr,
     maximize: tl.constexpr,
-    are_aligned: tl.constexpr,
     chunk_size: tl.constexpr,
     block: tl.constexpr,
 ):
@@ -111,46 +114,49 @@ def _descend(
     layer = tl.load(layer_of_chunk + chunk)
     offset = tl.multiple_of(tl.load(offset_of_chunk + chunk), 16)
     size = tl.load(sizes + layer)
-    w_at = address(columns, 0, layer, layers, dtype, are_aligned)
-    g_at = address(columns, 1, layer, layers, dtype, are_aligned)
-    v_at = address(columns, 2, layer, layers, tl.float32, are_aligned)
+    w_at = address(columns, 0, layer, layers)
+    g_at = address(columns, 1, layer, layers)
+    v_at = address(columns, 2, layer, layers)
     entering = tl.where(tl.load(columns + 3 * layers + layer) != 0, 1.0, entering)
     rate = tl.load(lr)
     ratio = 1.0
     if has_ratios:
         ratio = tl.load(ratios + layer)
-    is_cut = (offset + chunk_size > size).to(tl.int32)
+    is_narrow = ((offset + chunk_size > size) | (((w_at | g_at | v_at) & 15) != 0)).to(tl.int32)
     for has_mask in tl.static_range(2):
-        if is_cut == has_mask:
+        if is_narrow == has_mask:
+            w_from = pointer_to(w_at, dtype, has_mask)
+            g_from = pointer_to(g_at, dtype, has_mask)
+            v_from = pointer_to(v_at, tl.float32, has_mask)
             for start in range(0, chunk_size, block):
                 at = offset + start + tl.arange(0, block)
                 mask = at < size
-                w = weights(w_at + at, mask, has_mask, lr, weight_decay, decoupled_weight_decay)
+                w = weights(w_from + at, mask, has_mask, lr, weight_decay, decoupled_weight_decay)
                 if has_moved:  # v is that of this step, and the ratio comes after it
-                    u = load(v_at + at, mask, has_mask)
+                    u = load(v_from + at, mask, has_mask)
                     if nesterov:
-                        g = gradient(g_at + at, mask, has_mask, gradient_scale, has_scale, maximize)
+                        g = gradient(g_from + at, mask, has_mask, gradient_scale, has_scale, maximize)
                         if not decoupled_weight_decay:
                             g = g + weight_decay * w
                         u = g + momentum * u
                     u = ratio * u
                 else:
-                    u = gradient(g_at + at, mask, has_mask, gradient_scale, has_scale, maximize)
+                    u = gradient(g_from + at, mask, has_mask, gradient_scale, has_scale, maximize)
                     if not decoupled_weight_decay:
                         u = u + weight_decay * w
                     u = ratio * u
                     if lr_in_momentum:
                         u = rate * u
                     if has_momentum:
-                        v = momentum * load(v_at + at, mask, has_mask) + entering * u
-                        store(v_at + at, v, mask, has_mask)
+                        v = momentum * load(v_from + at, mask, has_mask) + entering * u
+                        store(v_from + at, v, mask, has_mask)
                         if nesterov:
                             u = u + momentum * v
                         else:
                             u = v
                 if not lr_in_momentum:
                     u = rate * u
-                store(w_at + at, w - u, mask, has_mask)
+                store(w_from + at, w - u, mask, has_mask)
 
 
 def measure(
@@ -189,13 +195,13 @@ def measure(
     """
     if not table.chunks:
         return no_norms(table)
-    sums = torch.empty(2, table.chunks, device=table.sizes.device)
+    sums = torch.empty(2, table.chunks, dtype=torch.float64, device=table.device)
     with device_of(table):
         _measure[(table.chunks,)](
             table.columns,
-            table.sizes,
-            table.layer_of_chunk,
-            table.offset_of_chunk,
+            table.chunked.sizes,
+            table.chunked.layer_of_chunk,
+            table.chunked.offset_of_chunk,
             sums,
             lr,
             lr if gradient_scale is None else gradient_scale,
@@ -210,7 +216,6 @@ def measure(
             decoupled_weight_decay=decoupled_weight_decay,
             has_scale=gradient_scale is not None,
             maximize=maximize,
-            are_aligned=table.are_aligned,
             chunk_size=CHUNK,
             block=BLOCK,
         )
@@ -255,9 +260,9 @@ def descend(
     with device_of(table):
         _descend[(table.chunks,)](
             table.columns,
-            table.sizes,
-            table.layer_of_chunk,
-            table.offset_of_chunk,
+            table.chunked.sizes,
+            table.chunked.layer_of_chunk,
+            table.chunked.offset_of_chunk,
             lr if ratios is None else ratios,
             lr,
             lr if gradient_scale is None else gradient_scale,
@@ -274,7 +279,6 @@ def descend(
             decoupled_weight_decay=decoupled_weight_decay,
             has_scale=gradient_scale is not None,
             maximize=maximize,
-            are_aligned=table.are_aligned,
             chunk_size=CHUNK,
             block=BLOCK,
         )

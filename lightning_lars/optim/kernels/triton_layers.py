@@ -1,7 +1,10 @@
 """What the kernels for LARS and for LAMB have in common: reading layers through their table, and norms.
 
 A program works on one chunk of a layer. Only a chunk that the end of its layer cuts needs a mask. A kernel
-has its code twice, with a mask and without, as loads and stores without one are four times as wide.
+has its code twice, with a mask and without, as loads and stores without one are four times as wide. A layer
+that does not begin at a multiple of 16 bytes takes the code with a mask, and no other layer does for it.
+
+Squares are added up in float64: in float32 those of numbers below 1e-19 vanish.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -19,12 +22,25 @@ _CHUNKS_AT_ONCE = 256
 
 
 @triton.jit
-def address(columns, column, layer, layers, dtype: tl.constexpr, are_aligned: tl.constexpr):
+def address(columns, column, layer, layers):
     """Return where the tensor of a layer begins."""
-    pointer = tl.load(columns + column * layers + layer).to(tl.pointer_type(dtype))
-    if are_aligned:
+    return tl.load(columns + column * layers + layer)
+
+
+@triton.jit
+def pointer_to(address, dtype: tl.constexpr, has_mask: tl.constexpr):
+    """Return a pointer to a tensor; without a mask, to one that begins at a multiple of 16 bytes."""
+    pointer = address.to(tl.pointer_type(dtype))
+    if not has_mask:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
+
+
+@triton.jit
+def square(x):
+    """Return the squares in float64."""
+    x = x.to(tl.float64)
+    return x * x
 
 
 @triton.jit
@@ -72,17 +88,17 @@ def _norms(sums, norms, first_chunk, layers, chunks, rounds: tl.constexpr, chunk
     layer = tl.program_id(0)
     row = tl.program_id(1)
     end = tl.load(first_chunk + layer + 1)
-    total = tl.zeros([chunks_at_once], tl.float32)
+    total = tl.zeros([chunks_at_once], tl.float64)
     begin = tl.load(first_chunk + layer)
     for number in range(0, rounds):
         chunk = begin + number * chunks_at_once + tl.arange(0, chunks_at_once)
         total += tl.load(sums + row * chunks + chunk, mask=chunk < end, other=0.0)
-    tl.store(norms + row * layers + layer, tl.sqrt(tl.sum(total, axis=0)))
+    tl.store(norms + row * layers + layer, tl.sqrt(tl.sum(total, axis=0)).to(tl.float32))
 
 
 def device_of(table: LayerTable) -> AbstractContextManager[object]:
     """Make the device of the layers the current one, to which Triton launches."""
-    device = table.sizes.device
+    device = table.device
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -90,20 +106,20 @@ def norms(sums: Tensor, table: LayerTable) -> tuple[Tensor, Tensor]:
     """Return the norms of weights and direction, in a launch on the current device.
 
     Args:
-        sums: Of squares over each chunk, shape ``(2, chunks)``, float32.
+        sums: Of squares over each chunk, shape ``(2, chunks)``, float64.
         table: Which chunks a layer has.
 
     Returns:
         Two tensors of shape ``(layers,)``, float32.
     """
-    of_layers = sums.new_empty(2, table.layers)
+    of_layers = sums.new_empty(2, table.layers, dtype=torch.float32)
     _norms[(table.layers, 2)](
         sums,
         of_layers,
-        table.first_chunk,
+        table.chunked.first_chunk,
         table.layers,
         table.chunks,
-        rounds=triton.cdiv(table.most_chunks, _CHUNKS_AT_ONCE),
+        rounds=triton.cdiv(table.chunked.most_chunks, _CHUNKS_AT_ONCE),
         chunks_at_once=_CHUNKS_AT_ONCE,
     )
     return of_layers[0], of_layers[1]
@@ -111,5 +127,5 @@ def norms(sums: Tensor, table: LayerTable) -> tuple[Tensor, Tensor]:
 
 def no_norms(table: LayerTable) -> tuple[Tensor, Tensor]:
     """Return the norms of layers of which nothing is here, for which nothing can be launched."""
-    of_layers = torch.zeros(2, table.layers, device=table.sizes.device)
+    of_layers = torch.zeros(2, table.layers, dtype=torch.float32, device=table.device)
     return of_layers[0], of_layers[1]

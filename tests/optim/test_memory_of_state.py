@@ -1,0 +1,142 @@
+"""Where weights and state are in memory: on which device, laid out how, and modified when."""
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from lightning_lars import LAMB, LARS
+from lightning_lars.optim.kernels import choice
+from tests.support.layers import give_gradients, groups, layers, values, walk
+
+both = pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
+every_path = pytest.mark.parametrize("path", ["unfused", "torch", "triton"])
+
+
+@pytest.fixture
+def fused(path, monkeypatch):
+    """The argument that takes a path on the CPU."""
+    if path == "triton":
+        pytest.importorskip("triton", reason="there is no triton for this system")
+        if torch.cuda.is_available():
+            pytest.skip("Triton's interpreter is for machines without a GPU")
+        monkeypatch.setattr(choice, "TRITON_DEVICES", {"cpu"})
+    return path != "unfused"
+
+
+@both
+@every_path
+def test_a_graph_from_before_a_step_cannot_go_backward_after_it(optimizer_class, fused):
+    w = Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = optimizer_class([w], fused=fused)
+    for _ in range(2):
+        loss = (w * w).sum()
+        loss.backward(retain_graph=True)
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@both
+@every_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_counts_as_a_modification_of_weights_and_state_and_of_nothing_else(
+    optimizer_class, fused, dtype
+):
+    params = layers(dtype)
+    optimizer = optimizer_class(groups(params), fused=fused)
+    walk(optimizer, [0])
+    still = params["scale"]
+    give_gradients(params.values(), 1)
+    still.grad = None
+    before = {
+        tensor: tensor._version for p in params.values() for tensor in (p, *optimizer.state[p].values())
+    }
+    grads = [p.grad._version for p in params.values() if p.grad is not None]
+    optimizer.step()
+    unmoved = {still, *optimizer.state[still].values()}
+    assert all((tensor._version > version) == (tensor not in unmoved) for tensor, version in before.items())
+    assert [p.grad._version for p in params.values() if p.grad is not None] == grads
+
+
+@both
+@every_path
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_a_step_names_the_device_of_all_that_it_makes(optimizer_class, fused, max_grad_norm):
+    ends = []
+    for default in ("cpu", "meta"):
+        params = layers()
+        optimizer = optimizer_class(
+            groups(params), lr=torch.tensor(0.1), fused=fused, max_grad_norm=max_grad_norm, trust_clip=10.0
+        )
+        for step in range(2):
+            give_gradients(params.values(), step)
+            with torch.device(default):
+                optimizer.step()
+                ratios = optimizer.trust_ratios()
+        assert {tensor.device.type for state in optimizer.state.values() for tensor in state.values()} == {
+            "cpu"
+        }
+        ends.append({**values(params), **{f"ratio of {name}": ratio for name, ratio in ratios.items()}})
+    torch.testing.assert_close(*ends, rtol=0.0, atol=0.0)
+
+
+@both
+@every_path
+@pytest.mark.parametrize("key", ["last", "step"])
+def test_state_on_another_device_is_refused_before_anything_moves(optimizer_class, fused, key):
+    params = layers()
+    optimizer = optimizer_class(groups(params), fused=fused)
+    walk(optimizer, [0])
+    held = optimizer.state[params["linear.weight"]]
+    key = list(held)[-1] if key == "last" or key not in held else key
+    held[key] = held[key].to("meta")
+    before = values(params)
+    counts = {name: optimizer.state[p].get("step", torch.ones(())).clone() for name, p in params.items()}
+    give_gradients(params.values(), 1)
+    with pytest.raises(RuntimeError, match=f"on the same device, but '{key}' .* on meta, and .* on cpu"):
+        optimizer.step()
+    torch.testing.assert_close(values(params), before, rtol=0.0, atol=0.0)
+    for name, p in params.items():
+        if name != "linear.weight":
+            torch.testing.assert_close(optimizer.state[p].get("step", torch.ones(())), counts[name])
+
+
+def in_format(memory_format):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 3, 3, 3, generator=generator)
+    return {"conv.weight": Parameter(weight.to(memory_format=memory_format))}
+
+
+@both
+@every_path
+@pytest.mark.parametrize("first", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_state_is_laid_out_as_a_layer_that_has_changed_its_memory_format(optimizer_class, fused, first):
+    other = torch.channels_last if first is torch.contiguous_format else torch.contiguous_format
+    params, same = in_format(first), in_format(first)
+    optimizer, expected = optimizer_class(groups(params), fused=fused), optimizer_class(groups(same))
+    walk(optimizer, [0])
+    walk(expected, [0])
+    weight = params["conv.weight"]
+    weight.data = weight.data.to(memory_format=other)
+    walk(optimizer, [1, 2])
+    walk(expected, [1, 2])
+    torch.testing.assert_close(values(params), values(same), rtol=1e-5, atol=1e-6)
+    for key, state in optimizer.state[weight].items():
+        assert key == "step" or state.stride() == weight.stride()
+
+
+@both
+@every_path
+def test_state_of_a_checkpoint_in_another_memory_format_is_laid_out_as_its_layer(optimizer_class, fused):
+    params = in_format(torch.contiguous_format)
+    optimizer = optimizer_class(groups(params), fused=fused)
+    walk(optimizer, [0])
+    saved, weights = optimizer.state_dict(), values(params)
+    own = {name: Parameter(w.to(memory_format=torch.channels_last)) for name, w in weights.items()}
+    resumed = optimizer_class(groups(own), fused=fused)
+    resumed.load_state_dict(saved)
+    walk(resumed, [1])
+    walk(optimizer, [1])
+    torch.testing.assert_close(values(own), values(params), rtol=1e-5, atol=1e-6)
+    weight = own["conv.weight"]
+    assert all(key == "step" or s.stride() == weight.stride() for key, s in resumed.state[weight].items())
