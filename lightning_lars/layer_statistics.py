@@ -1,4 +1,4 @@
-"""Mean, minimum and maximum of a quantity of every layer over steps, kept on the device."""
+"""Mean, minimum, maximum and number of a quantity of every layer over steps, kept on the device."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torchmetrics import Metric
 
 
 class LayerStatistics(Metric):
-    """Mean, minimum and maximum over updates, for each layer that had a value.
+    """Mean, minimum, maximum and number of updates, for each layer that had a value.
 
     Every process sees whole layers, so nothing is exchanged between processes.
 
@@ -23,7 +23,8 @@ class LayerStatistics(Metric):
         >>> statistics.compute()
         tensor([[1.5000, 5.0000],
                 [1.0000, 5.0000],
-                [2.0000, 5.0000]])
+                [2.0000, 5.0000],
+                [2.0000, 1.0000]])
     """
 
     full_state_update = False
@@ -67,8 +68,8 @@ class LayerStatistics(Metric):
         self.maximum[where] = torch.maximum(self.maximum[where], values)
 
     def compute(self) -> Tensor:
-        """Return mean, minimum and maximum, of shape ``(3, layers)``."""
-        return torch.stack([self.total / self.count, self.minimum, self.maximum])
+        """Return mean, minimum, maximum and number of steps, of shape ``(4, layers)``."""
+        return torch.stack([self.total / self.count, self.minimum, self.maximum, self.count])
 
     def reset(self) -> None:
         """Forget all steps and all layers."""

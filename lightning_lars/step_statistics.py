@@ -12,6 +12,7 @@ from lightning_lars.layer_statistics import LayerStatistics
 from lightning_lars.optim.norms import norm_of_each, whole_norms, widest_float
 from lightning_lars.optim.parameters import named_params
 from lightning_lars.optim.shards import Shard, find_shards, local
+from lightning_lars.peak_rate import Peak, PeakRate, largest
 
 
 @runtime_checkable
@@ -39,6 +40,8 @@ class OverSteps(NamedTuple):
     mean: float
     minimum: float
     maximum: float
+    steps: float = 1
+    """In how many of them it was measured."""
 
 
 def names_by_number(named: Mapping[str, Tensor], names: Mapping[Tensor, str]) -> dict[str, str]:
@@ -86,6 +89,12 @@ class StepStatistics:
         self._quantities: dict[str, LayerStatistics] = {}
         self.has_stepped = False
         """Whether a step had trust ratios since this was last set to False."""
+        self.peak: Peak | None = None
+        """Of ``trust_coefficient * lr`` until :meth:`take` last returned something.
+
+        Not of groups with ``trust_clip="larc"``, which move by ``trust_coefficient`` at any learning rate.
+        """
+        self._peak = PeakRate()
         self._lr: list[Any] = []
         self._before: dict[Tensor, Tensor] = {}
         self._hooks = [
@@ -98,21 +107,16 @@ class StepStatistics:
         for hook in self._hooks:
             hook.remove()
 
-    @property
-    def rates(self) -> list[tuple[float, float]]:
-        """Learning rate inside the last step, and trust coefficient, of each group that has both.
-
-        Without those with ``trust_clip="larc"``, which move by ``trust_coefficient`` at any learning rate. A
-        learning rate that is a tensor comes to the host with ``take()``; those of later steps are left out.
-        """
-        return [
-            (lr, group["trust_coefficient"])
-            for lr, group in zip(self._lr, self._optimizer.param_groups, strict=False)
-            if group.get("layer_adaptation", True)
-            and "trust_coefficient" in group
-            and group.get("trust_clip") != "larc"
-            and isinstance(lr, float | int)
-        ]
+    def plain_rate(self) -> float:
+        """Return ``trust_coefficient * lr`` as schedulers began with it, outside of steps."""
+        return max(
+            (
+                float(max(group.get("initial_lr", 0.0), group["lr"])) * group["trust_coefficient"]
+                for group in self._optimizer.param_groups
+                if _follows(group)
+            ),
+            default=0.0,
+        )
 
     def take(self) -> dict[str, dict[str, OverSteps]]:
         """Return what has been accumulated, by quantity and layer, in one transfer to the host; begin anew.
@@ -125,20 +129,19 @@ class StepStatistics:
         quantities, self._quantities = self._quantities, {}
         if not quantities:
             return {}
-        on_device = [i for i, lr in enumerate(self._lr) if isinstance(lr, Tensor)]
-        computed = [statistics.compute() for statistics in quantities.values()]
-        computed += [self._lr[i].detach().to(computed[0]).expand(3, 1) for i in on_device]
-        device = computed[0].device
-        is_wide = any(table.dtype == torch.float64 for table in computed)
+        tables = [statistics.compute() for statistics in quantities.values()]
+        device = tables[0].device
+        is_wide = any(table.dtype == torch.float64 for table in tables)
         dtype = widest_float(device) if is_wide else torch.float32
-        columns = torch.cat([table.to(device, dtype) for table in computed], dim=1).cpu().T
-        rows = iter(columns.tolist())
+        columns = [table.T.flatten().to(device, dtype) for table in tables]
+        peak = self._peak.state()
+        values = torch.cat([*columns, peak.to(device, dtype)]).cpu()
+        rows = iter(values[: -len(peak)].view(-1, len(tables[0])).tolist())
         taken = {
             quantity: {layer: OverSteps(*next(rows)) for layer in statistics.layers}
             for quantity, statistics in quantities.items()
         }
-        for i in on_device:
-            self._lr[i] = OverSteps(*next(rows)).mean
+        self.peak = self._peak.read(values[-len(peak) :].tolist())
         return taken
 
     def _before_step(self, *_: Any) -> None:
@@ -148,6 +151,10 @@ class StepStatistics:
         self._lr = [
             group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"] for group in groups
         ]
+        pairs = zip(self._lr, groups, strict=True)
+        scaled = [lr * group["trust_coefficient"] for lr, group in pairs if _follows(group)]
+        if scaled:
+            self._peak.update(largest(scaled))
         self._before = {}
         if self._measures_updates():
             adapted = [p for group in groups if group.get("layer_adaptation", True) for p in group["params"]]
@@ -187,6 +194,12 @@ class StepStatistics:
         runs = [(group, len(list(run))) for group, run in groupby(number[named[layer]] for layer in layers)]
         parts = torch.split(ratio, [length for _, length in runs])
         return torch.cat([part * self._lr[group] for (group, _), part in zip(runs, parts, strict=True)])
+
+
+def _follows(group: Mapping[str, Any]) -> bool:
+    """Tell whether ``trust_coefficient * lr`` is how far the layers of a group move."""
+    is_scaled = group.get("layer_adaptation", True) and "trust_coefficient" in group
+    return is_scaled and group.get("trust_clip") != "larc"
 
 
 def _stack(values: Mapping[str, Tensor]) -> Tensor:

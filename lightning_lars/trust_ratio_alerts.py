@@ -2,10 +2,11 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 from lightning_lars.name_folding import fold
+from lightning_lars.peak_rate import Peak
 from lightning_lars.step_statistics import OverSteps
 
 PATIENCE = 3
@@ -14,11 +15,12 @@ PATIENCE = 3
 FAR = 100.0
 """Factor from the median layer at which a trust ratio is told to be far from it."""
 
-NEGLIGIBLE = 1e-3
-"""What ``trust_coefficient * lr`` must reach for LARS to move any layer: 0.1 % of its norm in a step."""
+NEGLIGIBLE = 5e-4
+"""Peak of ``trust_coefficient * lr`` below which LARS hardly moves a layer: 0.05 % of its norm in a step."""
 
-PLATEAU = 500
-"""Looks without a higher learning rate after which it is taken to have reached its peak."""
+LONG_WAY = 10.0
+"""How many times its norm a layer moves in trainings that are long enough for such a peak: all steps added
+up, as if each were as long as the longest."""
 
 NAMES = 4
 """Names in a message; what is more is counted."""
@@ -54,9 +56,7 @@ class TrustRatioAlerts:
     def __init__(self, is_resumed: bool = False) -> None:
         self._told: set[tuple[str, str]] = set()
         self._in_a_row: Counter[tuple[str, str]] = Counter()
-        self._has_risen = not is_resumed
-        self._peak = 0.0
-        self._since_peak = 0
+        self._is_resumed = is_resumed
 
     def look(self, quantities: Mapping[str, Mapping[str, OverSteps]]) -> list[str]:
         """Return new messages about layers.
@@ -95,26 +95,26 @@ class TrustRatioAlerts:
             for cause, layers in new.items()
         ]
 
-    def look_at_peak(self, rates: Sequence[tuple[float, float]], is_over: bool = False) -> list[str]:
-        """Return a message if the learning rate was negligible at its peak, when the peak is known.
+    def look_at_peak(
+        self, peak: Peak, total_steps: float, plain_rate: Callable[[], float] = lambda: 0.0
+    ) -> list[str]:
+        """Return a message if the learning rate was negligible at its peak, when that has passed.
 
         Args:
-            rates: Learning rate inside the step and ``trust_coefficient`` of each adapted group.
-            is_over: Whether training has ended.
+            peak: Of ``trust_coefficient * lr`` inside the steps.
+            total_steps: Of the whole training; infinite if it has no end.
+            plain_rate: Returns what it is without warmup, as far as that is known.
         """
-        now = max((lr * coefficient for lr, coefficient in rates), default=0.0)
-        self._has_risen |= 0 < self._peak < now
-        self._since_peak = 0 if now > self._peak else self._since_peak + 1
-        self._peak = max(self._peak, now)
-        is_past = is_over or now < self._peak or self._since_peak >= PLATEAU
-        is_known = is_past and self._has_risen
-        if not is_known or not 0 < self._peak < NEGLIGIBLE or ("negligible", "") in self._told:
+        is_negligible = 0 < peak.value < NEGLIGIBLE and peak.value * total_steps < LONG_WAY
+        if not is_negligible or ("negligible", "") in self._told:
+            return []
+        if not peak.has_passed(total_steps, is_resumed=self._is_resumed, plain=plain_rate()):
             return []
         self._told.add(("negligible", ""))
         return [
-            f"trust_coefficient * lr is {self._peak:.3g} at its peak, so no layer moves by more than about "
-            f"{100 * self._peak:.2g} % of its norm in a step. LARS needs a larger learning rate than SGD: "
-            "1 to 10 and more with trust_coefficient=1e-3"
+            f"trust_coefficient * lr was {peak.value:.3g} at its peak: before momentum, no layer moves by "
+            f"more than about {100 * peak.value:.2g} % of its norm in a step. LARS usually needs a larger "
+            "learning rate than SGD: 1 to 10 and more with trust_coefficient=1e-3"
         ]
 
 

@@ -13,7 +13,7 @@ def test_each_layer_counts_its_own_steps():
         statistics.update(list(step), torch.tensor(list(step.values()), dtype=torch.float64))
     seen = {layer: [step[layer] for step in steps if layer in step] for layer in "abc"}
     assert statistics.layers == ["a", "b", "c"]
-    expected = [[sum(v) / len(v), min(v), max(v)] for v in seen.values()]
+    expected = [[sum(v) / len(v), min(v), max(v), len(v)] for v in seen.values()]
     torch.testing.assert_close(statistics.compute(), torch.tensor(expected, dtype=torch.float64).T)
 
 
@@ -23,7 +23,7 @@ def test_it_begins_anew_with_other_layers_and_another_dtype():
     statistics.reset()
     assert statistics.layers == []
     statistics.update(["c"], torch.tensor([5.0], dtype=torch.float64))
-    torch.testing.assert_close(statistics.compute(), torch.full((3, 1), 5.0, dtype=torch.float64))
+    torch.testing.assert_close(statistics.compute(), torch.tensor([[5.0]] * 3 + [[1.0]]).double())
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -31,6 +31,6 @@ def test_what_is_not_finite_shows_in_its_own_layer_alone(bad):
     statistics = LayerStatistics()
     statistics.update(["a", "b"], torch.tensor([1.0, 1.0]))
     statistics.update(["a", "b"], torch.tensor([bad, 3.0]))
-    mean, _, maximum = statistics.compute()
+    mean, _, maximum, _ = statistics.compute()
     assert not mean[0].isfinite()
     assert (mean[1], maximum[1]) == (2.0, 3.0)

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
+from lightning_lars.peak_rate import PeakRate
 from lightning_lars.step_statistics import OverSteps
-from lightning_lars.trust_ratio_alerts import PATIENCE, PLATEAU, TrustRatioAlerts
+from lightning_lars.trust_ratio_alerts import PATIENCE, TrustRatioAlerts
 
 
 def over_steps(values):
@@ -105,38 +106,45 @@ def test_no_layers_are_nothing_to_tell():
     assert told([{}]) == [[]]
 
 
-@pytest.mark.parametrize(
-    ("rates", "at"),
-    [
-        ([0.1, 0.2, 0.3, 0.2, 0.1], 3),
-        ([0.1, 0.2, 0.2, 0.2], None),
-        ([0.3, 0.6, 1.0, 0.5], None),
-        ([0.1] * (PLATEAU + 2), PLATEAU),
-        ([0.0, 0.0], None),
-    ],
-    ids=["past its peak", "may still rise", "large enough", "constant", "zero"],
-)
-def test_a_negligible_learning_rate_is_told_when_its_peak_is_known(rates, at):
+def peaks(rates):
+    """What is known after each step."""
+    peak = PeakRate()
+    for rate in rates:
+        peak.update(rate)
+        yield peak.read()
+
+
+def test_a_negligible_learning_rate_is_told_once():
     alerts = TrustRatioAlerts()
-    looks = [alerts.look_at_peak([(lr, 1e-3), (lr / 2, 1e-3)]) for lr in rates]
-    assert [i for i, messages in enumerate(looks) if messages] == ([] if at is None else [at])
+    messages = [alerts.look_at_peak(peak, 20) for peak in peaks([1e-5, 1e-4, 5e-5, 4e-5, 3e-5])]
+    assert [len(each) for each in messages] == [0, 0, 0, 1, 0]
+    assert "trust_coefficient * lr was 0.0001 at its peak: before momentum, no layer moves" in messages[3][0]
+    assert "about 0.01 % of its norm in a step. LARS usually needs a larger learning rate" in messages[3][0]
 
 
-def test_at_the_end_the_peak_is_known():
+@pytest.mark.parametrize("total_steps", [99_000, 101_000, math.inf])
+def test_it_is_not_told_where_small_steps_lead_a_long_way(total_steps):
     alerts = TrustRatioAlerts()
-    assert alerts.look_at_peak([(0.5, 1e-3)]) == []
-    (message,) = alerts.look_at_peak([(0.5, 1e-3)], is_over=True)
-    assert "0.0005 at its peak" in message
-    assert alerts.look_at_peak([(0.5, 1e-3)], is_over=True) == []
+    *_, told_last = [alerts.look_at_peak(peak, total_steps) for peak in peaks([1e-5, 1e-4, 5e-5, 4e-5])]
+    assert len(told_last) == (total_steps < 1e5)
 
 
-@pytest.mark.parametrize(
-    ("rates", "at"),
-    [([0.3, 0.2, 0.1], None), ([0.1] * (PLATEAU + 2), None), ([0.1, 0.2, 0.1], 2)],
-    ids=["past a peak that was before", "constant", "still rising"],
-)
-def test_a_resumed_training_is_told_of_no_peak_that_it_has_not_seen(rates, at):
-    alerts = TrustRatioAlerts(is_resumed=True)
-    looks = [alerts.look_at_peak([(lr, 1e-3)]) for lr in rates]
-    assert [i for i, messages in enumerate(looks) if messages] == ([] if at is None else [at])
-    assert alerts.look_at_peak([(0.1, 1e-3)], is_over=True) == []
+@pytest.mark.parametrize("value", [0.0, 5e-4, 1e-3])
+def test_it_is_not_told_where_it_is_large_enough_or_zero(value):
+    alerts = TrustRatioAlerts()
+    assert [alerts.look_at_peak(peak, 9) for peak in peaks([value] * 9)] == [[]] * 9
+
+
+def test_without_groups_that_it_is_the_rate_of_there_is_no_peak():
+    assert TrustRatioAlerts().look_at_peak(PeakRate().read(), 9) == []
+
+
+def test_a_training_that_begins_below_its_plain_rate_has_not_seen_its_peak():
+    last = [*peaks([1e-5] * 9)][-1]
+    assert TrustRatioAlerts().look_at_peak(last, 9, lambda: 1e-2) == []
+    assert len(TrustRatioAlerts().look_at_peak(last, 9, lambda: 1e-5)) == 1
+
+
+def test_a_resumed_training_is_told_of_no_peak_that_it_has_not_seen():
+    assert TrustRatioAlerts(is_resumed=True).look_at_peak([*peaks([3e-5, 2e-5])][-1], 2) == []
+    assert len(TrustRatioAlerts(is_resumed=True).look_at_peak([*peaks([1e-5, 3e-5, 2e-5, 1e-5])][-1], 2)) == 1

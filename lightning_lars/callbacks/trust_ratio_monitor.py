@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -23,6 +24,7 @@ from lightning_lars.optim.parameters import named_params
 from lightning_lars.optimizer_names import by_name, kinds
 from lightning_lars.param_groups import check_holds_parameters
 from lightning_lars.step_statistics import HasTrustRatios, OverSteps, StepStatistics, names_by_number
+from lightning_lars.training_length import total_steps
 from lightning_lars.trust_ratio_alerts import TrustRatioAlerts
 from lightning_lars.trust_ratio_history import TrustRatioHistory
 from lightning_lars.trust_ratio_metrics import log_histograms, per_layer_metrics, summary_metrics
@@ -120,6 +122,7 @@ class TrustRatioMonitor(Callback):
         self._picture: Path | None = None
         self._watched: dict[str, StepStatistics] = {}
         self._alerts: dict[str, TrustRatioAlerts] = {}
+        self._total_steps = math.inf
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -158,6 +161,7 @@ class TrustRatioMonitor(Callback):
             # Only the connector knows when Lightning logs its own metrics.
             return self.update_to_weight and trainer._logger_connector.should_update_logs
 
+        self._total_steps = total_steps(trainer)
         for name, watched in named.items():
             self._watched[name] = StepStatistics(watched, measures_updates, names)
             self._alerts[name] = TrustRatioAlerts(is_resumed=trainer.global_step > 0)
@@ -190,14 +194,14 @@ class TrustRatioMonitor(Callback):
         )
         for name, quantities in taken.items():
             self._warn(name, self._alerts[name].look(quantities))
-            self._warn(name, self._alerts[name].look_at_peak(self._watched[name].rates))
+            self._look_at_peak(trainer, name, self._total_steps)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name, quantities in self._take(trainer).items():
             self._warn(name, self._alerts[name].look(quantities))
         for name, watched in self._watched.items():
-            self._warn(name, self._alerts[name].look_at_peak(watched.rates, is_over=True))
+            self._look_at_peak(trainer, name, watched.peak.steps if watched.peak else 0)
         self._show(trainer)
 
     @override
@@ -279,6 +283,13 @@ class TrustRatioMonitor(Callback):
         if self.alerts:
             for message in messages:
                 rank_zero_warn(f"{optimizer.rstrip('/')}: {message}" if optimizer else message)
+
+    def _look_at_peak(self, trainer: Trainer, optimizer: str, total_steps: float) -> None:
+        watched = self._watched[optimizer]
+        # A trial of the code is shorter than any warmup.
+        if watched.peak is not None and not cast(Any, trainer).fast_dev_run:
+            messages = self._alerts[optimizer].look_at_peak(watched.peak, total_steps, watched.plain_rate)
+            self._warn(optimizer, messages)
 
     def _check_layers(self, optimizers: Sequence[HasTrustRatios], names: Mapping[Tensor, str]) -> None:
         """Raise if a pattern is for nothing, and warn if all of the monitor is."""

@@ -24,6 +24,7 @@ from lightning_lars import (
     BatchSizeScaling,
     LearningRateWarmup,
     TrustRatioMonitor,
+    WarmupDecayLR,
     build_optimizer,
 )
 from tests.support.boring import Boring, WithoutOptimizer, boring, trainer
@@ -381,7 +382,7 @@ def test_two_monitors_log_side_by_side(tmp_path):
 def test_a_learning_rate_for_sgd_warns_once_that_it_is_negligible(tmp_path):
     callbacks = [TrustRatioMonitor(), LearningRateWarmup(3)]
     fit = trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=1, callbacks=callbacks)
-    with pytest.warns(UserWarning, match=r"trust_coefficient \* lr is 0.0001 at its peak") as caught:
+    with pytest.warns(UserWarning, match=r"trust_coefficient \* lr was 0.0001 at its peak") as caught:
         fit.fit(boring(partial(LARS, lr=0.1)))
     assert sum("at its peak" in str(warning.message) for warning in caught) == 1
     silent = trainer(
@@ -395,8 +396,41 @@ def test_a_learning_rate_for_sgd_warns_once_that_it_is_negligible(tmp_path):
 
 def test_a_learning_rate_that_is_a_tensor_is_told_to_be_negligible_too(tmp_path):
     fit = trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=1, callbacks=[TrustRatioMonitor()])
-    with pytest.warns(UserWarning, match=r"trust_coefficient \* lr is 0.0001 at its peak"):
+    with pytest.warns(UserWarning, match=r"trust_coefficient \* lr was 0.0001 at its peak"):
         fit.fit(boring(partial(LARS, lr=torch.tensor(0.1))))
+
+
+ENOUGH = {
+    "README": (3.2, {"warmup_steps": 2}, {}),
+    "default": (1.0, {"warmup_steps": 0}, {"log_every_n_steps": 3}),
+    "warmup between two logs": (1.0, {"warmup_steps": 3}, {"log_every_n_steps": 6}),
+    "ends inside its warmup": (1.0, {"warmup_steps": 80}, {"log_every_n_steps": 1}),
+    "ends inside a constant warmup": (
+        1.0,
+        {"warmup_steps": 80, "warmup": "constant", "start_factor": 0.01},
+        {"log_every_n_steps": 1},
+    ),
+    "fast_dev_run": (0.1, {"warmup_steps": 0}, {"fast_dev_run": 3}),
+}
+
+
+@pytest.mark.parametrize("case", ENOUGH)
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_a_learning_rate_that_is_large_enough_at_its_peak_or_before_it_is_not_warned_of(tmp_path, case):
+    lr, schedule, options = ENOUGH[case]
+    if "ends" in case:
+        schedule = {**schedule, "total_steps": 100}
+    fit = trainer(tmp_path, **{"logger": CSVLogger(tmp_path), "callbacks": [TrustRatioMonitor()], **options})
+    # warnings are errors
+    fit.fit(boring(partial(LARS, lr=lr), lr_scheduler=partial(WarmupDecayLR, **schedule)))
+    assert fit.global_step == options.get("fast_dev_run", 8)
+
+
+def test_the_peak_counts_that_lies_between_two_logs(tmp_path):
+    fit = trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=4, callbacks=[TrustRatioMonitor()])
+    schedule = partial(WarmupDecayLR, warmup_steps=2, decay="polynomial", power=4)
+    with pytest.warns(UserWarning, match=r"trust_coefficient \* lr was 0.0004 at its peak"):
+        fit.fit(boring(partial(LARS, lr=0.4), lr_scheduler=schedule))
 
 
 def test_the_learning_rate_of_sgd_is_not_negligible_for_larc(tmp_path):
@@ -759,7 +793,7 @@ def test_a_warning_names_the_optimizer_where_there_are_several(tmp_path):
             return [build_optimizer(each, LARS, lr=lr) for each, lr in zip(self.net, (1.0, 0.1), strict=True)]
 
     fit = trainer(tmp_path, logger=CSVLogger(tmp_path), callbacks=[TrustRatioMonitor()])
-    with pytest.warns(UserWarning, match=r"^LARS-1: trust_coefficient \* lr is 0.0001 at its peak"):
+    with pytest.warns(UserWarning, match=r"^LARS-1: trust_coefficient \* lr was 0.0001 at its peak"):
         fit.fit(Two())
 
 
