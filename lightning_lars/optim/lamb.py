@@ -19,7 +19,7 @@ from lightning_lars.optim.layers import Layers
 from lightning_lars.optim.layerwise import LayerwiseOptimizer, subtract
 from lightning_lars.optim.norms import Tensors, accumulation_dtype
 from lightning_lars.optim.shards import laid_out_as, local
-from lightning_lars.optim.trust_ratio import Number, TrustRatios, clip, trust_ratio
+from lightning_lars.optim.trust_ratio import ROUNDING, Number, TrustRatios, clip, trust_ratio
 
 
 class LAMB(LayerwiseOptimizer):
@@ -174,14 +174,20 @@ class LAMB(LayerwiseOptimizer):
     def _trust_ratios(
         self, weight_norm: Number, direction_norm: Number, lr: float | Tensor, group: Mapping[str, Any]
     ) -> TrustRatios[Number]:
+        numerator = weight_norm
         if group["max_weight_norm"] is not None:
-            weight_norm = clip(weight_norm, 0.0, group["max_weight_norm"])
-        ratio = unclipped = trust_ratio(weight_norm, direction_norm, eps=group["trust_eps"])
+            numerator = clip(weight_norm, 0.0, group["max_weight_norm"])
+        ratio = unclipped = trust_ratio(numerator, direction_norm, eps=group["trust_eps"])
         if group["trust_clip"] is not None:
             trust_clip = group["trust_clip"]
             low, high = trust_clip if type(trust_clip) in (tuple, list) else (0.0, trust_clip)
             ratio = clip(unclipped, low, high)
         return TrustRatios(weight_norm, direction_norm, unclipped, ratio)
+
+    def _decay_alone(self, group: Mapping[str, Any]) -> tuple[float, float]:
+        # u = weight_decay * w
+        weight_decay = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
+        return (1 - ROUNDING) * weight_decay, (1 + ROUNDING) * weight_decay
 
     def _descend(
         self,

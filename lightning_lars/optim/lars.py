@@ -14,7 +14,7 @@ from lightning_lars.optim.layers import Layers
 from lightning_lars.optim.layerwise import LayerwiseOptimizer, subtract
 from lightning_lars.optim.norms import Tensors
 from lightning_lars.optim.shards import laid_out_as, local
-from lightning_lars.optim.trust_ratio import Number, TrustRatios, clip, over_lr, trust_ratio
+from lightning_lars.optim.trust_ratio import ROUNDING, Number, TrustRatios, clip, over_lr, trust_ratio
 
 DENOMINATORS = ("gradient", "decayed_gradient", "momentum")
 
@@ -176,6 +176,14 @@ class LARS(LayerwiseOptimizer):
         elif group["trust_clip"] is not None:
             ratio = clip(unclipped, 0.0, group["trust_clip"])
         return TrustRatios(weight_norm, denominator, unclipped, ratio)
+
+    def _decay_alone(self, group: Mapping[str, Any]) -> tuple[float, float]:
+        weight_decay = _decay(group)
+        if group["denominator"] != "momentum" or not group["momentum"]:
+            return (1 - ROUNDING) * weight_decay, (1 + ROUNDING) * weight_decay
+        # v' grows from weight_decay * w to this, and a little more as w shrinks.
+        steady = weight_decay * (1 - group["dampening"]) / (1 - group["momentum"])
+        return 0.0, 1.25 * steady
 
     def _descend(
         self,

@@ -40,7 +40,15 @@ from lightning_lars.optim.parameters import check_params, named_params
 from lightning_lars.optim.partitions import check_not_partitioned, check_sees_all_gradients, given_shapes
 from lightning_lars.optim.scratch import Scratch
 from lightning_lars.optim.shards import Shard, find_shards, is_laid_out, laid_out_as, local
-from lightning_lars.optim.trust_ratio import Number, TrustRatios, at_clip, at_zero_rule, stack_ratios
+from lightning_lars.optim.trust_ratio import (
+    Number,
+    TrustRatios,
+    at_clip,
+    at_zero_rule,
+    by_decay_alone,
+    from_zero,
+    stack_ratios,
+)
 
 
 class LayerwiseOptimizer(Optimizer, ABC):
@@ -103,6 +111,10 @@ class LayerwiseOptimizer(Optimizer, ABC):
         self, weight_norm: Number, direction_norm: Number, lr: float | Tensor, group: Mapping[str, Any]
     ) -> TrustRatios[Number]:
         """Return the ratios from the norms of the weights and of what ``_direction`` returned."""
+
+    @abstractmethod
+    def _decay_alone(self, group: Mapping[str, Any]) -> tuple[float, float]:
+        """Return least and most of ``denominator / |w|`` where weight decay is all that moves a layer."""
 
     @abstractmethod
     def _descend(
@@ -358,7 +370,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
             ``state_dict()`` where the optimizer was built without names. Empty before the first step
             and after a state dict was loaded.
         """
-        return self._by_name(lambda ratios: ratios.ratio)
+        return self._by_name(lambda ratios, _: ratios.ratio)
 
     def at_trust_clip(self) -> dict[str, Tensor]:
         """Return for each adapted layer whether ``trust_clip`` changed its ratio in the last step.
@@ -366,7 +378,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
         Returns:
             0-d bool tensors, as :meth:`trust_ratios` returns them.
         """
-        return self._by_name(at_clip)
+        return self._by_name(lambda ratios, _: at_clip(ratios))
 
     def at_zero_rule(self) -> dict[str, Tensor]:
         """Return for each adapted layer whether its ratio was 1 in the last step for want of a scale.
@@ -374,16 +386,44 @@ class LayerwiseOptimizer(Optimizer, ABC):
         Returns:
             0-d bool tensors, as :meth:`trust_ratios` returns them.
         """
-        return self._by_name(at_zero_rule)
+        return self._by_name(lambda ratios, _: at_zero_rule(ratios))
 
-    def _by_name(self, value: Callable[[TrustRatios[Tensor]], Tensor]) -> dict[str, Tensor]:
+    def from_zero(self) -> dict[str, Tensor]:
+        """Return for each adapted layer whether its weights were all 0 before the last step, which moved it.
+
+        Such a step has no scale: with a ratio of 1 before clipping, it is that of SGD (LARS) or Adam (LAMB).
+
+        Returns:
+            0-d bool tensors, as :meth:`trust_ratios` returns them.
+        """
+        return self._by_name(lambda ratios, _: from_zero(ratios))
+
+    def by_decay_alone(self) -> dict[str, Tensor]:
+        """Return for each adapted layer whether weight decay alone made its last step.
+
+        So it is with a gradient of 0 where the decay is part of what is adapted. The trust ratio makes such a
+        step as long as any other, whatever ``weight_decay`` is.
+
+        Returns:
+            0-d bool tensors, as :meth:`trust_ratios` returns them.
+        """
+        return self._by_name(lambda ratios, group: by_decay_alone(ratios, self._decay_alone(group)))
+
+    def _by_name(
+        self, value: Callable[[TrustRatios[Tensor], Mapping[str, Any]], Tensor]
+    ) -> dict[str, Tensor]:
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
         values: dict[Tensor, Tensor] = {}
         for params, ratios in self._last_trust_ratios:
+            # Someone may have taken parameters out of the groups.
+            group = next((group_of[p] for p in params if p in group_of), None)
+            if group is None:
+                continue
             if isinstance(ratios, list):
                 of_layers = stack_ratios(ratios, _dtype_of_step(params[0]))
             else:
                 of_layers = TrustRatios(*ratios)
-            values.update(zip(params, value(of_layers).unbind(), strict=True))
+            values.update(zip(params, value(of_layers, group).unbind(), strict=True))
         return {name: values[p] for name, p in named_params(self.param_groups) if p in values}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -10,10 +10,15 @@ from torch import Tensor
 Number = TypeVar("Number", float, Tensor)
 
 
+ROUNDING = 1e-3
+"""Relative error that a norm may have, and then some."""
+
+
 class TrustRatios(NamedTuple, Generic[Number]):
     """The trust ratio of a layer and where it comes from, or those of some layers, of shape ``(layers,)``."""
 
     weight_norm: Number
+    """Before the step, and before anything limits it."""
     denominator: Number
     """What the weights were measured against, before ``eps``."""
 
@@ -31,6 +36,24 @@ def at_clip(ratios: TrustRatios[Tensor]) -> Tensor:
     """Tell which ratios the clip changed."""
     ratio = ratios.ratio
     return (ratio != ratios.unclipped.to(ratio.dtype)) & ~ratio.isnan()
+
+
+def from_zero(ratios: TrustRatios[Tensor]) -> Tensor:
+    """Tell which layers had no weights yet to scale a step by that was not 0."""
+    return (ratios.weight_norm == 0) & (ratios.denominator > 0)
+
+
+def by_decay_alone(ratios: TrustRatios[Tensor], decay: tuple[float, float]) -> Tensor:
+    """Tell which weights were measured against no more than their own decay.
+
+    Args:
+        ratios: Of layers of one group.
+        decay: Least and most of ``denominator / weight_norm`` that weight decay makes by itself.
+    """
+    least, most = decay
+    weight_norm, denominator = ratios.weight_norm, ratios.denominator
+    is_no_more = (denominator >= least * weight_norm) & (denominator <= most * weight_norm)
+    return is_no_more & (denominator > 0)
 
 
 def stack_ratios(of_each: Sequence[TrustRatios[float]], dtype: torch.dtype) -> TrustRatios[Tensor]:

@@ -1,5 +1,7 @@
 """Why a ratio is what it is: the layers at their clip, and those without a scale."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import Parameter
@@ -30,9 +32,71 @@ def test_the_zero_rule_is_told_of_layers_without_weights_or_gradient(optimizer_c
 
 
 @pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
+def test_a_step_from_zero_is_told_of_layers_that_had_no_weights_but_a_gradient(optimizer_class):
+    assert names(step(optimizer_class).from_zero()) == ["empty"]
+
+
+@pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
+def test_without_decay_no_layer_moves_by_decay_alone(optimizer_class):
+    assert names(step(optimizer_class).by_decay_alone()) == []
+
+
+DECAYING = {
+    "LARS": partial(LARS, lr=1.0),
+    "decayed gradient": partial(LARS, lr=1.0, denominator="decayed_gradient"),
+    "momentum": partial(LARS, lr=1.0, denominator="momentum"),
+    "momentum, nesterov": partial(LARS, lr=1.0, denominator="momentum", nesterov=True),
+    "momentum, dampening": partial(LARS, lr=1.0, denominator="momentum", dampening=0.9),
+    "momentum, fast": partial(LARS, lr=15.0, denominator="momentum"),
+    "no momentum": partial(LARS, lr=1.0, denominator="momentum", momentum=0.0),
+    "clipped": partial(LARS, lr=1.0, trust_clip=0.01),
+    "LAMB": partial(LAMB, lr=0.01),
+    "LAMB, weight norm": partial(LAMB, lr=0.01, max_weight_norm=0.1),
+}
+
+
+@pytest.mark.parametrize("rule", DECAYING)
+@pytest.mark.parametrize("weight_decay", [0.1, 1e-4, 1e-9])
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_layer_without_a_gradient_is_moved_by_decay_alone(rule, weight_decay, fused):
+    torch.manual_seed(0)
+    params = {name: Parameter(torch.randn(5, 4)) for name in ("used", "unused", "absent")}
+    optimizer = DECAYING[rule](params.items(), weight_decay=weight_decay, fused=fused)
+    for _ in range(30):
+        # Ten times the decay that momentum builds up.
+        params["used"].grad = torch.randn(5, 4) * weight_decay * (100 if "momentum" in rule else 10)
+        params["unused"].grad = torch.zeros(5, 4)
+        optimizer.step()
+        flags = {name: bool(flag) for name, flag in optimizer.by_decay_alone().items()}
+        assert flags == {"used": False, "unused": True}
+
+
+@pytest.mark.parametrize("rule", DECAYING)
+def test_with_decoupled_decay_no_layer_is_moved_by_decay_alone(rule):
+    w = Parameter(torch.ones(3))
+    w.grad = torch.zeros(3)
+    optimizer = DECAYING[rule]([("w", w)], weight_decay=0.1, decoupled_weight_decay=True)
+    optimizer.step()
+    assert not optimizer.by_decay_alone()["w"]
+    assert not optimizer.from_zero()["w"]
+
+
+def test_a_layer_that_has_left_the_groups_since_the_step_is_left_out():
+    params = [Parameter(torch.ones(2)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.ones(2)
+    groups = [{"params": [("a", params[0])]}, {"params": [("b", params[1])]}]
+    optimizer = LARS(groups)
+    optimizer.step()
+    optimizer.param_groups.pop()
+    assert list(optimizer.trust_ratios()) == list(optimizer.by_decay_alone()) == ["a"]
+
+
+@pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
 def test_before_the_first_step_nothing_is_told(optimizer_class):
     optimizer = optimizer_class([Parameter(torch.ones(2))])
     assert optimizer.at_zero_rule() == optimizer.at_trust_clip() == {}
+    assert optimizer.from_zero() == optimizer.by_decay_alone() == {}
 
 
 @pytest.mark.parametrize(
