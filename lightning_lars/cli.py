@@ -148,7 +148,7 @@ class _ConfigureOptimizers:
             self.groups["excluded_lr"],
             self.groups["excluded_lr_scale"],
         )
-        config = scheduler_config(self.module.trainer, scheduler, self.lr_scheduler_interval)
+        config = scheduler_config(self.module, scheduler, self.lr_scheduler_interval)
         return {"optimizer": optimizer, "lr_scheduler": config}
 
 

@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
-Adjustment = Callable[[Mapping[str, Any]], Mapping[str, Any]]
-"""Maps a parameter group to the values that it has during the next step: ``{"lr": 0.1 * group["lr"]}``."""
+from lightning_lars.optimizer_steps import OptimizerSteps
+
+Adjustment = Callable[[Mapping[str, Any], int], Mapping[str, Any]]
+"""Maps a group and the number of a step, from 1, to what it has in it: ``{"lr": 0.1 * group["lr"]}``."""
 
 
 class LearningRateFactors:
@@ -17,34 +18,44 @@ class LearningRateFactors:
     an adjusted one, and every state dict holds plain values, also one taken inside a step.
 
     Args:
-        optimizer: Any ``torch.optim`` optimizer.
+        optimizer: Any ``torch.optim`` optimizer, or one that wraps it.
         adjustment: Asked as each step begins.
+        counts: Asked as each step begins, too. If it says no, the step has plain values and is not counted.
+
+    Raises:
+        TypeError: If steps of the optimizer cannot be seen.
     """
 
-    def __init__(self, optimizer: Optimizer, adjustment: Adjustment) -> None:
-        self.steps = 0
-        """Steps that had gradients, since this was built."""
-        self._optimizer = optimizer
+    def __init__(
+        self, optimizer: Any, adjustment: Adjustment, counts: Callable[[], bool] = lambda: True
+    ) -> None:
+        self.steps = OptimizerSteps(optimizer, self.apply, self.restore, counts)
+        """Counts the steps that happened."""
         self._adjustment = adjustment
-        self._in_step = False
         # Group, key, plain value, adjusted value; groups by identity, as a strategy may swap their list.
         self._adjusted: list[tuple[dict[str, Any], str, Any, Any]] = []
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_state_dict_pre_hook(lambda _: self.restore()),
-            optimizer.register_state_dict_post_hook(lambda _, state: self._resume_step(state)),
-            optimizer.register_load_state_dict_pre_hook(lambda *_: self.restore()),
-        ]
+        self._hooks = []
+        for each in self.steps.optimizers:
+            # Lookahead of pytorch_optimizer has step hooks alone, and hands state dicts on to what it wraps.
+            if hasattr(each, "_optimizer_state_dict_pre_hooks"):
+                self._hooks += [
+                    each.register_state_dict_pre_hook(lambda _: self.restore()),
+                    each.register_state_dict_post_hook(lambda _, state: self._resume_step(state)),
+                    each.register_load_state_dict_pre_hook(lambda *_: self.restore()),
+                ]
 
     def apply(self) -> None:
         """Put the adjusted values into the groups until :meth:`restore`."""
         self.restore()
+        groups = self.steps.optimizers[0].param_groups
+        if len(self.steps.optimizers) > 1:  # which mostly share their groups
+            of_all = (group for each in self.steps.optimizers for group in each.param_groups)
+            groups = list({id(group): group for group in of_all}.values())
         # All values first: groups may share one tensor as their learning rate.
         self._adjusted = [
             (group, key, _copy(group[key]), value)
-            for group in self._optimizer.param_groups
-            for key, value in self._adjustment(group).items()
+            for group in groups
+            for key, value in self._adjustment(group, self.steps.number).items()
         ]
         for group, key, _, value in self._adjusted:
             _write(group, key, value)
@@ -59,41 +70,12 @@ class LearningRateFactors:
     def detach(self) -> None:
         """Leave the optimizer as it was."""
         self.restore()
+        self.steps.detach()
         for hook in self._hooks:
             hook.remove()
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        self._in_step = True
-        self.apply()
-        # The closure is the caller's code (Lightning's training_step), which may step a scheduler.
-        if kwargs.get("closure") is not None:
-            kwargs = {**kwargs, "closure": self._outside_of_step(kwargs["closure"])}
-        elif len(args) > 1 and args[1] is not None:
-            args = (args[0], self._outside_of_step(args[1]), *args[2:])
-        return args, kwargs
-
-    def _outside_of_step(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        def with_plain_values() -> Any:
-            self._in_step = False
-            self.restore()
-            loss = closure()
-            self._in_step = True
-            self.apply()
-            return loss
-
-        return with_plain_values
-
-    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        self._in_step = False
-        self.restore()
-        # A fused optimizer is called even where the gradient scaler makes it skip the step.
-        if getattr(optimizer, "found_inf", False):
-            return
-        # A step without gradients (training_step returned None) has moved nothing.
-        self.steps += any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
-
     def _resume_step(self, state_dict: dict[str, Any]) -> None:
-        if not self._in_step:
+        if not self.steps.is_stepping:
             return
         # The state dict holds the very tensors that the rest of the step adjusts again.
         for group in state_dict["param_groups"]:

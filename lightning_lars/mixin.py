@@ -172,6 +172,5 @@ class LargeBatchMixin:
             self._excluded_lr,
             self._excluded_lr_scale,
         )
-        trainer = cast(LightningModule, self).trainer
-        config = scheduler_config(trainer, scheduler, self._lr_scheduler_interval)
+        config = scheduler_config(cast(LightningModule, self), scheduler, self._lr_scheduler_interval)
         return {"optimizer": optimizer, "lr_scheduler": config}

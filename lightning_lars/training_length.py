@@ -1,17 +1,27 @@
 """How many optimizer steps a Trainer will take, and schedules that are told so."""
 
 import math
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_lars.batch_size import accumulated_batches
 from lightning_lars.schedules import WarmupDecayLR
 
 
-def steps_of_epochs(trainer: Trainer, epochs: float) -> float:
+class Beginning(NamedTuple):
+    """Where a Trainer stood as its optimizers and schedulers began; a second fit of it builds new ones."""
+
+    epoch: int
+    step: int
+
+
+_FIRST_FIT = Beginning(epoch=0, step=0)
+
+
+def steps_of_epochs(trainer: Trainer, epochs: float, beginning: Beginning = _FIRST_FIT) -> float:
     """Return the optimizer steps of the first epochs, a part of one included; ``inf`` if one has no end.
 
     Follows a ``GradientAccumulationScheduler``. Loads the train loader where that has not happened, so
@@ -21,20 +31,20 @@ def steps_of_epochs(trainer: Trainer, epochs: float) -> float:
         trainer.fit_loop.setup_data()
     if math.isinf(trainer.num_training_batches) or math.isinf(epochs):
         return math.inf
-    whole = math.floor(epochs)
-    steps = float(sum(_steps_of_epoch(trainer, epoch) for epoch in range(whole)))
-    return steps + (epochs - whole) * _steps_of_epoch(trainer, whole)
+    first, whole = beginning.epoch, math.floor(epochs)
+    steps = float(sum(_steps_of_epoch(trainer, epoch) for epoch in range(first, first + whole)))
+    return steps + (epochs - whole) * _steps_of_epoch(trainer, first + whole)
 
 
-def total_steps(trainer: Trainer) -> float:
-    """Return the optimizer steps of the whole training; ``inf`` if it has no end.
+def total_steps(trainer: Trainer, beginning: Beginning = _FIRST_FIT) -> float:
+    """Return the optimizer steps from a beginning to the end of the training; ``inf`` if it has no end.
 
     Unlike ``trainer.estimated_stepping_batches``, knows of a ``GradientAccumulationScheduler``, and of
     ``max_steps`` with a loader without end.
     """
-    max_epochs = math.inf if trainer.max_epochs in (None, -1) else max(1, trainer.max_epochs or 1)
-    steps = steps_of_epochs(trainer, max_epochs)
-    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+    max_epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+    steps = steps_of_epochs(trainer, max(0, max_epochs - beginning.epoch), beginning)
+    return steps if trainer.max_steps == -1 else min(steps, max(0, trainer.max_steps - beginning.step))
 
 
 def _steps_of_epoch(trainer: Trainer, epoch: int) -> int:
@@ -43,12 +53,12 @@ def _steps_of_epoch(trainer: Trainer, epoch: int) -> int:
 
 
 def scheduler_config(
-    trainer: Trainer, scheduler: Any, interval: Literal["step", "epoch"] | None = None
+    module: LightningModule, scheduler: Any, interval: Literal["step", "epoch"] | None = None
 ) -> dict[str, Any]:
     """Return what ``configure_optimizers`` returns for a scheduler, with its length and interval filled in.
 
     Args:
-        trainer: The Trainer that is fitting.
+        module: The module that configures its optimizers, for a Trainer, Fabric, or a loop of its own.
         scheduler: Any scheduler. A :class:`~lightning_lars.schedules.WarmupDecayLR` without
             ``total_steps`` gets those of the training.
         interval: When the scheduler steps. None stands for what it counts: optimizer steps for
@@ -56,7 +66,8 @@ def scheduler_config(
 
     Raises:
         ValueError: If a ``WarmupDecayLR`` is to step once an epoch.
-        MisconfigurationException: If the training has no end from which to fill in ``total_steps``.
+        MisconfigurationException: If ``total_steps`` is to be filled in and nobody knows it: without a
+            Trainer, under manual optimization, or if the training has no end.
     """
     counting = _warmup_decays(scheduler)
     if counting and interval == "epoch":
@@ -65,25 +76,38 @@ def scheduler_config(
         )
     for each in counting:
         if each.total_steps is None:
-            _fill_in_length(trainer, each)
+            _fill_in_length(module, each)
     config = {"scheduler": scheduler, "interval": interval or ("step" if counting else "epoch")}
     # Lightning's own ReduceLROnPlateau names what it watches.
     return config | ({"monitor": scheduler.monitor} if hasattr(scheduler, "monitor") else {})
 
 
-def _fill_in_length(trainer: Trainer, scheduler: WarmupDecayLR) -> None:
-    if trainer.limit_train_batches == 0 or trainer.max_steps == 0:
+def _fill_in_length(module: LightningModule, scheduler: WarmupDecayLR) -> None:
+    trainer = trainer_of(module)
+    if trainer is None:
+        raise MisconfigurationException(
+            "WarmupDecayLR needs total_steps where no Trainer knows it, under Fabric or in a loop of your "
+            "own: pass it, the optimizer steps of the whole training"
+        )
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            "WarmupDecayLR needs total_steps under manual optimization, where only the module knows how "
+            "often it steps its optimizer: pass it"
+        )
+    if trainer.limit_train_batches == 0:
         return  # no step will be taken
-    steps = total_steps(trainer)
+    settings = cast(Any, trainer)
+    # A second fit of the same Trainer has a new scheduler, and the steps that the first one left.
+    is_resumed = settings.ckpt_path is not None
+    beginning = _FIRST_FIT if is_resumed else Beginning(trainer.current_epoch, trainer.global_step)
+    steps = total_steps(trainer, beginning)
+    if steps == 0:
+        return
     if math.isinf(steps):
         raise MisconfigurationException(
             "WarmupDecayLR needs total_steps where the training has no end: pass it, or set max_steps, "
             "or max_epochs and limit_train_batches"
         )
-    settings = cast(Any, trainer)
-    if settings.ckpt_path is None:
-        # A second fit of the same Trainer has a new scheduler, and the steps that the first one left.
-        steps = max(1, steps - trainer.global_step)
     if settings.fast_dev_run:
         # A trial of the code, shorter than any schedule.
         steps = max(steps, max((scheduler.warmup_steps, *scheduler.milestones)) + 1)
@@ -100,3 +124,13 @@ def _warmup_decays(scheduler: Any) -> list[WarmupDecayLR]:
     if isinstance(scheduler, WarmupDecayLR):
         return [scheduler]
     return [each for inner in getattr(scheduler, "_schedulers", ()) for each in _warmup_decays(inner)]
+
+
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """Return the Trainer of a module, or None where it has none: under Fabric, or in a loop of its own."""
+    try:
+        trainer = module.trainer
+    except RuntimeError:  # not attached to one
+        return None
+    # Fabric's stand-in has what Fabric has.
+    return trainer if hasattr(trainer, "fit_loop") else None

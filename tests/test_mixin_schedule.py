@@ -166,6 +166,61 @@ def test_a_second_fit_is_told_the_steps_that_are_left(tmp_path):
     assert fit.lr_scheduler_configs[0].scheduler.total_steps == 16
 
 
+@pytest.mark.parametrize("options", [{}, {"max_steps": 5}, {"max_epochs": 0}, {"max_epochs": 3}], ids=str)
+def test_a_second_fit_where_nothing_is_left_returns(tmp_path, options):
+    fit = trainer(tmp_path, **options)
+    for _ in range(2):
+        fit.fit(Rated(lr_scheduler=partial(WarmupDecayLR, warmup_steps=4)))
+        steps = fit.global_step
+    assert (
+        steps
+        == {"max_steps": 5, "max_epochs": 8 * options.get("max_epochs", 1)}[next(iter(options), "max_epochs")]
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "steps"),
+    [
+        ({"max_steps": 3}, {"max_epochs": 3}, 16),
+        ({"accumulate_grad_batches": 4}, {"max_epochs": 3, "accumulate_grad_batches": 1}, 16),
+        ({"max_epochs": 2}, {"max_epochs": 4, "accumulate_grad_batches": 4}, 4),
+    ],
+    ids=str,
+)
+def test_a_second_fit_is_told_what_its_own_epochs_take(tmp_path, first, then, steps):
+    fit = trainer(tmp_path, **first)
+    fit.fit(Rated(lr_scheduler=partial(WarmupDecayLR, warmup_steps=1)))
+    before = fit.global_step
+    fit.fit_loop.epoch_loop.max_steps, fit.fit_loop.max_epochs = -1, then["max_epochs"]
+    fit.accumulate_grad_batches = then.get("accumulate_grad_batches", 1)
+    fit.fit(Rated(lr_scheduler=partial(WarmupDecayLR, warmup_steps=1)))
+    assert fit.lr_scheduler_configs[0].scheduler.total_steps == steps == fit.global_step - before
+
+
+class Manual(Rated):
+    """Steps every fourth batch."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        if batch_idx % 4 == 3:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+            self.lr_schedulers().step()
+
+
+def test_manual_optimization_needs_a_length(tmp_path):
+    said = "WarmupDecayLR needs total_steps under manual optimization, where only the module knows how often"
+    with pytest.raises(MisconfigurationException, match=said):
+        trainer(tmp_path).fit(Manual(lr_scheduler=SCHEDULE))
+    module = Manual(lr_scheduler=partial(SCHEDULE, total_steps=4))
+    trainer(tmp_path, max_epochs=2).fit(module)
+    assert sorted(set(module.rates)) == [0.5, 1.0]
+
+
 def test_a_run_that_is_extended_says_that_its_schedule_is_not(tmp_path):
     first = trainer(tmp_path)
     first.fit(Rated(lr_scheduler=SCHEDULE))

@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_lars.training_length import steps_of_epochs, total_steps
-from tests.support.walk import BATCHES, Walk, walk
+from lightning_lars.training_length import Beginning, steps_of_epochs, total_steps
+from tests.support.walk import BATCHES, Walk, walk, walker
 
 
 class Counted(Walk):
@@ -126,3 +126,61 @@ class AsksEarly(Walk):
 def test_is_known_where_optimizers_are_configured(tmp_path):
     module = walk(tmp_path, AsksEarly(), accumulate_grad_batches=5)
     assert module.total == module.trainer.global_step
+
+
+class CountedFromHere(Walk):
+    """Asks how many steps there are from its beginning, while it configures its optimizers and later."""
+
+    def configure_optimizers(self):
+        here = Beginning(self.trainer.current_epoch, self.trainer.global_step)
+        self.before, self.totals = self.trainer.global_step, [total_steps(self.trainer, here)]
+        return super().configure_optimizers()
+
+    def on_train_start(self):
+        super().on_train_start()
+        here = Beginning(self.trainer.current_epoch, self.trainer.global_step)
+        self.totals.append(total_steps(self.trainer, here))
+
+
+class Interrupted(CountedFromHere):
+    """Breaks off once, in the second epoch."""
+
+    failed = False
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step == BATCHES + 3 and not self.failed:
+            self.failed = True
+            raise RuntimeError("broken off")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("options", "then"),
+    [
+        ({}, {"max_epochs": 3}),
+        ({}, {"max_epochs": 5, "accumulate_grad_batches": 4}),
+        ({"max_steps": 5}, {"max_steps": 20}),
+        ({"max_steps": 5, "max_epochs": -1}, {"max_steps": 20}),
+        ({"accumulate_grad_batches": 5}, {"max_epochs": 4}),
+        ({}, {}),
+        ({"max_steps": 7}, {}),
+        ({"max_epochs": 0}, {"max_epochs": 1}),
+    ],
+    ids=str,
+)
+def test_a_second_fit_has_what_is_left(tmp_path, options, then):
+    module, fitting = CountedFromHere(), walker(tmp_path, **options)
+    fitting.fit(module)
+    fitting.fit_loop.epoch_loop.max_steps = then.get("max_steps", fitting.max_steps)
+    fitting.fit_loop.max_epochs = then.get("max_epochs", fitting.max_epochs)
+    fitting.accumulate_grad_batches = then.get("accumulate_grad_batches", fitting.accumulate_grad_batches)
+    fitting.fit(module)
+    assert set(module.totals) == {fitting.global_step - module.before}
+
+
+def test_a_fit_after_an_exception_has_what_is_left(tmp_path):
+    module, fitting = Interrupted(), walker(tmp_path)
+    with pytest.raises(RuntimeError, match="broken off"):
+        fitting.fit(module)
+    fitting.fit(module)
+    assert set(module.totals) == {fitting.global_step - module.before}

@@ -1,16 +1,22 @@
 """The one callback of a Trainer that adjusts learning rates, on behalf of those that ask it to."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, cast
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.learning_rate_factors import LearningRateFactors
+from lightning_lars.optimizer_names import by_name
 from lightning_lars.param_groups import check_holds_parameters
+from lightning_lars.training_length import Beginning
 
 Factor = Callable[[Mapping[str, Any], int], Mapping[str, Any]]
 """Maps a group and the number of the step about to be taken, from 1, to the values it has in that step."""
@@ -25,10 +31,10 @@ class LearningRateOwner(Callback):
 
     def __init__(self) -> None:
         self._factors: dict[str, Factor] = {}
-        self._optimizers: list[LearningRateFactors] = []
+        self._optimizers: dict[str, LearningRateFactors] = {}
         self._steps: list[int] = []
-        self._before_batch: list[int] = []
-        self._automatic = True
+        self._beginning = Beginning(epoch=0, step=0)
+        self._has_trained = False
 
     @classmethod
     def of(cls, trainer: Trainer, asking: Callback) -> "LearningRateOwner":
@@ -62,51 +68,66 @@ class LearningRateOwner(Callback):
             )
         self._factors[name] = factor
 
+    @property
+    def steps(self) -> list[int]:
+        """The steps of every optimizer that happened since its training began."""
+        return [factors.steps.taken for factors in self._optimizers.values()] or self._steps
+
+    @property
+    def beginning(self) -> Beginning:
+        """Where the Trainer stood as the optimizers began: a second fit builds new ones."""
+        return self._beginning
+
     def open(self) -> None:
         """Show the adjusted values outside of a step."""
-        for optimizer in self._optimizers:
-            optimizer.apply()
+        for factors in self._optimizers.values():
+            factors.apply()
 
     def close(self) -> None:
         """Hide them again."""
-        for optimizer in self._optimizers:
-            optimizer.restore()
+        for factors in self._optimizers.values():
+            factors.restore()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Every fit has new optimizers. The count of a checkpoint is loaded after this.
         if stage == "fit":
-            self._steps = []
+            self._steps, self._beginning = [], Beginning(epoch=0, step=0)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()
-        self._automatic = pl_module.automatic_optimization
-        if not any("lr" in group for optimizer in trainer.optimizers for group in optimizer.param_groups):
-            raise MisconfigurationException(
-                "LearningRateWarmup and BatchSizeScaling need an optimizer with a learning rate, and "
-                "configure_optimizers returned none: leave the callbacks out"
-            )
-        for index, optimizer in enumerate(trainer.optimizers):
-            # DeepSpeed wraps the optimizer in something that is none, has no hooks, and other parameters.
-            wrapped = not isinstance(optimizer, Optimizer)
-            inner = cast(Any, optimizer).optimizer if wrapped else optimizer
-            if not wrapped:
-                check_holds_parameters(inner, trainer.model or pl_module)
-            self._optimizers.append(LearningRateFactors(inner, self._adjustment_of(index)))
+        _check(trainer.optimizers)
+        for name, optimizer in by_name(trainer.optimizers).items():
+            # DeepSpeed wraps the optimizer in something that is none, and has other parameters.
+            if isinstance(optimizer, Optimizer):
+                check_holds_parameters(optimizer, trainer.model or pl_module)
+            # The tuner sets callbacks aside while it tries rates and batch sizes in the middle of a fit.
+            try:
+                factors = LearningRateFactors(
+                    optimizer, self._adjustment, counts=lambda: _is_among(self, trainer)
+                )
+            except TypeError as error:
+                raise MisconfigurationException(
+                    f"LearningRateWarmup and BatchSizeScaling act inside of optimizer.step(), and {error}: "
+                    "put the factor into the schedule (WarmupDecayLR), or leave the callbacks out"
+                ) from error
+            self._optimizers[name.strip("/") or type(optimizer).__name__] = factors
+        is_resumed = cast(Any, trainer).ckpt_path is not None
         if len(self._steps) != len(self._optimizers):
             # A checkpoint from before this callback was there: Lightning's own count is the best known.
-            steps = trainer.global_step if cast(Any, trainer).ckpt_path else 0
+            steps = trainer.global_step if is_resumed else 0
             self._steps = [steps // max(1, len(self._optimizers))] * len(self._optimizers)
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        # What DCP steps while it loads or saves an optimizer is outside of a batch and does not count.
-        self._before_batch = [optimizer.steps for optimizer in self._optimizers]
+        if not is_resumed:
+            self._beginning = Beginning(trainer.current_epoch, trainer.global_step)
+        for factors, taken in zip(self._optimizers.values(), self._steps, strict=True):
+            factors.steps.taken = taken
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._count()
+        self._has_trained = True
+        # A step that failed, and whose exception was caught, has left its values behind.
+        self.close()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -114,47 +135,64 @@ class LearningRateOwner(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Here, as the module's hooks, up to the last, may step.
+        for name, factors in self._optimizers.items():
+            if self._has_trained and factors.steps.taken == 0:
+                rank_zero_warn(
+                    f"{', '.join(self._factors)} of the learning rate had no effect on {name}, which took no "
+                    "step that counts: optimizer.step(), during fit, with a gradient, and not skipped by a "
+                    "gradient scaler"
+                )
         self._detach()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": [self._taken(index) for index in range(len(self._steps))]}
+        begun = {"beginning": tuple(self._beginning)} if any(self._beginning) else {}
+        return {"steps": list(self.steps), **begun}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._steps = list(state_dict["steps"])
+        self._beginning = Beginning(*state_dict.get("beginning", (0, 0)))
+        # The tuner restores in the middle of a fit.
+        for factors, taken in zip(self._optimizers.values(), self._steps, strict=False):
+            factors.steps.taken = taken
 
-    def _adjustment_of(self, index: int) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
-        def adjustment(group: Mapping[str, Any]) -> Mapping[str, Any]:
-            # The calls of DeepSpeed, one a group, are of the same step.
-            step = (self._steps[index] if self._automatic else self._taken(index)) + 1
-            adjusted: dict[str, Any] = {}
-            for factor in self._factors.values():
-                adjusted |= factor({**group, **adjusted}, step)
-            return adjusted
-
-        return adjustment
-
-    def _taken(self, index: int) -> int:
-        """Return the number of steps of an optimizer that happened."""
-        if not self._before_batch:
-            return self._steps[index]
-        in_batch = self._optimizers[index].steps - self._before_batch[index]
-        # DeepSpeed calls the inner optimizer once a group: automatic optimization steps once a batch.
-        return self._steps[index] + (min(1, in_batch) if self._automatic else in_batch)
-
-    def _count(self) -> None:
-        """Add what the batch at hand has stepped."""
-        self._steps = [self._taken(index) for index in range(len(self._steps))]
-        self._before_batch = []
+    def _adjustment(self, group: Mapping[str, Any], step: int) -> Mapping[str, Any]:
+        adjusted: dict[str, Any] = {}
+        for factor in self._factors.values():
+            adjusted |= factor({**group, **adjusted}, step)
+        return adjusted
 
     def _detach(self) -> None:
-        # An exception leaves in the middle of a batch, and a checkpoint may be written after it.
-        self._count()
-        for optimizer in self._optimizers:
-            optimizer.detach()
-        self._optimizers = []
-        self._factors = {}
+        # A checkpoint may be written after it.
+        self._steps = list(self.steps)
+        for factors in self._optimizers.values():
+            factors.detach()
+        self._optimizers, self._factors, self._has_trained = {}, {}, False
+
+
+def _is_among(callback: Callback, trainer: Trainer) -> bool:
+    return torch.compiler.is_compiling() or any(callback is each for each in cast(Any, trainer).callbacks)
+
+
+def _check(optimizers: Sequence[Any]) -> None:
+    """Raise if there is no optimizer, or one without a learning rate to multiply."""
+    # Lightning puts an empty optimizer in the place of none.
+    if not any(optimizer.param_groups for optimizer in optimizers):
+        raise MisconfigurationException(
+            "LearningRateWarmup and BatchSizeScaling need an optimizer with a learning rate, and "
+            "configure_optimizers returned none: leave the callbacks out"
+        )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if not isinstance(group.get("lr"), Real | Tensor):
+                raise MisconfigurationException(
+                    "LearningRateWarmup and BatchSizeScaling need a number or a tensor as the lr of every "
+                    f"parameter group, got {group.get('lr')!r} from {type(optimizer).__name__}: give it one, "
+                    "and turn off what it computes instead (relative_step=False for Adafactor), or leave the "
+                    "callbacks out"
+                )
 
 
 class _Window(Callback):

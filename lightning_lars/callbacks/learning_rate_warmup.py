@@ -12,7 +12,7 @@ from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.callbacks.learning_rate_owner import LearningRateOwner
 from lightning_lars.optim.arguments import is_number, require
 from lightning_lars.schedules import constant_warmup, cosine_warmup, exponential_warmup, linear_warmup
-from lightning_lars.training_length import steps_of_epochs, total_steps
+from lightning_lars.training_length import Beginning, steps_of_epochs, total_steps
 
 _SHAPES = {
     "constant": constant_warmup,
@@ -26,12 +26,14 @@ class LearningRateWarmup(Callback):
     """Multiplies the learning rate of every step by a factor that rises to 1.
 
     Works with any optimizer and any scheduler, or none. ``group["lr"]`` is what the scheduler says
-    throughout, except inside the step and where ``LearningRateMonitor`` looks. What counts are optimizer
-    steps that happened, from 1: not batches, nor steps that a gradient scaler skipped, nor batches without
-    a loss. A resumed run goes on where it stopped.
+    throughout, except inside the step and where ``LearningRateMonitor`` looks. What counts are the steps of
+    each optimizer that happened, from 1: not batches, nor steps that a gradient scaler skipped, nor batches
+    without a loss (:class:`~lightning_lars.optimizer_steps.OptimizerSteps`). A resumed run goes on where it
+    stopped; a second ``fit`` warms its new optimizers up in what is left to train.
 
     Args:
-        warmup_steps: Optimizer steps until the factor is 1, at least 1. One of the three is to be given.
+        warmup_steps: Optimizer steps until the factor is 1, at least 1. One of the three is to be given;
+            under manual optimization, this one.
         warmup_epochs: The same in epochs, above 0; parts of an epoch are fine.
         warmup_fraction: The same as a share of all steps of the training, in (0, 1].
         shape: The curve, as in :mod:`lightning_lars.schedules`.
@@ -40,8 +42,9 @@ class LearningRateWarmup(Callback):
 
     Raises:
         ValueError: If an argument breaks its rule.
-        MisconfigurationException: At the start of training, if the warmup is longer than the training, if
-            epochs or shares of an endless loader are asked for, or if there are two warmups.
+        MisconfigurationException: At the start of training, if the warmup is longer than the training; if
+            epochs or shares are asked for of an endless loader, or under manual optimization; if there are
+            two warmups; if an optimizer has no learning rate, or takes steps that cannot be seen.
 
     Example:
         >>> from lightning import Trainer
@@ -96,35 +99,49 @@ class LearningRateWarmup(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        total = total_steps(trainer)
-        warmup_steps = self._length(trainer, total)
-        # A fast_dev_run tries the code, not the length; manual optimization steps as often as it likes.
-        counts = pl_module.automatic_optimization and not cast(Any, trainer).fast_dev_run
-        if warmup_steps > total and counts:
+        owner = LearningRateOwner.of(trainer, self)
+        if pl_module.automatic_optimization:
+            total = total_steps(trainer, owner.beginning)
+            warmup_steps = self._length(trainer, total, owner.beginning)
+            # A fast_dev_run tries the code, not the length.
+            if warmup_steps > total and not cast(Any, trainer).fast_dev_run:
+                raise MisconfigurationException(
+                    f"LearningRateWarmup would take {warmup_steps} of the {total:.0f} optimizer steps of the "
+                    "training: shorten the warmup or train longer"
+                )
+        elif self.warmup_steps is not None:
+            warmup_steps = self.warmup_steps
+        else:
             raise MisconfigurationException(
-                f"LearningRateWarmup would take {warmup_steps} of the {total:.0f} optimizer steps of the "
-                "training: shorten the warmup or train longer"
+                f"LearningRateWarmup({self._given()}) has no length in steps under manual optimization, "
+                "where only the module knows how often it steps each optimizer: pass warmup_steps"
             )
         curve, start_factor = _SHAPES[self.shape], self.start_factor
-        LearningRateOwner.of(trainer, self).adjust(
-            "warmup", lambda group, step: {"lr": group["lr"] * curve(step, warmup_steps, start_factor)}
+        owner.adjust(
+            "warmup",
+            lambda group, step: {"lr": group["lr"] * curve(step, warmup_steps, start_factor)},
         )
         rank_zero_info(
             f"LearningRateWarmup: {self.shape}, from {start_factor:g} to 1 times the learning rate in "
             f"{warmup_steps} optimizer steps."
         )
 
-    def _length(self, trainer: Trainer, total: float) -> int:
+    def _length(self, trainer: Trainer, total: float, beginning: Beginning) -> int:
         if self.warmup_steps is not None:
             return self.warmup_steps
         if self.warmup_epochs is not None:
-            given, steps = f"warmup_epochs={self.warmup_epochs}", steps_of_epochs(trainer, self.warmup_epochs)
+            steps = steps_of_epochs(trainer, self.warmup_epochs, beginning)
         else:
             assert self.warmup_fraction is not None
-            given, steps = f"warmup_fraction={self.warmup_fraction}", self.warmup_fraction * total
+            steps = self.warmup_fraction * total
         if math.isinf(steps):
             raise MisconfigurationException(
-                f"LearningRateWarmup({given}) has no length in steps, as the train loader or the training "
-                "has no end: pass warmup_steps, or set limit_train_batches or max_steps"
+                f"LearningRateWarmup({self._given()}) has no length in steps, as the train loader or the "
+                "training has no end: pass warmup_steps, or set limit_train_batches or max_steps"
             )
         return max(1, round(steps))
+
+    def _given(self) -> str:
+        if self.warmup_epochs is not None:
+            return f"warmup_epochs={self.warmup_epochs}"
+        return f"warmup_fraction={self.warmup_fraction}"

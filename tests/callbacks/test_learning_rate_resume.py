@@ -232,6 +232,26 @@ def test_a_second_fit_from_a_checkpoint_goes_on_where_it_was_written(tmp_path):
     assert resumed.path == straight.path[5:]
 
 
+@pytest.mark.parametrize("warmup", [{"warmup_fraction": 0.5}, {"warmup_epochs": 1.5}, {"warmup_steps": 20}])
+@pytest.mark.parametrize("step", [25, 31, 40])
+def test_a_second_fit_goes_on_from_each_of_its_steps(tmp_path, warmup, step):
+    """Its lengths are those of the second fit, also in another Trainer."""
+    build = partial(Walk, OPTIMIZERS["SGD"], cosine)
+
+    def trainer_of(folder):
+        callbacks = LearningRateWarmup(**warmup), BatchSizeScaling(BASE), every_step(tmp_path / folder)
+        return walker(tmp_path, *callbacks)
+
+    straight, fitting = build(), trainer_of("straight")
+    fitting.fit(straight)
+    fitting.fit_loop.max_epochs = 4
+    fitting.fit(straight)
+    resumed, fitting = build(), trainer_of("resumed")
+    fitting.fit_loop.max_epochs = 4
+    fitting.fit(resumed, ckpt_path=tmp_path / f"straight/step={step}.ckpt")
+    assert resumed.path == straight.path[step - STEPS :]
+
+
 def test_the_other_package_goes_on_from_the_same_checkpoint(tmp_path):
     straight = walk(tmp_path, Walk(scheduler=cosine), *both(), every_step(tmp_path))
     resumed = walk(

@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lars import BatchSizeScaling, LearningRateWarmup
-from tests.support.walk import BATCH_SIZE, BATCHES, RATES, Walk, scaled, walk
+from tests.support.walk import BATCH_SIZE, BATCHES, RATES, Walk, scaled, walk, walker
 
 SHAPES = {
     "constant": lambda start, progress: start,
@@ -227,6 +227,102 @@ def test_refuses_a_training_that_it_does_not_fit_before_the_first_step(
     with pytest.raises(MisconfigurationException, match=re.escape(message)):
         walk(tmp_path, module, *(LearningRateWarmup(**each) for each in callbacks), **options)
     assert module.position() == (1.0, 1.0)
+
+
+class Manual(Walk):
+    """Steps every fourth batch, and another optimizer in the rest."""
+
+    automatic_optimization = False
+
+    def configure_optimizers(self):
+        rates = zip(self.weights(), RATES, strict=True)
+        return [torch.optim.SGD([weight], rate) for weight, rate in rates]
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()[batch_idx % 4 > 0]
+        optimizer.zero_grad()
+        self.manual_backward(self.a + self.b)
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("warmup", "options"),
+    [
+        ({"warmup_epochs": 1}, {}),
+        ({"warmup_epochs": 0.5}, {"accumulate_grad_batches": 1, "max_steps": 16}),
+        ({"warmup_fraction": 0.5}, {"max_steps": 16}),
+        ({"warmup_fraction": 1.0}, {"fast_dev_run": 4}),
+    ],
+    ids=str,
+)
+def test_asks_for_steps_where_only_the_module_knows_when_it_steps(tmp_path, warmup, options):
+    module = Manual()
+    ((name, value),) = warmup.items()
+    said = (
+        f"LearningRateWarmup({name}={value}) has no length in steps under manual optimization, where only "
+        "the module knows how often it steps each optimizer: pass warmup_steps"
+    )
+    with pytest.raises(MisconfigurationException, match=re.escape(said)):
+        walk(tmp_path, module, LearningRateWarmup(**warmup), **options)
+    assert module.position() == (1.0, 1.0)
+
+
+def test_counts_the_steps_of_each_optimizer_where_the_module_steps(tmp_path):
+    module = walk(tmp_path, Manual(), LearningRateWarmup(4), max_epochs=2)
+    assert module.position() == pytest.approx((1 - RATES[0] * (2.5 + 2), 1 - RATES[1] * (2.5 + 14)))
+
+
+def second_fit(tmp_path, module, warmup, *callbacks, then, **options):
+    """A fit of so many steps or epochs, and one that goes on without a checkpoint."""
+    fitting = walker(tmp_path, LearningRateWarmup(**warmup), *callbacks, **options)
+    fitting.fit(module)
+    if "max_steps" in then:
+        fitting.fit_loop.epoch_loop.max_steps = then["max_steps"]
+    fitting.fit_loop.max_epochs = then.get("max_epochs", fitting.max_epochs)
+    fitting.fit(module)
+    return fitting
+
+
+@pytest.mark.parametrize(
+    ("warmup", "options", "then", "length", "steps"),
+    [
+        ({"warmup_fraction": 0.5}, {}, {"max_epochs": 3}, BATCHES / 2, BATCHES),
+        ({"warmup_fraction": 1.0}, {}, {"max_epochs": 6}, 4 * BATCHES, 4 * BATCHES),
+        ({"warmup_fraction": 0.5}, {"max_steps": 8}, {"max_steps": 20, "max_epochs": 9}, 6, 12),
+        ({"warmup_fraction": 0.5}, {"max_steps": 8}, {"max_steps": 20, "max_epochs": 2}, 6, 12),
+        ({"warmup_fraction": 0.5}, {"accumulate_grad_batches": 3}, {"max_epochs": 4}, 4, 8),
+        ({"warmup_epochs": 1}, {}, {"max_epochs": 3}, BATCHES, BATCHES),
+        ({"warmup_epochs": 0.5}, {}, {"max_epochs": 4}, BATCHES / 2, 2 * BATCHES),
+        ({"warmup_steps": BATCHES}, {}, {"max_epochs": 3}, BATCHES, BATCHES),
+    ],
+    ids=str,
+)
+def test_a_second_fit_has_the_length_of_what_is_left(tmp_path, warmup, options, then, length, steps):
+    module = Walk()
+    second_fit(tmp_path, module, warmup, then=then, **options)
+    assert module.rates() == warmed(length, steps)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "length"), [({"warmup_epochs": 2}, 4 + 12), ({"warmup_fraction": 0.5}, (4 + 12) / 2)]
+)
+def test_a_second_fit_has_the_accumulation_of_its_epochs(tmp_path, warmup, length):
+    module = Walk()
+    accumulation = GradientAccumulationScheduler({0: 1, 2: 3, 3: 1})
+    second_fit(tmp_path, module, warmup, accumulation, then={"max_epochs": 4})
+    assert module.rates() == warmed(length, 4 + 12)
+
+
+@pytest.mark.parametrize("warmup", [{"warmup_epochs": 2}, {"warmup_steps": 24}])
+def test_a_second_fit_that_a_warmup_does_not_fit_is_refused(tmp_path, warmup):
+    with pytest.raises(MisconfigurationException, match="would take 24 of the 12 optimizer steps"):
+        second_fit(tmp_path, Walk(), warmup, then={"max_epochs": 3})
+
+
+def test_a_second_fit_where_nothing_is_left_returns(tmp_path):
+    module = Walk()
+    fitting = second_fit(tmp_path, module, {"warmup_epochs": 1}, then={"max_epochs": 2})
+    assert fitting.global_step == 2 * BATCHES
 
 
 def tensor_rate(groups):

@@ -1,0 +1,200 @@
+"""What counts as a step of an optimizer."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+
+def _nothing() -> None:
+    return None
+
+
+def _always() -> bool:
+    return True
+
+
+class OptimizerSteps:
+    """Counts the steps of an optimizer that happened, from wherever its ``step()`` was called.
+
+    A call of ``step()``, of the optimizer or of one that it wraps (Lookahead, SAM), is one that happened if
+
+    - a parameter had a gradient: as the update began, or as it ended;
+    - no gradient scaler made it skip the update;
+    - it was no trial. ``torch.distributed.checkpoint`` takes one to fill state that is still empty, with
+      gradients that are all 0 at a learning rate of 0.
+
+    Calls of a wrapped optimizer inside that of its wrapper are part of it, and so are all evaluations of a
+    closure. Successive calls over different parameters are one step: DeepSpeed ZeRO calls once a group.
+
+    Args:
+        optimizer: A ``torch.optim`` optimizer, or an object that has or wraps some.
+        before: Called as a step begins, and again after a closure.
+        after: Called as a step ends, and before a closure: the closure is the caller's code.
+        counts: Asked as a step begins. If it says no, the step is left alone.
+
+    Raises:
+        TypeError: If neither the optimizer nor one that it wraps calls step hooks.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        before: Callable[[], None] = _nothing,
+        after: Callable[[], None] = _nothing,
+        counts: Callable[[], bool] = _always,
+    ) -> None:
+        self.taken = 0
+        """Steps that happened. May be set, to go on from a checkpoint."""
+        self.optimizers = [each for each in _wrapped(optimizer) if _calls_step_hooks(each)]
+        """The optimizer and those that it wraps, as far as they call step hooks."""
+        if not self.optimizers:
+            raise TypeError(
+                f"optimizer must call step hooks, or wrap a torch.optim optimizer that does, got a "
+                f"{type(optimizer).__name__}, whose steps cannot be seen"
+            )
+        self._before, self._after, self._counts = before, after, counts
+        self._stepping: Optimizer | None = None
+        self._number = 1
+        self._has_gradients = False
+        # Of the calls that make up the latest step, and of the call at hand: their parameters, by identity.
+        self._held_by_step: set[int] = set()
+        self._held_by_call: set[int] = set()
+        self._is_counted = False
+        self._hooks: list[RemovableHandle] = []
+        for each in self.optimizers:
+            self._hooks += [
+                each.register_step_pre_hook(self._enter),
+                each.register_step_post_hook(self._leave),
+            ]
+
+    @property
+    def is_stepping(self) -> bool:
+        """Whether a step is at hand, and not in its closure."""
+        return self._stepping is not None
+
+    @property
+    def number(self) -> int:
+        """The number, from 1, of the step at hand, or of the coming one."""
+        return self._number if self.is_stepping else self.taken + 1
+
+    def detach(self) -> None:
+        """Leave the optimizer as it was."""
+        self._stepping = None
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        closure = _closure(args, kwargs)
+        if self._stepping not in (None, optimizer):  # one that is wrapped, in the step of its wrapper
+            self._look_for_gradients(closure is None)
+            return None
+        # An optimizer that is stepping still has left its last step by an exception.
+        self._stepping = None
+        if not self._counts() or _is_trial(optimizer, args, kwargs):
+            return None
+        self._begin(optimizer)
+        self._look_for_gradients(closure is None)
+        self._before()
+        if closure is None:
+            return None
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": self._outside_of_step(optimizer, closure)}
+        return (args[0], self._outside_of_step(optimizer, closure), *args[2:]), kwargs
+
+    def _begin(self, optimizer: Optimizer) -> None:
+        self._stepping, self._has_gradients = optimizer, False
+        self._held_by_call = set()
+        if not torch.compiler.is_compiling():  # nobody compiles a step that is called group by group
+            self._held_by_call = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not self._held_by_call or self._held_by_call & self._held_by_step:
+            self._held_by_step, self._is_counted = set(), False
+        self._number = self.taken if self._held_by_step and self._is_counted else self.taken + 1
+
+    def _outside_of_step(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def outside_of_step() -> Any:
+            self._stepping = None
+            self._after()
+            loss = closure()
+            self._stepping = optimizer
+            # Gradients from before the closure may be gone: training_step returned None.
+            self._look_for_gradients()
+            self._before()
+            return loss
+
+        return outside_of_step
+
+    def _leave(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._stepping is None:  # of a step that is left alone, or of a step() that calls super().step()
+            return
+        self._look_for_gradients()
+        if self._stepping is not optimizer:
+            return
+        self._stepping = None
+        self._after()
+        self._held_by_step |= self._held_by_call
+        # A fused optimizer is called even where the gradient scaler makes it skip the update.
+        skipped = any(getattr(each, "found_inf", False) for each in self.optimizers)
+        if self._has_gradients and not skipped and not self._is_counted:
+            self.taken += 1
+            self._is_counted = True
+
+    def _look_for_gradients(self, looks: bool = True) -> None:
+        if looks and not self._has_gradients:
+            groups = (group for each in self.optimizers for group in each.param_groups)
+            self._has_gradients = any(p.grad is not None for group in groups for p in group["params"])
+
+
+def _wrapped(optimizer: Any) -> Iterator[Any]:
+    """Yield an optimizer and, from the outside in, those of its attributes that step the same parameters."""
+    seen: list[Any] = []
+    waiting = [optimizer]
+    while waiting:
+        each = waiting.pop(0)
+        if any(each is other for other in seen):
+            continue
+        seen.append(each)
+        yield each
+        for value in getattr(each, "__dict__", {}).values():
+            if isinstance(value, Mapping):
+                value = list(value.values())
+            inner = value if isinstance(value, list | tuple) else [value]
+            waiting += [one for one in inner if isinstance(one, Optimizer) and _share(one, optimizer)]
+
+
+def _share(optimizer: Optimizer, other: Any) -> bool:
+    # By groups too: those of DeepSpeed ZeRO stage 3 are empty between steps.
+    groups, others = optimizer.param_groups, other.param_groups
+    if any(group is another for group in groups for another in others):
+        return True
+    params = {id(p) for group in others for p in group["params"]}
+    return any(id(p) in params for group in groups for p in group["params"])
+
+
+def _calls_step_hooks(optimizer: Any) -> bool:
+    # torch wraps `step` in `Optimizer.__init__`, which some that wrap another optimizer leave out.
+    hooked = getattr(getattr(type(optimizer), "step", None), "hooked", False)
+    return isinstance(optimizer, Optimizer) and hooked and hasattr(optimizer, "_optimizer_step_pre_hooks")
+
+
+def _is_trial(optimizer: Optimizer, args: Any, kwargs: Any) -> bool:
+    """Tell whether ``torch.distributed.checkpoint`` takes this step, from which nothing may move."""
+    says_none = ("closure" in kwargs or len(args) > 1) and _closure(args, kwargs) is None
+    if not says_none or optimizer.state:
+        return False
+    # Last, as to look at values can make the host wait for a GPU.
+    return all(
+        not group.get("lr", 0) and not any(_is_nonzero(p.grad) for p in group["params"])
+        for group in optimizer.param_groups
+    )
+
+
+def _closure(args: Any, kwargs: Any) -> Any:
+    return kwargs.get("closure", args[1] if len(args) > 1 else None)
+
+
+def _is_nonzero(grad: Tensor | None) -> bool:
+    return grad is not None and (grad.is_sparse or bool(grad.any()))
