@@ -59,8 +59,8 @@ def warn_where_triton_fails(device: torch.device, dtype: torch.dtype) -> None:
     reason = why_triton_fails(device, dtype) if can_try else None
     if reason is not None:
         warnings.warn(
-            f"{reason}. Steps on {dtype} are unfused there, which takes several times as long. Triton needs a "
-            "C compiler, the headers of Python and a GPU that it knows; fused=False says nothing",
+            f"{reason}. Steps on {dtype} are unfused there, which takes several times as long. Triton needs "
+            "a C compiler, the headers of Python and a GPU that it knows; fused=False says nothing",
             stacklevel=2,
         )
 
