@@ -180,13 +180,38 @@ def test_a_checkpoint_with_a_torch_optimizer_loads_in_a_new_process(tmp_path, na
     assert result.stdout == f"{name}\n", result.stderr
 
 
-def test_what_finetuning_unfreezes_joins_the_optimizer(tmp_path):
-    class Backbone(Boring):
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs)
-            self.backbone = self.net[0]
+class Backbone(Boring):
+    """A module with a part that BackboneFinetuning knows by its name."""
 
+    def __init__(self, **kwargs):
+        torch.manual_seed(0)
+        super().__init__(**kwargs)
+        self.backbone = self.net[0]
+
+    def on_train_epoch_start(self):
+        # As BackboneFinetuning leaves it when it resumes later than it unfroze.
+        if self.current_epoch == 2:
+            self.backbone.requires_grad_(False)
+
+
+def unfreezing():
+    return BackboneFinetuning(unfreeze_backbone_at_epoch=1, train_bn=False)
+
+
+def test_what_finetuning_unfreezes_joins_the_optimizer(tmp_path):
     module = Backbone(optimizer=partial(LARS, lr=1.0))
-    unfreeze = BackboneFinetuning(unfreeze_backbone_at_epoch=1, train_bn=False)
-    trainer(tmp_path, max_epochs=2, callbacks=[unfreeze]).fit(module)
+    trainer(tmp_path, max_epochs=2, callbacks=[unfreezing()]).fit(module)
     assert len(module.trainer.optimizers[0].param_groups) == 3
+
+
+@pytest.mark.parametrize("optimizer", [partial(LARS, lr=1.0), partial(LAMB, lr=0.1)])
+def test_what_finetuning_unfroze_goes_on_after_a_resume(tmp_path, optimizer):
+    straight = Backbone(optimizer=optimizer)
+    trainer(tmp_path, max_epochs=3, callbacks=[unfreezing()]).fit(straight)
+
+    first = trainer(tmp_path, max_epochs=2, callbacks=[unfreezing()])
+    first.fit(Backbone(optimizer=optimizer))
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = Backbone(optimizer=optimizer)
+    trainer(tmp_path, max_epochs=3, callbacks=[unfreezing()]).fit(resumed, ckpt_path=tmp_path / "a.ckpt")
+    assert_equal_states(snapshot(straight), snapshot(resumed))

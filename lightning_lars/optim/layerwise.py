@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_lars.optim.absent_state import AbsentState
 from lightning_lars.optim.arguments import (
     check_non_negative,
     check_none_or_positive,
@@ -36,8 +37,8 @@ from lightning_lars.optim.layers import (
     stack_norms,
 )
 from lightning_lars.optim.norms import Tensors, layer_norms
-from lightning_lars.optim.parameters import check_params, named_params
-from lightning_lars.optim.partitions import check_not_partitioned, check_sees_all_gradients, given_shapes
+from lightning_lars.optim.parameters import check_held_params, check_params, named_params
+from lightning_lars.optim.partitions import check_not_flattened, check_sees_all_gradients, dimensions
 from lightning_lars.optim.scratch import Scratch
 from lightning_lars.optim.shards import Shard, find_shards, is_laid_out, laid_out_as, local
 from lightning_lars.optim.trust_ratio import (
@@ -74,14 +75,18 @@ class LayerwiseOptimizer(Optimizer, ABC):
 
     # The parameters that have been looked at; None for those that no strategy has laid out.
     _shards: dict[Tensor, Shard | None]
-    _given_shapes: set[tuple[int, ...] | None]
+
+    # How many dimensions the layers have that were given, or that the last step found in the groups.
+    _known: dict[Tensor, int | None]
+    _absent_state: AbsentState
 
     # The layers whose state is that of a trial, and whose first step is still to come.
     _only_tried: set[Tensor]
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         self._last_trust_ratios = []
-        self._shards, self._given_shapes, self._only_tried = {}, set(), set()
+        self._shards, self._known, self._only_tried = {}, {}, set()
+        self._absent_state = AbsentState()
         self._scratch, self._tables = Scratch(), LayerTables()
         if isinstance(params, Mapping) or not isinstance(params, Iterable):
             raise TypeError(
@@ -445,7 +450,17 @@ class LayerwiseOptimizer(Optimizer, ABC):
             group["lr"] = group["lr"].clone()
         self._check_groups([*self.param_groups, group])
         super().add_param_group(group)
-        self._given_shapes |= given_shapes(self.param_groups[-1]["params"])
+        self._known.update(dimensions(self.param_groups[-1]["params"]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state dict as in ``torch.optim``, of what is in the groups now."""
+        held = set(_params(self.param_groups))
+        # Which torch.optim has no number for.
+        absent = {p: self.state.pop(p) for p in list(self.state) if isinstance(p, Tensor) and p not in held}
+        try:
+            return super().state_dict()
+        finally:
+            self.state.update(absent)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer, or of ``torch.optim.SGD`` (LARS) or ``AdamW`` (LAMB).
@@ -492,13 +507,13 @@ class LayerwiseOptimizer(Optimizer, ABC):
         super().__setstate__(state)
         self._last_trust_ratios = []
         self._shards, self._only_tried = {}, set()
-        self._scratch = Scratch()
+        self._scratch, self._absent_state = Scratch(), AbsentState()
         if "_tables" in self.__dict__:
             self._tables.forget()
         else:
             self._tables = LayerTables()
-        if "_given_shapes" not in self.__dict__:  # a copy, not an optimizer that loads a state dict
-            self._given_shapes = given_shapes(_params(self.param_groups))
+        if "_known" not in self.__dict__:  # a copy, not an optimizer that loads a state dict
+            self._known = dimensions(_params(self.param_groups))
 
     def _check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         for group in groups:
@@ -518,11 +533,24 @@ class LayerwiseOptimizer(Optimizer, ABC):
             return
         named = named_params(self.param_groups)
         shards = find_shards(named)
-        check_not_partitioned(self.param_groups, shards, self._given_shapes)
+        if len(named) != len(self._known) or any(p not in self._known for _, p in named):
+            self._follow_groups(named, shards)
         check_sees_all_gradients(self, self.param_groups)
         self._shards.clear()
         for _, p in named:
             self._shards[p] = shards.get(p)
+
+    def _follow_groups(self, named: list[tuple[str, Tensor]], shards: Mapping[Tensor, Shard]) -> None:
+        """Go on with the layers of groups that have changed without ``add_param_group``."""
+        check_not_flattened(named, shards, self._known)
+        check_held_params(named)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        self._known = dimensions(p for _, p in named)
+        self._only_tried.intersection_update(self._known)
+        if not torch.compiler.is_compiling():  # no weak reference can be traced; state may stay behind
+            self._absent_state.follow(self.state, self._known)
 
     def _forget_step(self) -> None:
         """Leave of a step only that there is state."""

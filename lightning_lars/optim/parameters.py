@@ -37,20 +37,32 @@ def check_params(params: list[Any], groups: Sequence[Mapping[str, Any]]) -> list
         if not isinstance(p, Tensor):
             raise TypeError(f"params must be tensors or (name, tensor) pairs, got {p!r} at {index}")
         label = f"parameter {index if name is None else name!r}"
-        if not p.is_floating_point():
-            raise ValueError(f"params must be real floating-point tensors, got {label} of {p.dtype}")
-        if not p.is_leaf:
-            raise ValueError(
-                f"params must be leaf tensors, got {label}, which is the result of an operation: "
-                "pass the parameter that it was computed from"
-            )
-        if p in seen:
-            raise ValueError(f"params must hold every parameter once, got {label} twice")
+        _check_param(p, label, seen)
         if name is not None and name in seen_names:
             raise ValueError(
                 f"params must give every parameter a name of its own, got {name!r} twice: "
                 "put the name of its module in front"
             )
-        seen.add(p)
         seen_names.add(name)
     return params
+
+
+def check_held_params(named: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise ValueError if something has put into a group what no optimizer could have been given."""
+    seen: set[Tensor] = set()
+    for name, p in named:
+        _check_param(p, f"parameter {name!r}", seen)
+
+
+def _check_param(p: Tensor, label: str, seen: set[Tensor]) -> None:
+    if not p.is_floating_point():
+        way_out = "" if p.requires_grad else ". It is frozen: pass only parameters with requires_grad"
+        raise ValueError(f"params must be real floating-point tensors, got {label} of {p.dtype}{way_out}")
+    if not p.is_leaf:
+        raise ValueError(
+            f"params must be leaf tensors, got {label}, which is the result of an operation: "
+            "pass the parameter that it was computed from"
+        )
+    if p in seen:
+        raise ValueError(f"params must hold every parameter once, got {label} twice")
+    seen.add(p)

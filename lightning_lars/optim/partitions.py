@@ -2,45 +2,46 @@
 
 import gc
 import sys
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-from lightning_lars.optim.parameters import named_params
+
+def dimensions(params: Iterable[Tensor]) -> dict[Tensor, int | None]:
+    """Return how many dimensions each parameter has, None for one that is not known yet (a lazy layer)."""
+    return {p: None if isinstance(p, UninitializedParameter) else p.ndim for p in params}
 
 
-def given_shapes(params: Iterable[Tensor]) -> set[tuple[int, ...] | None]:
-    """Return the shapes of the parameters, None for one that is not known yet (a lazy layer)."""
-    return {None if is_lazy(p) else tuple(p.shape) for p in params}
-
-
-def check_not_partitioned(
-    groups: Sequence[Mapping[str, Any]],
-    shards: Mapping[Tensor, object],
-    given: Set[tuple[int, ...] | None],
+def check_not_flattened(
+    named: Sequence[tuple[str, Tensor]], shards: Mapping[Tensor, object], given: Mapping[Tensor, int | None]
 ) -> None:
-    """Raise RuntimeError if a parameter has a shape that none had that the optimizer was given.
+    """Raise RuntimeError if flat tensors stand in the place of the layers that the optimizer was given.
 
-    So it does if a group has not as many parameters as names.
+    So DeepSpeed ZeRO does: a group holds one flat tensor, or none, for all its layers. Layers that come and
+    go one by one (pruning, growing, fine-tuning) leave others in place, or have dimensions. FSDP flattens
+    too, and is known by its marks.
 
-    DeepSpeed ZeRO puts one flat tensor in the place of all layers of a group. FSDP changes shapes too, and
-    is known by its marks.
+    Args:
+        named: What the optimizer holds now, with names.
+        shards: The parameters that a strategy has marked as its own.
+        given: The layers that it held when it was built or last stepped, and their dimensions then.
     """
-    if None in given:
+    now = dimensions(p for _, p in named)
+    if not now or any(p in given or p in shards or ndim != 1 for p, ndim in now.items()):
         return
-    is_other = any(len(group.get("param_names", group["params"])) != len(group["params"]) for group in groups)
-    for name, p in named_params(groups):
-        if is_other or (p not in shards and tuple(p.shape) not in given):
-            raise RuntimeError(
-                f"parameter {name!r} of shape {tuple(p.shape)} is no layer that the optimizer was "
-                "given: something has repartitioned the layers, as DeepSpeed ZeRO stages 1 to 3 do, and "
-                "their norms are lost. Use ZeRO stage 0, FSDP (use_orig_params=True), fully_shard "
-                "(ModelParallelStrategy), or DDP with ZeroRedundancyOptimizer"
-            )
+    if len(given) > len(named) or any(ndim != 1 for ndim in given.values()):
+        name, p = named[0]
+        raise RuntimeError(
+            f"parameter {name!r} of shape {tuple(p.shape)} is no layer that the optimizer was given: flat "
+            f"tensors, {len(named)} in all, have taken the place of {len(given)} layers, whose norms are "
+            "lost. DeepSpeed does that: use its ZeRO stage 0, FSDP (use_orig_params=True), fully_shard "
+            "(ModelParallelStrategy), or DDP with ZeroRedundancyOptimizer. Vectors of your own are layers if "
+            "they come by add_param_group()"
+        )
 
 
 def check_sees_all_gradients(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
