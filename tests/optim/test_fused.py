@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from lightning_lars import LAMB, LARS
 from lightning_lars.optim.kernels import choice, cpu
 from tests.support.layers import EXCLUDED, give_gradients, groups, layers, values, walk
+from tests.support.slow import slow_unless
 
 # Triton's interpreter is numpy, which warns of what is not finite.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")
@@ -49,13 +50,34 @@ ONLY_IN_TRITON = [
     (LAMB, {"bias_correction": False}),
     (LAMB, {"grad_averaging": False, "max_grad_norm": 1.0}),
 ]
+# Every kernel in Triton, and every load and store in it. Its interpreter is slow: what depends on dtypes, on
+# sizes or on a tensor lr, but on no other option, is tested with these, with all only among the slow tests.
+EVERY_KERNEL = [
+    (LARS, {"weight_decay": 0.1, "lr_in_momentum": True}),
+    (LARS, {"momentum": 0.0, "weight_decay": 0.1}),
+    (LARS, {"denominator": "momentum", "nesterov": True, "weight_decay": 0.1, "dampening": 0.3}),
+    (LAMB, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+]
 CASES = [("torch", *case) for case in OPTIONS] + [("triton", *case) for case in OPTIONS + ONLY_IN_TRITON]
 BOTH = [(kernels, optimizer_class) for kernels in ("torch", "triton") for optimizer_class in (LARS, LAMB)]
 both_kernels = pytest.mark.parametrize(("kernels", "optimizer_class"), BOTH)
 
 
+def named(value):
+    # The address of a function is another in every process, and pytest-xdist compares names.
+    return getattr(value, "__name__", None) or str(value)
+
+
+every_case = pytest.mark.parametrize(("kernels", "optimizer_class", "options"), CASES, ids=named)
+every_kernel = pytest.mark.parametrize(
+    ("kernels", "optimizer_class", "options"),
+    [slow_unless(case[0] == "torch" or case[1:] in EVERY_KERNEL, *case) for case in CASES],
+    ids=named,
+)
+
+
 @pytest.fixture
-def device(kernels, monkeypatch):
+def real_device(kernels, monkeypatch):
     """Where these kernels run."""
     if kernels == "torch":
         return "cpu"
@@ -64,6 +86,13 @@ def device(kernels, monkeypatch):
         return "cuda"
     monkeypatch.setattr(choice, "TRITON_DEVICES", {"cpu"})
     return "cpu"
+
+
+@pytest.fixture
+def device(real_device, request):
+    """Where these kernels run, with few elements to a chunk."""
+    request.getfixturevalue("small_chunks")
+    return real_device
 
 
 class Calls:
@@ -106,7 +135,7 @@ def close(actual, expected, dtype=torch.float32):
 def large_layers(dtype=torch.float32):
     """Layers of several chunks of the kernels in Triton, whole ones and cut ones."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {"conv.weight": (64, 16, 3, 3), "linear.weight": (61, 301), "norm.bias": (8192,)}
+    shapes = {"linear.weight": (61, 151), "norm.bias": (8192,)}
     return {name: Parameter(torch.randn(s, generator=generator).to(dtype)) for name, s in shapes.items()}
 
 
@@ -121,7 +150,7 @@ def on(device, params):
     return {name: Parameter(p.detach().to(device)) for name, p in params.items()}
 
 
-def compare(device, optimizer_class, options, dtype=torch.float32, steps=4, tensor_lr=False, layers=layers):
+def compare(device, optimizer_class, options, dtype=torch.float32, steps=2, tensor_lr=False, layers=layers):
     """Walk with and without kernels side by side, and compare after every step.
 
     Both start each step from the same weights, so that a difference is that of one step.
@@ -143,19 +172,33 @@ def compare(device, optimizer_class, options, dtype=torch.float32, steps=4, tens
             p.data.copy_(other.data)
 
 
-@pytest.mark.parametrize(("kernels", "optimizer_class", "options"), CASES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("layers", [layers, large_layers])
-def test_the_kernels_give_the_steps_of_single_operations(
-    device, kernels, optimizer_class, options, dtype, layers
-):
+@every_case
+def test_the_kernels_give_the_steps_of_single_operations(device, kernels, optimizer_class, options):
     with Calls(kernels) as calls:
-        compare(device, optimizer_class, options, dtype, layers=layers)
+        compare(device, optimizer_class, options)
     # A smaller ratio than torch's kernel has digits for is left to single operations.
     assert calls.count > 0
 
 
-@pytest.mark.parametrize(("kernels", "optimizer_class", "options"), CASES, ids=str)
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_kernels_round_as_single_operations_do(device, kernels, optimizer_class, options, dtype):
+    with Calls(kernels) as calls:
+        compare(device, optimizer_class, options, dtype)
+    assert calls.count > 0
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_kernels_take_large_layers_in_their_own_chunks(
+    real_device, kernels, optimizer_class, options, dtype
+):
+    with Calls(kernels) as calls:
+        compare(real_device, optimizer_class, options, dtype, layers=large_layers)
+    assert calls.count > 0
+
+
+@every_kernel
 def test_the_kernels_take_a_tensor_lr(device, optimizer_class, options):
     compare(device, optimizer_class, options, tensor_lr=True)
 
@@ -201,7 +244,7 @@ def test_the_kernels_take_addresses_that_are_not_aligned(device, optimizer_class
     def cut(dtype):
         return {
             name: Parameter(p.detach().new_empty(p.numel() + 1)[1:].view(p.shape).copy_(p.detach()))
-            for name, p in large_layers(dtype).items()
+            for name, p in layers(dtype).items()
         }
 
     fused, single = cut(torch.float32), cut(torch.float32)
@@ -209,7 +252,7 @@ def test_the_kernels_take_addresses_that_are_not_aligned(device, optimizer_class
     right = optimizer_class(groups(single), fused=False)
     if device == "cuda":
         pytest.skip("a parameter that moves to the GPU is aligned there")
-    for step in range(3):
+    for step in range(2):
         walk(left, [step])
         walk(right, [step])
     close(values(fused), values(single))
@@ -223,7 +266,7 @@ def test_squares_beyond_float32_are_in_the_norms(device, kernels, optimizer_clas
     options = {"eps": 0.0} if optimizer_class is LARS else {"eps": scale, "weight_decay": 0.0}
     ends = []
     for fused in (True, False):
-        params = on(device, large_layers())
+        params = on(device, layers())
         optimizer = optimizer_class(groups(params), fused=fused, **options)
         for p in params.values():
             if optimizer_class is LAMB:
@@ -236,17 +279,16 @@ def test_squares_beyond_float32_are_in_the_norms(device, kernels, optimizer_clas
 
 
 @both_kernels
-def test_one_layer_that_is_not_aligned_leaves_the_steps_of_all_as_they_are(device, optimizer_class):
+def test_one_layer_that_is_not_aligned_leaves_the_steps_of_all_as_they_are(real_device, optimizer_class):
     ends = []
     for fused in (True, False):
-        params = on(device, large_layers(torch.bfloat16))
+        params = on(real_device, large_layers(torch.bfloat16))
         optimizer = optimizer_class(groups(params), fused=fused)
-        for step in range(2):
-            give_gradients(params.values(), step)
-            grad = params["linear.weight"].grad
-            memory = grad.new_empty(grad.numel() + 1)
-            params["linear.weight"].grad = memory[1:].view_as(grad).copy_(grad)
-            optimizer.step()
+        give_gradients(params.values(), 0)
+        grad = params["linear.weight"].grad
+        memory = grad.new_empty(grad.numel() + 1)
+        params["linear.weight"].grad = memory[1:].view_as(grad).copy_(grad)
+        optimizer.step()
         ends.append(values(params))
     close(*ends, torch.bfloat16)
 
@@ -266,7 +308,7 @@ def test_the_gradients_stay_as_they_are(device, optimizer_class):
 def test_a_checkpoint_goes_on_with_the_kernels_or_without(device, optimizer_class, first):
     params = on(device, layers())
     optimizer = optimizer_class(groups(params), fused=first, weight_decay=0.1)
-    walk(optimizer, range(3))
+    walk(optimizer, range(2))
     saved, weights = deepcopy(optimizer.state_dict()), values(params)
     ends = []
     for fused in (True, False):
@@ -274,7 +316,7 @@ def test_a_checkpoint_goes_on_with_the_kernels_or_without(device, optimizer_clas
         resumed = optimizer_class(groups(own), fused=fused, weight_decay=0.1)
         resumed.load_state_dict(deepcopy(saved))
         assert all(group["fused"] is fused for group in resumed.param_groups)
-        walk(resumed, range(3, 6))
+        walk(resumed, range(2, 4))
         ends.append(values(own))
     close(*ends)
 
@@ -303,11 +345,6 @@ def adapted_layers(dtype=torch.float32):
 def with_gaps(dtype=torch.float32):
     whole = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
     return {"layer": Parameter(whole[:, :3])}
-
-
-def named(value):
-    # The address of a function is another in every process, and pytest-xdist compares names.
-    return getattr(value, "__name__", None) or str(value)
 
 
 NOT_FUSED = [
