@@ -31,11 +31,12 @@ class LearningRateFactors:
     ) -> None:
         self.steps = OptimizerSteps(optimizer, self.apply, self.restore, counts)
         """Counts the steps that happened."""
+        self._optimizers = self.steps.optimizers
         self._adjustment = adjustment
         # Group, key, plain value, adjusted value; groups by identity, as a strategy may swap their list.
         self._adjusted: list[tuple[dict[str, Any], str, Any, Any]] = []
         self._hooks = []
-        for each in self.steps.optimizers:
+        for each in self._optimizers:
             # Lookahead of pytorch_optimizer has step hooks alone, and hands state dicts on to what it wraps.
             if hasattr(each, "_optimizer_state_dict_pre_hooks"):
                 self._hooks += [
@@ -47,9 +48,9 @@ class LearningRateFactors:
     def apply(self) -> None:
         """Put the adjusted values into the groups until :meth:`restore`."""
         self.restore()
-        groups = self.steps.optimizers[0].param_groups
-        if len(self.steps.optimizers) > 1:  # which mostly share their groups
-            of_all = (group for each in self.steps.optimizers for group in each.param_groups)
+        groups = self._optimizers[0].param_groups
+        if len(self._optimizers) > 1:  # which mostly share their groups
+            of_all = (group for each in self._optimizers for group in each.param_groups)
             groups = list({id(group): group for group in of_all}.values())
         # All values first: groups may share one tensor as their learning rate.
         self._adjusted = [

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -49,27 +50,33 @@ class OptimizerSteps:
     ) -> None:
         self.taken = 0
         """Steps that happened. May be set, to go on from a checkpoint."""
-        self.optimizers = [each for each in _wrapped(optimizer) if _calls_step_hooks(each)]
-        """The optimizer and those that it wraps, as far as they call step hooks."""
-        if not self.optimizers:
+        optimizers = [each for each in _wrapped(optimizer) if _calls_step_hooks(each)]
+        if not optimizers:
             raise TypeError(
                 f"optimizer must call step hooks, or wrap a torch.optim optimizer that does, got a "
                 f"{type(optimizer).__name__}, whose steps cannot be seen"
             )
+        # An optimizer holds its hooks: it would stay in memory until the garbage collector finds the circle.
+        self._optimizers = [ref(each) for each in optimizers]
         self._before, self._after, self._counts = before, after, counts
         self._stepping: Optimizer | None = None
         self._number = 1
-        self._has_gradients = False
+        self._has_gradients = self._is_skipped = False
         # Of the calls that make up the latest step, and of the call at hand: their parameters, by identity.
         self._held_by_step: set[int] = set()
         self._held_by_call: set[int] = set()
         self._is_counted = False
         self._hooks: list[RemovableHandle] = []
-        for each in self.optimizers:
+        for each in optimizers:
             self._hooks += [
                 each.register_step_pre_hook(self._enter),
                 each.register_step_post_hook(self._leave),
             ]
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizer and those that it wraps, as far as they call step hooks."""
+        return [each for refers in self._optimizers if (each := refers()) is not None]
 
     @property
     def is_stepping(self) -> bool:
@@ -90,14 +97,14 @@ class OptimizerSteps:
     def _enter(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         closure = _closure(args, kwargs)
         if self._stepping not in (None, optimizer):  # one that is wrapped, in the step of its wrapper
-            self._look_for_gradients(closure is None)
+            self._look_for_gradients(optimizer, closure is None)
             return None
         # An optimizer that is stepping still has left its last step by an exception.
         self._stepping = None
         if not self._counts() or _is_trial(optimizer, args, kwargs):
             return None
         self._begin(optimizer)
-        self._look_for_gradients(closure is None)
+        self._look_for_gradients(optimizer, closure is None)
         self._before()
         if closure is None:
             return None
@@ -106,11 +113,12 @@ class OptimizerSteps:
         return (args[0], self._outside_of_step(optimizer, closure), *args[2:]), kwargs
 
     def _begin(self, optimizer: Optimizer) -> None:
-        self._stepping, self._has_gradients = optimizer, False
+        self._stepping = optimizer
+        self._has_gradients = self._is_skipped = False
         self._held_by_call = set()
         if not torch.compiler.is_compiling():  # nobody compiles a step that is called group by group
             self._held_by_call = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not self._held_by_call or self._held_by_call & self._held_by_step:
+        if not self._held_by_call or not self._held_by_call.isdisjoint(self._held_by_step):
             self._held_by_step, self._is_counted = set(), False
         self._number = self.taken if self._held_by_step and self._is_counted else self.taken + 1
 
@@ -121,7 +129,7 @@ class OptimizerSteps:
             loss = closure()
             self._stepping = optimizer
             # Gradients from before the closure may be gone: training_step returned None.
-            self._look_for_gradients()
+            self._look_for_gradients(optimizer)
             self._before()
             return loss
 
@@ -130,22 +138,38 @@ class OptimizerSteps:
     def _leave(self, optimizer: Optimizer, *_: Any) -> None:
         if self._stepping is None:  # of a step that is left alone, or of a step() that calls super().step()
             return
-        self._look_for_gradients()
+        self._look_for_gradients(optimizer)
+        # A fused optimizer is called even where the gradient scaler makes it skip the update.
+        self._is_skipped = self._is_skipped or bool(getattr(optimizer, "found_inf", False))
         if self._stepping is not optimizer:
             return
         self._stepping = None
         self._after()
         self._held_by_step |= self._held_by_call
-        # A fused optimizer is called even where the gradient scaler makes it skip the update.
-        skipped = any(getattr(each, "found_inf", False) for each in self.optimizers)
-        if self._has_gradients and not skipped and not self._is_counted:
+        if self._has_gradients and not self._is_skipped and not self._is_counted:
             self.taken += 1
             self._is_counted = True
 
-    def _look_for_gradients(self, looks: bool = True) -> None:
+    def _look_for_gradients(self, optimizer: Optimizer, looks: bool = True) -> None:
         if looks and not self._has_gradients:
-            groups = (group for each in self.optimizers for group in each.param_groups)
+            groups = optimizer.param_groups
             self._has_gradients = any(p.grad is not None for group in groups for p in group["params"])
+
+
+_seen: WeakKeyDictionary[Optimizer, OptimizerSteps] = WeakKeyDictionary()
+
+
+def steps_since_asked(optimizer: Optimizer) -> int:
+    """Return how many steps of an optimizer happened since this was first asked about it.
+
+    Those that cannot be seen are none, nor are compiled ones, which counting would compile anew.
+    """
+    if optimizer not in _seen:
+        try:
+            _seen[optimizer] = OptimizerSteps(optimizer, counts=lambda: not torch.compiler.is_compiling())
+        except TypeError:
+            return 0
+    return _seen[optimizer].taken
 
 
 def _wrapped(optimizer: Any) -> Iterator[Any]:

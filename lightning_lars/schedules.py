@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from lightning_lars.optim.arguments import is_number, require
+from lightning_lars.optimizer_steps import steps_since_asked
 
 
 def constant_warmup(step: int, warmup_steps: int, start_factor: float) -> float:
@@ -198,6 +199,11 @@ class WarmupDecayLR(LRScheduler):
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}: build it first")
+        for group in optimizer.param_groups:
+            lr = group.get("lr")
+            rule = "one with a number or a tensor as lr of every group (Adafactor: relative_step=False)"
+            held = f"{type(optimizer).__name__} with lr={lr!r}"
+            require("optimizer", rule, held, is_number(lr) or isinstance(lr, Tensor))
         _check_steps(warmup_steps, total_steps)
         require("warmup", f"one of {tuple(_WARMUPS)}", warmup, warmup in tuple(_WARMUPS))
         require("decay", f"one of {_DECAYS}", decay, decay in _DECAYS)
@@ -223,6 +229,8 @@ class WarmupDecayLR(LRScheduler):
         self.gamma = 0.1 if gamma is None else gamma
         self.momentum_range = tuple((0.85, 0.95) if momentum_range is None else momentum_range)
         self._check_shapes(optimizer)
+        self._steps_before = steps_since_asked(optimizer)
+        self._has_warned = False
         super().__init__(optimizer, last_epoch)
 
     def set_total_steps(self, total_steps: int) -> None:
@@ -239,6 +247,30 @@ class WarmupDecayLR(LRScheduler):
         self.total_steps = total_steps
 
     @override
+    def step(self, epoch: int | None = None) -> None:
+        """Go on to the coming optimizer step. To be called once per optimizer step.
+
+        Warns, once, if the optimizer took several since the last call: the curves count optimizer steps.
+        """
+        steps = steps_since_asked(self.optimizer) - self._steps_before
+        super().step(epoch)
+        if steps > 1 and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"WarmupDecayLR counts optimizer steps, and {type(self.optimizer).__name__} took {steps} "
+                "since the scheduler's last step: call step() once per optimizer step. In Lightning, return "
+                '{"scheduler": scheduler, "interval": "step"} from configure_optimizers, whose default is '
+                '"epoch", or use LargeBatchMixin or LargeBatchCLI, which do so',
+                stacklevel=2,
+            )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the scheduler, without what it knows of this optimizer."""
+        own = ("_steps_before", "_has_warned")
+        return {key: value for key, value in super().state_dict().items() if key not in own}
+
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state, and with it, as torch's schedulers do, the length that it was saved with.
 
@@ -247,6 +279,7 @@ class WarmupDecayLR(LRScheduler):
         """
         own = self.total_steps
         super().load_state_dict(state_dict)
+        self._steps_before = steps_since_asked(self.optimizer)
         if self.total_steps is None:
             self.total_steps = own
         elif own not in (None, self.total_steps):
@@ -262,6 +295,8 @@ class WarmupDecayLR(LRScheduler):
 
     def _get_closed_form_lr(self) -> list[float | Tensor]:
         step = self.last_epoch + 1
+        # SequentialLR comes here without a step(), to put a scheduler to its start.
+        self._steps_before = steps_since_asked(self.optimizer)
         for group in self.optimizer.param_groups[len(self.base_lrs) :]:  # added since the last call
             lr = group["lr"]
             peak = group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr)
