@@ -36,10 +36,12 @@ def read(path: Path) -> list[Fact]:
 
 
 def report(facts: Iterable[Fact]) -> str:
-    """Return what was measured, in Markdown: the device, the times of steps, and what the checks found."""
+    """Return what was measured, in Markdown: device, times of steps, what checks found, other constants."""
     facts = list(facts)
     copy = next((fact["copy_GBs"] for fact in facts if "copy_GBs" in fact), None)
-    return "\n\n".join(filter(None, (_device(facts, copy), _times(facts, copy), _checks(facts))))
+    return "\n\n".join(
+        filter(None, (_device(facts, copy), _times(facts, copy), _checks(facts), _sweep(facts)))
+    )
 
 
 def _device(facts: list[Fact], copy: float | None) -> str:
@@ -84,7 +86,7 @@ def _cells(steps: Mapping[str, Fact], optimizer: str, floor: str, copy: float | 
         ratio,
         share,
         _ms(time(f"{fused}, clipped")),
-        _ms(time(f"{optimizer} single")),
+        _ms(time(f"{optimizer} unfused")),
         _ms(time(fused, "eager_ms")),
         _ms(time(floor, "eager_ms")),
         _ms(None if host is None else host / 1e3),
@@ -99,12 +101,42 @@ def _ms(time: float | None) -> str:
 def _checks(facts: list[Fact]) -> str:
     rows = []
     for fact in facts:
+        if "off_unfused" in fact:
+            off = f"off the unfused steps by {fact['off_unfused']:.1e}"
+            rows.append(f"- `{fact['optimizer']}`, {fact['dtype']}: {off}")
         if "waits" in fact:
+            arguments = ", ".join(f"{key}={value!r}" for key, value in fact["options"].items())
             waits = "never waits" if fact["waits"] is False else f"waits: {fact['waits']}"
-            off = fact.get("graph_off")
-            replay = f"off by {off:.1e}" if isinstance(off, float) else f"not captured: {off}"
-            rows.append(f"- `{fact['optimizer']}` {fact['options']}: {waits}; replays of a graph {replay}")
-        if "off_single_operations" in fact:
-            dtype, off = fact["dtype"].removeprefix("torch."), fact["off_single_operations"]
-            rows.append(f"- `{fact['optimizer']}`, {dtype}: off the unfused step by {off:.1e}")
+            off = (_off(fact, "graph_off", "of a step"), _off(fact, "iteration_off", "of an iteration"))
+            rows.append(f"- `{fact['optimizer']}({arguments})`: {'; '.join(filter(None, (waits, *off)))}")
+        if "memcheck" in fact:
+            rows.append(f"- compute-sanitizer: {fact['memcheck'] or 'found nothing'}")
+        if "tests" in fact:
+            rows.append(f"- tests: {' '.join([*fact['last'], *fact['failed']])}")
+        if fact.get("code"):
+            rows.append(f"- {fact['phase']} ended after {fact['seconds']} seconds with {fact['code']}")
     return "\n".join(rows)
+
+
+def _off(fact: Fact, key: str, of: str) -> str:
+    if key not in fact:
+        return ""
+    off = fact[key]
+    return f"replays {of} are off by {off:.1e}" if isinstance(off, float) else f"no graph {of}: {off}"
+
+
+def _sweep(facts: list[Fact]) -> str:
+    swept = [fact for fact in facts if fact["phase"] == "sweep" and "graph_ms" in fact]
+    runs = list(dict.fromkeys((fact["model"], fact["optimizer"], fact["dtype"]) for fact in swept))
+    constants = list(dict.fromkeys((fact["chunk"], fact["block"], fact["warps"]) for fact in swept))
+    rows = ["| Chunk | Block | Warps |" + "".join(f" {' '.join(run)} |" for run in runs)]
+    rows.append("|---:" * (3 + len(runs)) + "|")
+    for chunk, block, warps in constants:
+        of_run = {
+            (fact["model"], fact["optimizer"], fact["dtype"]): fact["graph_ms"]
+            for fact in swept
+            if (fact["chunk"], fact["block"], fact["warps"]) == (chunk, block, warps)
+        }
+        times = "".join(f" {of_run.get(run, '')} |" for run in runs)
+        rows.append(f"| {chunk:,} | {block:,} | {warps} |{times}")
+    return "\n".join(rows) if swept else ""

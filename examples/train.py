@@ -20,11 +20,10 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from lightning_lars import LAMB, LARS, TrustRatioMonitor, WarmupDecayLR, explain_param_groups
+from lightning_lars import TrustRatioMonitor, WarmupDecayLR, explain_param_groups, recipes
 
-OPTIMIZERS = {
-    "lars": partial(LARS, lr=6.0, weight_decay=5e-4),
-    "lamb": partial(LAMB, lr=0.02, weight_decay=0.01),
+STARTING_POINTS = {"lars": recipes.lars, "lamb": recipes.lamb}
+OTHERS = {
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4),
     "adamw": partial(torch.optim.AdamW, lr=0.01, weight_decay=0.01),
 }
@@ -36,7 +35,7 @@ def main() -> None:
     )
     parser.add_argument("--dataset", choices=["digits", "fashion-mnist"], default="digits")
     parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="of the Fashion-MNIST files")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="lars")
+    parser.add_argument("--optimizer", choices=[*STARTING_POINTS, *OTHERS], default="lars")
     parser.add_argument("--lr", type=float, help="learning rate (default: one that suits the optimizer)")
     parser.add_argument("--batch-size", type=int, help="per device (default: 128, or 1024 for fashion-mnist)")
     parser.add_argument("--epochs", type=int, help="default: 15, or 3 for fashion-mnist")
@@ -52,18 +51,9 @@ def main() -> None:
     small = arguments.dataset == "digits"
     train, test = digits() if small else fashion_mnist(arguments.data_dir)
     batch_size = arguments.batch_size or (128 if small else 1024)
-    optimizer = OPTIMIZERS[arguments.optimizer]
-    if arguments.lr is not None:
-        optimizer = partial(optimizer, lr=arguments.lr)
     epochs = arguments.epochs or (15 if small else 3)
-    warmup_steps = epochs * (len(train) // batch_size) // 10
-    model = MixinClassifier(
-        image_size=train[0][0].shape[-1],
-        optimizer=optimizer,
-        lr_scheduler=partial(WarmupDecayLR, warmup_steps=warmup_steps),
-    )
+    has_trust_ratios = arguments.optimizer in STARTING_POINTS
     logger = CSVLogger(arguments.log_dir, name=f"{arguments.dataset}-{arguments.optimizer}")
-    has_trust_ratios = arguments.optimizer in ("lars", "lamb")
     trainer = lightning.Trainer(
         accelerator=arguments.accelerator,
         devices=arguments.devices,
@@ -74,6 +64,16 @@ def main() -> None:
         log_every_n_steps=5,
         callbacks=[LearningRateMonitor(), *([TrustRatioMonitor(layers="*")] if has_trust_ratios else [])],
     )
+    on_all_devices = batch_size * trainer.world_size
+    warmup_steps = epochs * (len(train) // on_all_devices) // 10
+    if has_trust_ratios:
+        options = STARTING_POINTS[arguments.optimizer](on_all_devices, warmup_steps)
+    else:
+        scheduler = partial(WarmupDecayLR, warmup_steps=warmup_steps)
+        options = {"optimizer": OTHERS[arguments.optimizer], "lr_scheduler": scheduler}
+    if arguments.lr is not None:
+        options["optimizer"] = partial(options["optimizer"], lr=arguments.lr)
+    model = MixinClassifier(image_size=train[0][0].shape[-1], **options)
     if trainer.is_global_zero:
         rich.print(explain_param_groups(model))
     trainer.fit(model, DataLoader(train, batch_size, shuffle=True, drop_last=True))

@@ -79,6 +79,11 @@ class LargeBatchMixin:
         ...     print(group["name"], group["lr"], group["param_names"])
         adapted 3.2 ['net.0.weight']
         excluded 3.2 ['net.0.bias', 'net.1.weight', 'net.1.bias']
+
+        All arguments at once, from the batch size, as :func:`lightning_lars.recipes.lars` starts:
+
+        >>> from lightning_lars import recipes
+        >>> model = Classifier(**recipes.lars(batch_size=2048))
     """
 
     def __init__(

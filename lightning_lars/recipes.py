@@ -3,12 +3,16 @@
 Every function returns keyword arguments of :class:`~lightning_lars.mixin.LargeBatchMixin`. How long the
 training is, where it is not part of the recipe, comes from the Trainer. The schedules count steps from 1, the
 sources from 0: here a warmup is one step ahead and spends none at a rate of 0.
+
+:func:`lars` and :func:`lamb` are for trainings that nobody has published numbers for. Their source is
+``docs/large_batch_study.md``.
 """
 
 import math
 from functools import partial
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
+from lightning_lars.batch_size import check_batch_size, scaling_factor
 from lightning_lars.optim import LAMB, LARS
 from lightning_lars.optim.arguments import require
 from lightning_lars.schedules import WarmupDecayLR
@@ -23,7 +27,67 @@ class Recipe(TypedDict):
     lr_scheduler: partial[WarmupDecayLR]
     exclude_norm: bool
     exclude_bias: bool
+    excluded_lr: float | None
     excluded_lr_scale: float
+
+
+def lars(batch_size: int, warmup_steps: int = 20) -> Recipe:
+    """A place to start from with LARS, which follows the batch size.
+
+    ::
+
+        lr           = 11   * sqrt(batch_size / 128)        of norms and biases: 0.05 at any batch size
+        weight_decay = 5e-4 * sqrt(batch_size / 128)        so that lr * weight_decay * steps stays the same
+        trust_clip   = 0.02
+
+    Momentum 0.9, linear warmup, linear decay to 0. The rates were chosen at batch 128, for a small CNN on
+    Fashion-MNIST, and tried from batch 128 to 8,192: ``docs/large_batch_study.md`` says with which result.
+    ``trust_clip`` costs little at that rate, and where the rate is too high for the network, it keeps layers
+    from jumping. Search around ``lr`` in factors of 2.
+
+    Args:
+        batch_size: Samples behind an optimizer step, on all devices, at least 1.
+        warmup_steps: Optimizer steps of warmup, a tenth of the training, say; below its length.
+
+    Raises:
+        ValueError: If ``batch_size`` is below 1.
+
+    Example:
+        >>> from lightning_lars.recipes import lars
+        >>> lars(batch_size=2048)["optimizer"].keywords["lr"]
+        44.0
+    """
+    factor = _square_root_of_128(batch_size)
+    optimizer = partial(LARS, lr=11 * factor, momentum=0.9, weight_decay=5e-4 * factor, trust_clip=0.02)
+    return _recipe(optimizer, warmup_steps, excluded_lr=0.05, decay="polynomial", power=1.0)
+
+
+def lamb(batch_size: int, warmup_steps: int = 20) -> Recipe:
+    """A place to start from with LAMB, which follows the batch size.
+
+    ::
+
+        lr           = 0.014 * sqrt(batch_size / 128)       of norms and biases: 0.01 at any batch size
+        weight_decay = 0.01  * sqrt(batch_size / 128)       so that lr * weight_decay * steps stays the same
+
+    Gradients are clipped at a norm of 1; linear warmup, linear decay to 0. From the same evidence as
+    :func:`lars`. Transformers want less: a quarter of the rate, say.
+
+    Args:
+        batch_size: Samples behind an optimizer step, on all devices, at least 1.
+        warmup_steps: Optimizer steps of warmup, a tenth of the training, say; below its length.
+
+    Raises:
+        ValueError: If ``batch_size`` is below 1.
+    """
+    factor = _square_root_of_128(batch_size)
+    optimizer = partial(LAMB, lr=0.014 * factor, weight_decay=0.01 * factor, max_grad_norm=1.0)
+    return _recipe(optimizer, warmup_steps, excluded_lr=0.01, decay="polynomial", power=1.0)
+
+
+def _square_root_of_128(batch_size: int) -> float:
+    check_batch_size("batch_size", batch_size)
+    return scaling_factor(batch_size, 128, "sqrt")
 
 
 def simclr(batch_size: int = 4096, steps_per_epoch: int = 312, base_lr: float = 0.3) -> Recipe:
@@ -228,6 +292,7 @@ def _recipe(
     warmup_steps: int,
     *,
     excludes: bool = True,
+    excluded_lr: float | None = None,
     excluded_lr_scale: float = 1.0,
     **schedule: Any,
 ) -> Recipe:
@@ -236,6 +301,7 @@ def _recipe(
         lr_scheduler=partial(WarmupDecayLR, warmup_steps=warmup_steps, **schedule),
         exclude_norm=excludes,
         exclude_bias=excludes,
+        excluded_lr=excluded_lr,
         excluded_lr_scale=excluded_lr_scale,
     )
 

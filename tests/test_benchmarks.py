@@ -1,14 +1,18 @@
 """The benchmarks run; what they measure is for those who run them."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import gpu_phases, on_gpu
 from benchmarks.gpu_report import read, report
+from benchmarks.on_gpu import LIMITS
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,30 +65,54 @@ def test_the_growth_of_a_step_is_printed_and_drawn(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_times_on_a_gpu_can_be_tried_without_one():
+@pytest.mark.slow
+def test_all_that_is_measured_on_a_gpu_can_be_tried_without_one(tmp_path):
     pytest.importorskip("triton", reason="there is no triton for this system")
-    without_gpu = ["--device", "cpu", "--only", "times", "--shapes", "small-cnn", "--rounds", 2]
-    table = rows(run("benchmarks.on_gpu", *without_gpu))
-    for step in ("LARS(fused=True)", "LARS(fused=True), in groups", "LAMB(fused=True)", "LAMB(fused=False)"):
-        assert float(table[step][0]) > 0
+    facts = tmp_path / "facts.jsonl"
+    run("benchmarks.on_gpu", "--dry", "--out", facts)
+    ends = {fact["phase"]: fact["code"] for fact in read(facts) if "code" in fact}
+    assert ends == dict.fromkeys(LIMITS, 0)
+    assert not [fact for fact in read(facts) if "error" in fact and "timm" not in fact["optimizer"]]
+    printed = run("benchmarks.on_gpu", "--report", facts)
+    for expected in ("CPU, Python", "| smallest | float32 | LAMB |", "LAMB8bit`()", "compute-sanitizer"):
+        assert expected in printed
+
+
+def test_a_phase_of_the_session_on_a_gpu_costs_no_other(tmp_path, monkeypatch):
+    facts = tmp_path / "facts.jsonl"
+    monkeypatch.setitem(gpu_phases.PHASES, "canary", lambda say, dry: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setitem(gpu_phases.PHASES, "times", lambda say, dry: (say(began=True), time.sleep(60)))
+    monkeypatch.setitem(gpu_phases.PHASES, "waits", lambda say, dry: say(known=True))
+    monkeypatch.setitem(LIMITS, "times", 0.5)
+    monkeypatch.setattr(on_gpu, "_SHORTEST", 0)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    only = ["--only", "canary", "times", "waits"]
+    monkeypatch.setattr(sys, "argv", ["on_gpu", "--dry", "--out", str(facts), *only])
+    assert on_gpu.main() == 1
+    known = read(facts)
+    assert [fact["code"] for fact in known if "code" in fact] == [-signal.SIGTERM, -signal.SIGKILL, 0]
+    assert [fact for fact in known if "began" in fact or "known" in fact] == [
+        {"phase": "times", "began": True},
+        {"phase": "waits", "known": True},
+    ]
 
 
 def test_the_table_of_the_docs_is_what_the_results_say():
     (results,) = (ROOT / "benchmarks/results").glob("*-h100-*.jsonl")
     page = (ROOT / "docs/performance.md").read_text()
-    device, table, _ = report(read(results)).split("\n\n")
+    device, table, *_ = report(read(results)).split("\n\n")
     assert device in page
     assert table in page
 
 
 @pytest.mark.slow
-def test_the_checks_on_a_gpu_say_that_there_is_none():
+def test_the_session_on_a_gpu_says_that_there_is_none(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    command = [sys.executable, "-m", "benchmarks.on_gpu"]
+    command = [sys.executable, "-m", "benchmarks.on_gpu", "--out", str(tmp_path / "facts.jsonl")]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == 2
-    assert "there is no GPU: --device cpu --only times" in finished.stderr
+    assert "there is no GPU: --dry" in finished.stderr
 
 
 @pytest.mark.slow

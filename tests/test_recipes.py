@@ -98,6 +98,20 @@ CASES = {
         polynomial(2.4e-3, 0, 855, 1),
         1.0,
     ),
+    "lars_2048": (
+        recipes.lars(2048),
+        200,
+        (LARS, {"lr": 44.0, "momentum": 0.9, "weight_decay": 2e-3, "trust_clip": 0.02}),
+        polynomial(44.0, 20, 200, 1),
+        0.05 / 44,
+    ),
+    "lamb_2048": (
+        recipes.lamb(2048),
+        200,
+        (LAMB, {"lr": 0.056, "weight_decay": 0.04, "max_grad_norm": 1.0}),
+        polynomial(0.056, 20, 200, 1),
+        0.01 / 0.056,
+    ),
 }
 every_recipe = pytest.mark.parametrize("name", CASES)
 
@@ -224,6 +238,26 @@ def test_rates_follow_epochs_and_batch_size():
     assert rates == {1.2}
     assert recipes.simclr(512, base_lr=1.0)["optimizer"].keywords["lr"] == 2.0
     assert recipes.moco_v3(512, epochs=100)["optimizer"].keywords["lr"] == 1.2
+
+
+def test_the_starting_points_follow_the_batch_size_and_norms_and_biases_do_not(tmp_path):
+    for build in (recipes.lars, recipes.lamb):
+        small, large = build(128), build(8192)
+        for key in ("lr", "weight_decay"):
+            assert large["optimizer"].keywords[key] == pytest.approx(8 * small["optimizer"].keywords[key])
+        assert small["excluded_lr"] == large["excluded_lr"]
+        module, own = boring(**build(64, warmup_steps=2)), trainer(tmp_path)
+        before = [layer.weight.detach().clone() for layer in module.net]
+        own.fit(module)
+        after = [layer.weight for layer in module.net]
+        assert not any(map(torch.equal, before, after))
+        assert all(weight.isfinite().all() for weight in after)
+        adapted, excluded = own.optimizers[0].param_groups
+        assert excluded["initial_lr"] == small["excluded_lr"]
+        assert not excluded["batch_size_scaling"]
+        assert adapted["initial_lr"] == build(64)["optimizer"].keywords["lr"]
+    with pytest.raises(ValueError, match=r"batch_size must be .* got 0"):
+        recipes.lars(0)
 
 
 @pytest.mark.parametrize("table", [recipes.MLPERF_RESNET50, recipes.MLPERF_BERT])

@@ -13,20 +13,31 @@ every_path = pytest.mark.parametrize("path", ["unfused", "torch", "triton"])
 
 
 @pytest.fixture
-def fused(path, monkeypatch):
-    """The argument that takes a path on the CPU."""
-    if path == "triton":
-        pytest.importorskip("triton", reason="there is no triton for this system")
-        if torch.cuda.is_available():
-            pytest.skip("Triton's interpreter is for machines without a GPU")
-        monkeypatch.setattr(choice, "TRITON_DEVICES", {"cpu"})
+def device(path, monkeypatch):
+    """Where a path is taken: that of Triton on a GPU, or in its interpreter where there is none."""
+    if path != "triton":
+        return "cpu"
+    pytest.importorskip("triton", reason="there is no triton for this system")
+    if torch.cuda.is_available():
+        return "cuda"
+    monkeypatch.setattr(choice, "TRITON_DEVICES", {"cpu"})
+    return "cpu"
+
+
+@pytest.fixture
+def fused(path):
+    """The argument that takes a path."""
     return path != "unfused"
+
+
+def on(device, params):
+    return {name: Parameter(p.detach().to(device)) for name, p in params.items()}
 
 
 @both
 @every_path
-def test_a_graph_from_before_a_step_cannot_go_backward_after_it(optimizer_class, fused):
-    w = Parameter(torch.tensor([1.0, 2.0]))
+def test_a_graph_from_before_a_step_cannot_go_backward_after_it(optimizer_class, fused, device):
+    w = Parameter(torch.tensor([1.0, 2.0], device=device))
     optimizer = optimizer_class([w], fused=fused)
     for _ in range(2):
         loss = (w * w).sum()
@@ -40,9 +51,9 @@ def test_a_graph_from_before_a_step_cannot_go_backward_after_it(optimizer_class,
 @every_path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_step_counts_as_a_modification_of_weights_and_state_and_of_nothing_else(
-    optimizer_class, fused, dtype
+    optimizer_class, fused, device, dtype
 ):
-    params = layers(dtype)
+    params = on(device, layers(dtype))
     optimizer = optimizer_class(groups(params), fused=fused)
     walk(optimizer, [0])
     still = params["scale"]
@@ -61,21 +72,24 @@ def test_a_step_counts_as_a_modification_of_weights_and_state_and_of_nothing_els
 @both
 @every_path
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
-def test_a_step_names_the_device_of_all_that_it_makes(optimizer_class, fused, max_grad_norm):
+def test_a_step_names_the_device_of_all_that_it_makes(optimizer_class, fused, device, max_grad_norm):
     ends = []
     for default in ("cpu", "meta"):
-        params = layers()
+        params = on(device, layers())
         optimizer = optimizer_class(
-            groups(params), lr=torch.tensor(0.1), fused=fused, max_grad_norm=max_grad_norm, trust_clip=10.0
+            groups(params),
+            lr=torch.tensor(0.1, device=device),
+            fused=fused,
+            max_grad_norm=max_grad_norm,
+            trust_clip=10.0,
         )
         for step in range(2):
             give_gradients(params.values(), step)
             with torch.device(default):
                 optimizer.step()
                 ratios = optimizer.trust_ratios()
-        assert {tensor.device.type for state in optimizer.state.values() for tensor in state.values()} == {
-            "cpu"
-        }
+        held = [tensor for state in optimizer.state.values() for tensor in state.values()]
+        assert {tensor.device.type for tensor in held} == {device}
         ends.append({**values(params), **{f"ratio of {name}": ratio for name, ratio in ratios.items()}})
     torch.testing.assert_close(*ends, rtol=0.0, atol=0.0)
 
@@ -83,8 +97,8 @@ def test_a_step_names_the_device_of_all_that_it_makes(optimizer_class, fused, ma
 @both
 @every_path
 @pytest.mark.parametrize("key", ["last", "step"])
-def test_state_on_another_device_is_refused_before_anything_moves(optimizer_class, fused, key):
-    params = layers()
+def test_state_on_another_device_is_refused_before_anything_moves(optimizer_class, fused, device, key):
+    params = on(device, layers())
     optimizer = optimizer_class(groups(params), fused=fused)
     walk(optimizer, [0])
     held = optimizer.state[params["linear.weight"]]
@@ -93,7 +107,7 @@ def test_state_on_another_device_is_refused_before_anything_moves(optimizer_clas
     before = values(params)
     counts = {name: optimizer.state[p].get("step", torch.ones(())).clone() for name, p in params.items()}
     give_gradients(params.values(), 1)
-    with pytest.raises(RuntimeError, match=f"on the same device, but '{key}' .* on meta, and .* on cpu"):
+    with pytest.raises(RuntimeError, match=f"on the same device, but '{key}' .* on meta, and .* on {device}"):
         optimizer.step()
     torch.testing.assert_close(values(params), before, rtol=0.0, atol=0.0)
     for name, p in params.items():
@@ -110,9 +124,11 @@ def in_format(memory_format):
 @both
 @every_path
 @pytest.mark.parametrize("first", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_state_is_laid_out_as_a_layer_that_has_changed_its_memory_format(optimizer_class, fused, first):
+def test_state_is_laid_out_as_a_layer_that_has_changed_its_memory_format(
+    optimizer_class, fused, device, first
+):
     other = torch.channels_last if first is torch.contiguous_format else torch.contiguous_format
-    params, same = in_format(first), in_format(first)
+    params, same = on(device, in_format(first)), on(device, in_format(first))
     optimizer, expected = optimizer_class(groups(params), fused=fused), optimizer_class(groups(same))
     walk(optimizer, [0])
     walk(expected, [0])
@@ -127,8 +143,10 @@ def test_state_is_laid_out_as_a_layer_that_has_changed_its_memory_format(optimiz
 
 @both
 @every_path
-def test_state_of_a_checkpoint_in_another_memory_format_is_laid_out_as_its_layer(optimizer_class, fused):
-    params = in_format(torch.contiguous_format)
+def test_state_of_a_checkpoint_in_another_memory_format_is_laid_out_as_its_layer(
+    optimizer_class, fused, device
+):
+    params = on(device, in_format(torch.contiguous_format))
     optimizer = optimizer_class(groups(params), fused=fused)
     walk(optimizer, [0])
     saved, weights = optimizer.state_dict(), values(params)

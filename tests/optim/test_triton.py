@@ -135,8 +135,11 @@ def test_a_table_that_is_copied_in_each_replay_is_read_by_no_other_step(monkeypa
 
 @pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
 def test_loading_a_state_dict_keeps_what_a_graph_reads(optimizer_class, monkeypatch):
-    monkeypatch.setattr(choice, "TRITON_DEVICES", {"cpu"})
     params = layers()
+    if torch.cuda.is_available():
+        params = {name: torch.nn.Parameter(p.detach().cuda()) for name, p in params.items()}
+    else:
+        monkeypatch.setattr(choice, "TRITON_DEVICES", {"cpu"})
     optimizer = optimizer_class(groups(params), fused=True)
     walk(optimizer, [0])
     with monkeypatch.context() as capture:

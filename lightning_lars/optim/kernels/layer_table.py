@@ -10,6 +10,9 @@ from torch import Tensor
 CHUNK = 8192
 """Elements that one program works on."""
 
+# Captures between two eager steps for which memory is pinned beforehand.
+_SPARES = 8
+
 
 class Chunks(NamedTuple):
     """How layers are divided among programs, all int64."""
@@ -61,8 +64,8 @@ class _Made(NamedTuple):
     sizes: tuple[int, ...]
     table: LayerTable
     stream: int
-    spare: Tensor | None
-    """Pinned memory for the rows of a capture, in which memory cannot be pinned everywhere."""
+    spares: Tensor | None
+    """Pinned memory for the rows of captures, in which not every version of torch can pin any."""
 
 
 class LayerTables:
@@ -75,7 +78,7 @@ class LayerTables:
     def __init__(self) -> None:
         self._made: list[_Made | None] = []
         self._next = 0
-        self._captured: dict[int, tuple[object, ...]] = {}
+        self._captured: dict[tuple[int, int], tuple[object, ...]] = {}
 
     def start_step(self) -> None:
         """Expect the first table of a step."""
@@ -101,34 +104,36 @@ class LayerTables:
         if self._next == len(self._made):
             self._made.append(None)
         last = self._made[self._next]
-        if last is not None and (last.table.device != device or last.stream != stream) and not is_captured:
-            # What another stream has copied may not be there yet.
+        # What another stream has copied may not be there yet; before a capture, all is.
+        if last is not None and (last.table.device != device or not (last.stream == stream or is_captured)):
             last = None
         pinned: list[Tensor] = []
+        spares = None if last is None else last.spares
         if last is not None and last.sizes == sizes:
             chunked = last.table.chunked
         else:
             chunked = _chunks(sizes, device, pinned)
         if last is not None and last.rows == rows:
-            columns, spare = last.table.columns, last.spare
+            columns = last.table.columns
         else:
             host = torch.tensor(rows, dtype=torch.int64, device="cpu")
-            columns = _on_device(
-                host, device, pinned, last.spare if last is not None and is_captured else None
-            )
-            spare = None
+            if is_captured and spares is not None and len(spares) and spares[0].shape == host.shape:
+                host, spares = spares[0].copy_(host), spares[1:]
+            columns = _on_device(host, device, pinned)
         table = LayerTable(columns, chunked)
         if is_captured:
             # With the state that it names: a state dict that is loaded puts other tensors in its place.
             state = list(chain.from_iterable(tensors[2:]))
-            self._captured.setdefault(id(columns), (table, pinned, state))
-            # What is copied in each replay is not there before.
+            self._captured.setdefault((id(columns), id(chunked)), (table, pinned, state))
             if last is not None:
-                self._made[self._next] = last._replace(spare=spare)
+                # The table is copied in each replay, and is not there before.
+                self._made[self._next] = last._replace(spares=spares)
         else:
-            if spare is None and device.type == "cuda":
-                spare = torch.empty_like(columns, device="cpu", pin_memory=True)
-            self._made[self._next] = _Made(rows, sizes, table, stream, spare)
+            if device.type == "cuda" and (
+                spares is None or spares.shape[1:] != columns.shape or not len(spares)
+            ):
+                spares = columns.new_empty(_SPARES, *columns.shape, device="cpu", pin_memory=True)
+            self._made[self._next] = _Made(rows, sizes, table, stream, spares)
         self._next += 1
         return table
 
@@ -159,15 +164,9 @@ def _chunks(sizes: Iterable[int], device: torch.device, pinned: list[Tensor]) ->
     return Chunks(size, layer, offset, first, int(count.max()))
 
 
-def _on_device(
-    tensor: Tensor, device: torch.device, pinned: list[Tensor], spare: Tensor | None = None
-) -> Tensor:
+def _on_device(tensor: Tensor, device: torch.device, pinned: list[Tensor]) -> Tensor:
     """Copy a tensor to the device without waiting for it, from pinned memory, which is added to the list."""
     if device.type != "cuda":
         return tensor.to(device)
-    if spare is None or spare.shape != tensor.shape:
-        spare = tensor.pin_memory()
-    else:
-        spare.copy_(tensor)
-    pinned.append(spare)
-    return spare.to(device, non_blocking=True)
+    pinned.append(tensor if tensor.is_pinned() else tensor.pin_memory())
+    return pinned[-1].to(device, non_blocking=True)
