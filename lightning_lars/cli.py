@@ -11,7 +11,6 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_lars.excluded_rate import keep_excluded_rate
-from lightning_lars.introspection import DEFAULT_EXCLUDED
 from lightning_lars.param_groups import build_optimizer
 from lightning_lars.strategy_checks import check_strategy
 from lightning_lars.training_length import scheduler_config
@@ -45,20 +44,14 @@ class _LateOptimizer(_EitherCLI):  # type: ignore[misc]
             "--param_groups.exclude",
             type=list[str],
             default=[],
-            help="Patterns over the names of parameters that are excluded beside the normalization layers.",
+            help="Patterns over the names of parameters that are excluded beside norms, biases and gains.",
         )
-        parser.add_argument(
-            "--param_groups.exclude_bias",
-            type=bool,
-            default=True,
-            help="Whether biases are excluded from adaptation and weight decay.",
-        )
-        parser.add_argument(
-            "--param_groups.exclude_norm",
-            type=bool,
-            default=True,
-            help="Whether the normalization layers are excluded.",
-        )
+        for switch, what in (
+            ("exclude_bias", "biases are excluded from adaptation and weight decay."),
+            ("exclude_norm", "normalization layers are excluded."),
+            ("exclude_gain", "gains are excluded, and what is broadcast over the batch, as tokens are."),
+        ):
+            parser.add_argument(f"--param_groups.{switch}", type=bool, default=True, help=f"Whether {what}")
         parser.add_argument(
             "--param_groups.excluded_lr",
             type=float | None,
@@ -133,10 +126,7 @@ class _ConfigureOptimizers:
         optimizer = build_optimizer(
             self.module,
             partial(lightning.pytorch.cli.instantiate_class, init=self.optimizer),
-            exclude=(*(DEFAULT_EXCLUDED if self.groups["exclude_norm"] else ()), *self.groups["exclude"]),
-            exclude_bias=self.groups["exclude_bias"],
-            excluded_lr=self.groups["excluded_lr"],
-            excluded_lr_scale=self.groups["excluded_lr_scale"],
+            **self.groups,
         )
         check_strategy(self.module, optimizer)
         if not self.lr_scheduler:
@@ -168,9 +158,9 @@ class LargeBatchCLI(_LateOptimizer, lightning.pytorch.cli.LightningCLI):
 
     Takes the arguments of ``LightningCLI``, and on the command line or in YAML ``lr_scheduler_interval``
     (``step`` or ``epoch``) and ``param_groups`` (``exclude``, ``exclude_bias``, ``exclude_norm``,
-    ``excluded_lr``, ``excluded_lr_scale``). A :class:`~lightning_lars.schedules.WarmupDecayLR` without
-    ``total_steps`` gets those of the training. Import this module, or ``lightning_lars``, to use the short
-    names ``LARS``, ``LAMB``, ``WarmupDecayLR``.
+    ``exclude_gain``, ``excluded_lr``, ``excluded_lr_scale``). A
+    :class:`~lightning_lars.schedules.WarmupDecayLR` without ``total_steps`` gets those of the training.
+    Import this module, or ``lightning_lars``, to use the short names ``LARS``, ``LAMB``, ``WarmupDecayLR``.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel

@@ -69,9 +69,16 @@ def mark_own_rate(group: dict[str, Any], excluded_lr: float | None) -> None:
         group["batch_size_scaling"] = False
 
 
+def part_of(group: Mapping[str, Any]) -> str:
+    """Return ``"adapted"`` or ``"excluded"`` for the groups that have names of ours, else ""."""
+    # ExcludeNormAndBias puts the name of the group that it has split before its own, param_groups a prefix.
+    part = re.split(r"[./]", str(group.get("name", "")))[-1]
+    return part if part in ("adapted", "excluded") else ""
+
+
 def is_excluded(group: Mapping[str, Any]) -> bool:
     """Tell whether a group is what ``param_groups`` or ``ExcludeNormAndBias`` calls excluded."""
-    return re.split(r"[./]", str(group.get("name", "")))[-1] == "excluded"
+    return part_of(group) == "excluded"
 
 
 def keep_excluded_rate(

@@ -1,16 +1,18 @@
-"""What a parameter is part of: a norm, a bias, or a layer to adapt."""
+"""Which parameters are adapted, and the rule that excludes the others."""
 
 import difflib
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.parametrize import ParametrizationList
+from torch import Size, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_lars.module_kinds import UNKNOWN, kinds_of
+from lightning_lars.no_weight_decay import listed_in
+from lightning_lars.original_shapes import is_flat, original_shape, sharded_shapes
+from lightning_lars.parameter_names import aliases_of
+from lightning_lars.parameter_roles import NORMS, Place, named_norm, running_statistics
 
 Predicate = Callable[[str, nn.Parameter, nn.Module], bool]
 """Called with the name of a parameter, the parameter, and the module that owns it."""
@@ -18,60 +20,8 @@ Predicate = Callable[[str, nn.Parameter, nn.Module], bool]
 Exclusion = type[nn.Module] | Predicate | str
 """A module type, an fnmatch pattern over parameter names, or a predicate."""
 
-# What torch.compile, FSDP1 and activation checkpointing put into the names of what they wrap.
-_WRAPPER_PREFIX = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-
-# "Norm" as a word of its own: LayerNorm, RMSNorm2d, batch_norm, BatchNormalization; neither
-# NormalizedLinear, nor the reparametrizations WeightNorm and SpectralNorm, which normalize no activation.
-_NORM_WORD = re.compile(r"(?<!Weight)(?<!Spectral)(Norm|norm|NORM)(alization)?(?![a-z])")
-
-# What has weights to adapt, whatever its name says of norms: by its base class, as LinearNorm(nn.Linear), or
-# by a word behind the norm.
-_WEIGHTED = (
-    nn.Bilinear,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.Linear,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    _ConvNd,
-)
-_WEIGHTED_WORD = re.compile(r"Attention|Cell|Conv|Embedding|FFN|FeedForward|GRU|Linear|LSTM|MLP|Mlp|Proj|RNN")
-
-
-def named_norm(name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
-    """Tell whether the owner is a normalization layer by the name of its type.
-
-    A module with submodules that own parameters is a block around a normalization (``PreNormBlock``), not
-    one itself; nor is one that its base class, or its name behind the norm, calls a linear layer or the like.
-    """
-    called = type(owner).__name__
-    norm = _NORM_WORD.search(called)
-    # AttentionNorm is the norm of an attention, LayerNormMLP a norm and an MLP in one piece.
-    if norm is None or _WEIGHTED_WORD.search(called, norm.end()) or isinstance(owner, _WEIGHTED):
-        return False
-    return not any(True for child in owner.children() for _ in child.parameters())
-
-
-# _NormBase is the one ancestor of the batch, sync-batch and instance norms and their lazy forms.
-DEFAULT_EXCLUDED: tuple[Exclusion, ...] = (
-    _NormBase,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-    nn.CrossMapLRN2d,
-    named_norm,
-)
-
-
-class _Alias(NamedTuple):
-    """One way to reach a parameter: tied parameters have several."""
-
-    name: str
-    attribute: str
-    owner: nn.Module
+DEFAULT_EXCLUDED: tuple[Exclusion, ...] = (*NORMS, named_norm, running_statistics)
+"""What makes a normalization layer, which ``exclude_norm`` stands for."""
 
 
 class Layer(NamedTuple):
@@ -82,56 +32,97 @@ class Layer(NamedTuple):
     owner: nn.Module
     group: str
     rule: str
+    shape: Size | None
+    """That of the whole layer, where the parameter is a shard of it; None where it is not known."""
+    module: str
+    """What the owner is called, or what it stands for."""
 
 
-def classify(module: nn.Module, exclude: Exclusion | Iterable[Exclusion], exclude_bias: bool) -> list[Layer]:
-    """Say of every parameter, frozen ones too, whether it is ``"adapted"`` or ``"excluded"``, and why."""
+def classify(
+    module: nn.Module,
+    exclude: Exclusion | Iterable[Exclusion] = (),
+    *,
+    exclude_norm: bool = True,
+    exclude_bias: bool = True,
+    exclude_gain: bool = True,
+    prefix: str = "",
+    strict: bool = True,
+) -> list[Layer]:
+    """Say of every parameter, frozen ones too, whether it is ``"adapted"`` or ``"excluded"``, and why.
+
+    The arguments are those of :func:`~lightning_lars.param_groups.param_groups`. Where it is not ``strict``,
+    what cannot be known leaves a parameter adapted.
+
+    Raises:
+        ValueError: If a pattern matches no name; or if a rule would need to know of a trained parameter what
+            cannot be known, its shape or the module that it is part of.
+        TypeError: If ``module`` is no module, or ``exclude`` holds something else than it may.
+    """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {module!r}: pass the model itself")
     if isinstance(exclude, str) or not isinstance(exclude, Iterable):
         exclude = [exclude]
-    exclusions: list[Exclusion] = list(exclude)
-    aliases = _aliases(module)
-    _check_exclusions(exclusions, [alias.name for named in aliases.values() for alias in named])
+    exclusions = list(exclude)
+    aliases = aliases_of(module)
+    _check_exclusions(exclusions, [alias.name for named in aliases.values() for alias in named], prefix)
+    kinds, shapes, listed = kinds_of(module), sharded_shapes(module), listed_in(module)
     layers = []
     for parameter, named in aliases.items():
+        places = [Place(alias, kinds[alias.owner]) for alias in named]
+        shape = original_shape(parameter, shapes)
         # A tied parameter is excluded where any of its owners would exclude it.
-        rules = [rule for alias in named if (rule := _rule(alias, parameter, exclusions, exclude_bias))]
-        group, rule = ("excluded", rules[0]) if rules else ("adapted", "")
-        layers.append(Layer(named[0].name, parameter, named[0].owner, group, rule))
+        is_bias = any(place.is_bias() for place in places)
+        norm = next(filter(None, (place.norm() for place in places)), "")
+        gains = [False] if is_bias or norm else [place.is_gain(shape) for place in places]
+        if norm and exclude_norm:
+            rule = norm
+        elif is_bias and exclude_bias:
+            rule = "bias"
+        elif exclude_gain and all(gains):
+            rule = "gain"
+        elif any(each.holds(place.alias.name) for each in listed for place in places):
+            rule = "no_weight_decay"
+        else:
+            rule = next(
+                filter(None, (_own_rule(place, parameter, exclusions, prefix) for place in places)), ""
+            )
+        name, owner = prefix + named[0].name, named[0].holder
+        if strict and parameter.requires_grad and not rule:
+            asks_for_type = exclude_norm or exclude_gain
+            if asks_for_type and not is_bias and any(place.kind == UNKNOWN for place in places):
+                raise _unknown_module(name)
+            if is_flat(parameter) and (asks_for_type or exclude_bias or exclusions):
+                raise _flat(name)
+            if exclude_gain and False not in gains and None in gains:
+                raise _unknown_shape(name, parameter)
+        group = "excluded" if rule else "adapted"
+        layers.append(Layer(name, parameter, owner, group, rule, shape, kinds[owner].name or "(unknown)"))
     return layers
 
 
-def _aliases(module: nn.Module) -> dict[nn.Parameter, list[_Alias]]:
-    aliases: dict[nn.Parameter, list[_Alias]] = {}
-    modules = dict(module.named_modules(remove_duplicate=False))
-    # "module" is a name of users too: that of DDP goes by its type.
-    in_ddp = [
-        f"{path}.module." if path else "module."
-        for path, owner in modules.items()
-        if isinstance(owner, DistributedDataParallel)
-    ]
-    for path, owner in modules.items():
-        for attribute, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
-            name = f"{path}.{attribute}" if path else attribute
-            for prefix in in_ddp:
-                if name.startswith(prefix):
-                    name = prefix.removesuffix("module.") + name.removeprefix(prefix)
-            name = _WRAPPER_PREFIX.sub("", name)
-            if isinstance(owner, ParametrizationList):
-                # `fc.parametrizations.weight` holds what the `weight` of `fc` is computed from.
-                *parametrized, _, attribute = path.split(".")
-                alias = _Alias(name, attribute, modules[".".join(parametrized)])
-            else:
-                alias = _Alias(name, attribute, owner)
-            aliases.setdefault(parameter, []).append(alias)
-    return aliases
-
-
-def _check_exclusions(exclusions: Iterable[Exclusion], names: list[str]) -> None:
+def _own_rule(place: Place, parameter: nn.Parameter, exclusions: Sequence[Exclusion], prefix: str) -> str:
+    """Return the user's own rule that excludes the parameter, in the user's words, or ""."""
+    name, owner = place.alias.name, place.alias.owner
     for exclusion in exclusions:
         if isinstance(exclusion, str):
-            if not any(fnmatchcase(name, exclusion) for name in names):
+            if _matches(name, exclusion, prefix):
+                return repr(exclusion)
+        elif isinstance(exclusion, type):
+            if place.kind.is_a(exclusion) or isinstance(place.alias.holder, exclusion):
+                return exclusion.__name__.removeprefix("_")
+        elif exclusion(name, parameter, owner):
+            return getattr(exclusion, "__name__", repr(exclusion))
+    return ""
+
+
+def _matches(name: str, pattern: str, prefix: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(prefix + name, pattern)
+
+
+def _check_exclusions(exclusions: Iterable[Exclusion], names: list[str], prefix: str) -> None:
+    for exclusion in exclusions:
+        if isinstance(exclusion, str):
+            if not any(_matches(name, exclusion, prefix) for name in names):
                 closest = difflib.get_close_matches(exclusion, names, n=3, cutoff=0.0)
                 raise ValueError(
                     f"exclude must hold patterns that match a whole parameter name, got {exclusion!r}, which "
@@ -149,27 +140,28 @@ def _check_exclusions(exclusions: Iterable[Exclusion], names: list[str]) -> None
             )
 
 
-def _rule(
-    alias: _Alias, parameter: nn.Parameter, exclusions: Iterable[Exclusion], exclude_bias: bool
-) -> str | None:
-    """Return what excludes the parameter, in the user's words, or None."""
-    for exclusion in exclusions:
-        if isinstance(exclusion, str):
-            if fnmatchcase(alias.name, exclusion):
-                return repr(exclusion)
-        elif isinstance(exclusion, type):
-            if isinstance(alias.owner, exclusion):
-                return exclusion.__name__.removeprefix("_")
-        elif exclusion(alias.name, parameter, alias.owner):
-            return getattr(exclusion, "__name__", repr(exclusion))
-    return "bias" if exclude_bias and _is_bias(alias) else None
+def _unknown_module(name: str) -> ValueError:
+    return ValueError(
+        f"module must tell what every parameter is part of, got {name!r} in a graph that does not: group the "
+        "module that was traced or exported, and pass the names that are excluded there as exclude, with "
+        "exclude_norm=False and exclude_gain=False"
+    )
 
 
-def _is_bias(alias: _Alias) -> bool:
-    """Tell whether a parameter is added as it is: a table of biases to look up (Swin) is not."""
-    recurrent = isinstance(alias.owner, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention)
-    return (
-        alias.attribute == "bias"
-        or alias.attribute.endswith("_bias")
-        or (recurrent and alias.attribute.startswith("bias_"))
+def _unknown_shape(name: str, parameter: nn.Parameter) -> ValueError:
+    way_out = (
+        "call this after a first forward, which gives it one"
+        if is_lazy(parameter)
+        else "FSDP has cut it, and the wrapper around this module knows it: pass that instead"
+    )
+    return ValueError(
+        f"module must tell the shape of {name!r}, which decides whether it is a gain: {way_out}, or pass "
+        "exclude_gain=False"
+    )
+
+
+def _flat(name: str) -> ValueError:
+    return ValueError(
+        f"module must have its layers as parameters, got {name!r}, into which FSDP has put many: pass "
+        "use_orig_params=True to FSDP"
     )

@@ -13,7 +13,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.serialization import add_safe_globals
 
 from lightning_lars.excluded_rate import check_excluded_rate, keep_excluded_rate
-from lightning_lars.introspection import DEFAULT_EXCLUDED
 from lightning_lars.optim import LAMB, LARS
 from lightning_lars.optim.arguments import require
 from lightning_lars.param_groups import build_optimizer
@@ -50,11 +49,12 @@ class LargeBatchMixin:
             training, accumulation, ``max_steps`` and all.
         lr_scheduler_interval: When the scheduler steps. None stands for every optimizer step with
             ``WarmupDecayLR``, else every epoch.
-        exclude: fnmatch patterns over parameter names, to be excluded beside the normalization layers. For
+        exclude: fnmatch patterns over parameter names, to be excluded beside norms, biases and gains. For
             module types and predicates, write a ``configure_optimizers`` that calls
             :func:`~lightning_lars.param_groups.build_optimizer`.
-        exclude_bias: Whether biases are excluded too.
-        exclude_norm: Whether the normalization layers are excluded (apex LARC adapts them, as SwAV does).
+        exclude_bias: Whether biases are excluded.
+        exclude_norm: Whether normalization layers are excluded (apex LARC adapts them, as SwAV does).
+        exclude_gain: Whether gains are excluded, and what is broadcast over the batch, as tokens are.
         excluded_lr: Learning rate of what is excluded, above 0, whatever that of ``optimizer`` is.
             Schedules and warmup act on it, ``BatchSizeScaling`` does not. None leaves the rate of the rest.
         excluded_lr_scale: The same as a factor, above 0, on the rate of the rest. Not together with
@@ -95,6 +95,7 @@ class LargeBatchMixin:
         exclude: Sequence[str] = (),
         exclude_bias: bool = True,
         exclude_norm: bool = True,
+        exclude_gain: bool = True,
         excluded_lr: float | None = None,
         excluded_lr_scale: float = 1.0,
         **kwargs: Any,
@@ -121,11 +122,13 @@ class LargeBatchMixin:
         self._lr_scheduler_interval = lr_scheduler_interval
         check_excluded_rate(excluded_lr, excluded_lr_scale)
         require("exclude", "patterns over parameter names", exclude, isinstance(exclude, Sequence))
-        require("exclude_bias", "True or False", exclude_bias, isinstance(exclude_bias, bool))
-        require("exclude_norm", "True or False", exclude_norm, isinstance(exclude_norm, bool))
-        names = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-        self._exclude = (*(DEFAULT_EXCLUDED if exclude_norm else ()), *names)
+        switches = {"exclude_norm": exclude_norm, "exclude_bias": exclude_bias, "exclude_gain": exclude_gain}
+        for argument, value in switches.items():
+            require(argument, "True or False", value, isinstance(value, bool))
+        self._exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        self._exclude_norm = exclude_norm
         self._exclude_bias = exclude_bias
+        self._exclude_gain = exclude_gain
         self._excluded_lr = excluded_lr
         self._excluded_lr_scale = excluded_lr_scale
         used = [each.func if isinstance(each, partial) else each for each in (optimizer, lr_scheduler)]
@@ -159,7 +162,9 @@ class LargeBatchMixin:
             self,
             self._build_optimizer,
             exclude=self._exclude,
+            exclude_norm=self._exclude_norm,
             exclude_bias=self._exclude_bias,
+            exclude_gain=self._exclude_gain,
             excluded_lr=self._excluded_lr,
             excluded_lr_scale=self._excluded_lr_scale,
         )

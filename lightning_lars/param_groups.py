@@ -9,25 +9,45 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_lars.excluded_rate import check_excluded_rate, is_excluded, set_excluded_rate
-from lightning_lars.introspection import DEFAULT_EXCLUDED, Exclusion, classify
+from lightning_lars.introspection import Exclusion, classify
+
+EXCLUDED = {"layer_adaptation": False, "weight_decay": 0.0}
+"""What a group is given to take steps of plain SGD or Adam, without decay."""
 
 
 def param_groups(
     module: nn.Module,
     *,
-    exclude: Exclusion | Iterable[Exclusion] = DEFAULT_EXCLUDED,
+    exclude: Exclusion | Iterable[Exclusion] = (),
+    exclude_norm: bool = True,
     exclude_bias: bool = True,
+    exclude_gain: bool = True,
+    prefix: str = "",
 ) -> list[dict[str, Any]]:
     """Split a module's parameters into those that are adapted and decayed and those that are not.
 
-    The split is by what a parameter is part of, never by its shape.
+    The split is by what a parameter is part of, and by its original shape: the same for a module and for what
+    FSDP, FSDP2, tensor parallelism, DDP, Fabric, ``torch.compile`` or activation checkpointing make of it.
+    Excluded are
+
+    1. every parameter of a normalization layer: torch's, with their subclasses, and modules that have "norm"
+       in the name of their type or keep running statistics;
+    2. every bias, those of recurrent and attention layers included, except tables of biases to look up;
+    3. every gain: scalars and vectors, whatever they are broadcast along, that are no weights of a linear,
+       convolutional, embedding, attention or recurrent layer (layer scale, gates, temperatures, slopes), and
+       what a module of another kind broadcasts over the batch, with a first dimension of 1 (class tokens,
+       position embeddings);
+    4. what the model, or a submodule, lists in ``no_weight_decay()``, by name or by module.
 
     Args:
         module: The model, wrapped or not.
-        exclude: What is neither adapted nor decayed: module types (with their subclasses), fnmatch
-            patterns over parameter names, and predicates ``(name, parameter, owner) -> bool``. Replaces
-            the default, every normalization layer; ``(*DEFAULT_EXCLUDED, "*.pos_embed")`` adds to it.
-        exclude_bias: Whether biases are excluded too, those of recurrent and attention layers included.
+        exclude: What is neither adapted nor decayed beside these: module types (with their subclasses),
+            fnmatch patterns over parameter names, and predicates ``(name, parameter, owner) -> bool``.
+        exclude_norm: Whether normalization layers are excluded.
+        exclude_bias: Whether biases are excluded, those of normalization layers too.
+        exclude_gain: Whether gains are excluded.
+        prefix: Stands, with a dot, before the names of parameters and groups, so that an optimizer can have
+            the groups of several modules: ``"backbone"``.
 
     Returns:
         Up to two groups of ``(name, parameter)`` pairs for any ``torch.optim`` optimizer: ``"adapted"``,
@@ -35,7 +55,9 @@ def param_groups(
         stands in one of them once, a tied one under its first name.
 
     Raises:
-        ValueError: If the module has no trainable parameter, or a pattern matches none of its names.
+        ValueError: If the module has no trainable parameter, a pattern matches none of its names, or a rule
+            would need to know of a parameter what cannot be known: the original shape of a lazy one, or what
+            one is part of in an exported graph that does not tell.
 
     Example:
         >>> from torch import nn
@@ -45,7 +67,15 @@ def param_groups(
         adapted ['0.weight']
         excluded ['0.bias', '1.weight', '1.bias']
     """
-    layers = classify(module, exclude, exclude_bias)
+    prefix = _with_dot(prefix)
+    layers = classify(
+        module,
+        exclude,
+        exclude_norm=exclude_norm,
+        exclude_bias=exclude_bias,
+        exclude_gain=exclude_gain,
+        prefix=prefix,
+    )
     trained = [layer for layer in layers if layer.parameter.requires_grad]
     named = {
         group: [(layer.name, layer.parameter) for layer in trained if layer.group == group]
@@ -57,8 +87,8 @@ def param_groups(
             f"with {len(layers)} frozen ones: unfreeze some, or call this where the layers exist already"
         )
     groups: list[dict[str, Any]] = [
-        {"params": named["adapted"], "name": "adapted"},
-        {"params": named["excluded"], "name": "excluded", "layer_adaptation": False, "weight_decay": 0.0},
+        {"params": named["adapted"], "name": f"{prefix}adapted"},
+        {"params": named["excluded"], "name": f"{prefix}excluded", **EXCLUDED},
     ]
     return [group for group in groups if group["params"]]
 
@@ -66,22 +96,29 @@ def param_groups(
 def explain_param_groups(
     module: nn.Module,
     *,
-    exclude: Exclusion | Iterable[Exclusion] = DEFAULT_EXCLUDED,
+    exclude: Exclusion | Iterable[Exclusion] = (),
+    exclude_norm: bool = True,
     exclude_bias: bool = True,
+    exclude_gain: bool = True,
+    prefix: str = "",
 ) -> Table:
     """Show where :func:`param_groups` puts every parameter, and why.
 
     Args:
         module: As for :func:`param_groups`.
         exclude: As for :func:`param_groups`.
+        exclude_norm: As for :func:`param_groups`.
         exclude_bias: As for :func:`param_groups`.
+        exclude_gain: As for :func:`param_groups`.
+        prefix: As for :func:`param_groups`.
 
     Returns:
-        A table to print with rich: name, shape, type of the owning module, group (``"frozen"`` for
-        parameters without ``requires_grad``), and the rule that decided.
+        A table to print with rich: name, original shape, type of the owning module, group (``"frozen"`` for
+        parameters without ``requires_grad``), and the rule that decided: what makes the module a
+        normalization layer, ``bias``, ``gain``, ``no_weight_decay``, or your own.
 
     Raises:
-        ValueError: If a pattern matches no parameter name.
+        ValueError: As :func:`param_groups`, though not for a module without trainable parameters.
 
     Example:
         >>> import rich
@@ -97,13 +134,24 @@ def explain_param_groups(
         │ 1.bias   │ (2,)   │ LayerNorm │ excluded │ LayerNorm │
         └──────────┴────────┴───────────┴──────────┴───────────┘
     """
+    prefix = _with_dot(prefix)
+    layers = classify(
+        module,
+        exclude,
+        exclude_norm=exclude_norm,
+        exclude_bias=exclude_bias,
+        exclude_gain=exclude_gain,
+        prefix=prefix,
+    )
     table = Table("Name", "Shape", "Module", "Group", "Rule")
-    for layer in classify(module, exclude, exclude_bias):
-        shape = "lazy" if is_lazy(layer.parameter) else str(tuple(layer.parameter.shape))
+    for layer in layers:
+        shape = "lazy" if is_lazy(layer.parameter) else "(unknown)"
+        if layer.shape is not None:
+            shape = str(tuple(layer.shape))
         trained = layer.parameter.requires_grad
-        group, rule = (layer.group, layer.rule) if trained else ("frozen", "requires_grad=False")
-        style = None if group == "adapted" else "dim"
-        table.add_row(layer.name, shape, type(layer.owner).__name__, group, rule, style=style)
+        group, rule = (prefix + layer.group, layer.rule) if trained else ("frozen", "requires_grad=False")
+        style = None if layer.group == "adapted" and trained else "dim"
+        table.add_row(layer.name, shape, layer.module, group, rule, style=style)
     return table
 
 
@@ -111,8 +159,11 @@ def build_optimizer(
     module: nn.Module,
     optimizer: Callable[..., Optimizer],
     *,
-    exclude: Exclusion | Iterable[Exclusion] = DEFAULT_EXCLUDED,
+    exclude: Exclusion | Iterable[Exclusion] = (),
+    exclude_norm: bool = True,
     exclude_bias: bool = True,
+    exclude_gain: bool = True,
+    prefix: str = "",
     excluded_lr: float | None = None,
     excluded_lr_scale: float = 1.0,
     **optimizer_kwargs: Any,
@@ -124,7 +175,11 @@ def build_optimizer(
         optimizer: ``LARS``, ``LAMB``, any other ``torch.optim`` class, or a callable that takes the
             groups (and ``optimizer_kwargs``).
         exclude: As for :func:`param_groups`.
+        exclude_norm: As for :func:`param_groups`.
         exclude_bias: As for :func:`param_groups`.
+        exclude_gain: As for :func:`param_groups`.
+        prefix: As for :func:`param_groups`. More parts join by ``optimizer.add_param_group(group)`` for each
+            group of :func:`param_groups`, under another prefix.
         excluded_lr: Learning rate of the excluded group, above 0, whatever ``lr`` is. What is excluded
             takes steps of plain SGD (LARS) or Adam (LAMB), whose rates are far below those of layers with
             trust ratios. Schedules and warmup act on it; ``BatchSizeScaling`` does not, as the group has
@@ -155,7 +210,14 @@ def build_optimizer(
             "optimizer must be an optimizer class or a callable that takes parameter groups, "
             f"got {optimizer!r}"
         )
-    groups = param_groups(module, exclude=exclude, exclude_bias=exclude_bias)
+    groups = param_groups(
+        module,
+        exclude=exclude,
+        exclude_norm=exclude_norm,
+        exclude_bias=exclude_bias,
+        exclude_gain=exclude_gain,
+        prefix=prefix,
+    )
     built = optimizer(groups, **optimizer_kwargs)
     if not isinstance(built, Optimizer):
         raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {built!r} from {optimizer!r}")
@@ -166,6 +228,12 @@ def build_optimizer(
     excluded = [group for group in built.param_groups if is_excluded(group)]
     set_excluded_rate(excluded, excluded_lr, excluded_lr_scale)
     return built
+
+
+def _with_dot(prefix: str) -> str:
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a string, got {prefix!r}")
+    return f"{prefix}." if prefix and not prefix.endswith(".") else prefix
 
 
 def check_holds_parameters(optimizer: Optimizer, module: nn.Module) -> None:

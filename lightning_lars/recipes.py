@@ -27,6 +27,7 @@ class Recipe(TypedDict):
     lr_scheduler: partial[WarmupDecayLR]
     exclude_norm: bool
     exclude_bias: bool
+    exclude_gain: bool
     excluded_lr: float | None
     excluded_lr_scale: float
 
@@ -301,6 +302,7 @@ def _recipe(
         lr_scheduler=partial(WarmupDecayLR, warmup_steps=warmup_steps, **schedule),
         exclude_norm=excludes,
         exclude_bias=excludes,
+        exclude_gain=excludes,
         excluded_lr=excluded_lr,
         excluded_lr_scale=excluded_lr_scale,
     )

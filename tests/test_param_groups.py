@@ -95,9 +95,19 @@ def test_a_layer_that_normalizes_its_weight_is_no_norm(module):
     assert names(module) == {"adapted": ["weight"], "excluded": ["bias"]}
 
 
-@pytest.mark.parametrize("called", ["LayerNormLinear", "LayerNormMLP", "RMSNormAttention"])
+class OneInputOneNorm(nn.Module):
+    """A norm and a linear layer in one piece."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer_norm_weight = nn.Parameter(torch.ones(4))
+        self.weight = nn.Parameter(torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("called", ["LayerNormLinear", "LayerNormMLP", "RMSNormAttention", "NormHead"])
 def test_a_norm_in_one_piece_with_a_layer_is_no_norm(called):
-    assert names(type(called, (OwnRMSNorm,), {})()) == {"adapted": ["scale"]}
+    groups = names(type(called, (OneInputOneNorm,), {})())
+    assert groups == {"adapted": ["weight"], "excluded": ["layer_norm_weight"]}
 
 
 def test_a_block_named_after_its_norm_keeps_its_own_parameters_adapted():
@@ -132,13 +142,6 @@ def test_a_table_of_biases_is_adapted_and_a_query_bias_is_not():
 def test_a_convolution_whose_name_contains_bn_is_adapted():
     module = nn.ModuleDict({"bnk": nn.Conv2d(1, 2, 3), "embed_bn": nn.Linear(2, 2, bias=False)})
     assert names(module) == {"adapted": ["bnk.weight", "embed_bn.weight"], "excluded": ["bnk.bias"]}
-
-
-def test_vectors_and_scalars_of_ordinary_modules_are_adapted():
-    """The shape decides nothing: a shard of a matrix is a vector too."""
-    module = nn.Sequential(nn.PReLU(), nn.Linear(3, 1, bias=False))
-    module.register_parameter("temperature", nn.Parameter(torch.tensor(1.0)))
-    assert names(module) == {"adapted": ["temperature", "0.weight", "1.weight"]}
 
 
 def test_a_tied_weight_stands_once_under_its_first_name():
@@ -213,6 +216,33 @@ def test_lazy_parameters_are_grouped_before_they_have_a_shape_and_train_afterwar
     assert not torch.equal(module[0].weight, before)
 
 
+def test_a_prefix_stands_before_names_and_groups():
+    module = nn.Sequential(nn.Linear(2, 2))
+    for prefix in ("body", "body."):
+        assert names(module, prefix=prefix) == {
+            "body.adapted": ["body.0.weight"],
+            "body.excluded": ["body.0.bias"],
+        }
+    for pattern in ("0.weight", "body.0.weight"):
+        expected = {"body.excluded": ["body.0.weight", "body.0.bias"]}
+        assert names(module, prefix="body", exclude=pattern) == expected
+    rows = explain_param_groups(module, prefix="body").columns
+    assert [list(rows[column].cells) for column in (0, 3)] == [
+        ["body.0.weight", "body.0.bias"],
+        ["body.adapted", "body.excluded"],
+    ]
+    with pytest.raises(TypeError, match="prefix must be a string, got 3"):
+        param_groups(module, prefix=3)
+
+
+def test_a_rate_of_its_own_goes_to_the_excluded_group_under_any_prefix():
+    optimizer = build_optimizer(nn.Linear(2, 2), LARS, lr=1.0, excluded_lr=0.1, prefix="body")
+    assert [(group["name"], group["lr"]) for group in optimizer.param_groups] == [
+        ("body.adapted", 1.0),
+        ("body.excluded", 0.1),
+    ]
+
+
 def test_prefixes_of_wrappers_are_no_part_of_a_name():
     class FSDPLike(nn.Module):
         def __init__(self, module):
@@ -248,11 +278,34 @@ def test_the_excluded_group_is_neither_adapted_nor_decayed():
     ]
 
 
-def test_biases_can_stay_adapted():
-    assert names(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), exclude_bias=False) == {
-        "adapted": ["0.weight", "0.bias"],
-        "excluded": ["1.weight", "1.bias"],
-    }
+class OfEachKind(nn.Module):
+    """A norm, a bias, a gain and a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(2))
+        self.linear = nn.Linear(2, 2)
+        self.norm = nn.LayerNorm(2)
+
+
+@pytest.mark.parametrize(
+    ("switches", "adapted"),
+    [
+        ({}, []),
+        ({"exclude_bias": False}, ["linear.bias"]),
+        ({"exclude_norm": False}, ["norm.weight"]),
+        ({"exclude_gain": False}, ["gain"]),
+        ({"exclude_norm": False, "exclude_bias": False}, ["linear.bias", "norm.weight", "norm.bias"]),
+        (dict.fromkeys(["exclude_norm", "exclude_bias", "exclude_gain"], False),
+         ["gain", "linear.bias", "norm.weight", "norm.bias"]),
+    ],
+    ids=["none", "bias", "norm", "gain", "norm and bias", "all"],
+)  # fmt: skip
+def test_each_default_can_be_switched_off(switches, adapted):
+    expected = [name for name, _ in OfEachKind().named_parameters() if name in ["linear.weight", *adapted]]
+    groups = names(OfEachKind(), **switches)
+    assert groups["adapted"] == expected
+    assert of_optimizer(build_optimizer(OfEachKind(), LARS, **switches)) == groups
 
 
 @pytest.mark.parametrize(
@@ -262,22 +315,27 @@ def test_biases_can_stay_adapted():
         (nn.Embedding,),
         "embedding.*",
         ["embedding.weight"],
+        (*DEFAULT_EXCLUDED, "embedding.*"),
         lambda name, parameter, owner: isinstance(owner, nn.Embedding) and parameter.ndim == 2,
     ],
-    ids=["type", "types", "pattern", "patterns", "predicate"],
+    ids=["type", "types", "pattern", "patterns", "with the defaults", "predicate"],
 )
-def test_exclude_takes_types_patterns_and_predicates(exclude):
-    module = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "norm": nn.LayerNorm(4)})
-    assert names(module, exclude=exclude) == {
-        "adapted": ["norm.weight"],
-        "excluded": ["embedding.weight", "norm.bias"],
-    }
+def test_what_is_excluded_adds_to_the_defaults(exclude):
+    module = nn.ModuleDict(
+        {"embedding": nn.Embedding(5, 4), "norm": nn.LayerNorm(4), "head": nn.Linear(4, 2)}
+    )
+    for grouped in (
+        names(module, exclude=exclude),
+        of_optimizer(build_optimizer(module, LARS, exclude=exclude)),
+    ):
+        assert grouped == {
+            "adapted": ["head.weight"],
+            "excluded": ["embedding.weight", "norm.weight", "norm.bias", "head.bias"],
+        }
 
 
-def test_exclude_adds_to_the_default():
-    module = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "norm": nn.LayerNorm(4)})
-    groups = names(module, exclude=(*DEFAULT_EXCLUDED, "embedding.*"))
-    assert groups == {"excluded": ["embedding.weight", "norm.weight", "norm.bias"]}
+def of_optimizer(optimizer):
+    return {group["name"]: group["param_names"] for group in optimizer.param_groups}
 
 
 def test_a_pattern_that_matches_nothing_raises_and_names_the_closest():
@@ -303,7 +361,9 @@ def test_a_module_without_trainable_parameters_raises(module):
 
 
 def test_the_table_names_every_parameter_with_the_rule_that_decided():
-    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), OwnRMSNorm(), nn.LazyLinear(2, bias=False))
+    module = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), OwnRMSNorm(), nn.LazyLinear(2, bias=False), nn.PReLU()
+    )
     module[0].weight.requires_grad_(False)
     table = explain_param_groups(module, exclude=(*DEFAULT_EXCLUDED, "3.*"))
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
@@ -314,6 +374,7 @@ def test_the_table_names_every_parameter_with_the_rule_that_decided():
         ("1.bias", "(2,)", "BatchNorm2d", "excluded", "NormBase"),
         ("2.scale", "(4,)", "OwnRMSNorm", "excluded", "named_norm"),
         ("3.weight", "lazy", "LazyLinear", "excluded", "'3.*'"),
+        ("4.weight", "(1,)", "PReLU", "excluded", "gain"),
     ]
     console = Console(record=True, width=100)
     console.print(table)

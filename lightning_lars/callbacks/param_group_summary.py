@@ -13,9 +13,10 @@ from rich.text import Text
 from typing_extensions import override
 
 from lightning_lars.callbacks.both_roots import Callback
+from lightning_lars.excluded_rate import part_of
 from lightning_lars.name_folding import fold
 from lightning_lars.optim.arguments import require
-from lightning_lars.optimizer_contents import FROZEN, LOST, Entry, entries_of, groups_by_name, shapes_in_fsdp1
+from lightning_lars.optimizer_contents import FROZEN, LOST, Entry, entries_of, groups_by_name
 from lightning_lars.optimizer_names import kinds
 from lightning_lars.rich_tables import is_too_wide, print_table
 
@@ -76,10 +77,11 @@ class ParamGroupSummary(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        groups = groups_by_name(trainer.optimizers)
+        # In every process, as the code of models may be asked, which may ask the other processes.
+        entries = entries_of(pl_module, groups)
         if not trainer.is_global_zero:
             return
-        groups = groups_by_name(trainer.optimizers)
-        entries = entries_of(pl_module, groups, shapes_in_fsdp1(trainer.model or pl_module))
         console = rich.get_console()
         table = _parameter_table(entries, self.fold, self.max_rows, narrow=False)
         if is_too_wide(console, table):
@@ -109,7 +111,8 @@ def _parameter_table(entries: Sequence[Entry], folded: bool, max_rows: int, narr
         table.add_column(heading, justify="right" if heading == "Tensors" else "left", overflow="fold")
     for name, tensors, (module, shape, group, why) in names[:limit]:
         described = [f"{name}\n  {module} {shape}"] if narrow else [name, module, shape]
-        style = {LOST: "bold red", "excluded": "dim"}.get(group.rpartition("/")[2], "dim")
+        style = "dim" if part_of({"name": group}) == "excluded" else None
+        style = "bold red" if group == LOST else style
         table.add_row(*(Text(cell) for cell in (*described, str(tensors), group, why)), style=style)
     if names[limit:]:
         hidden = sum(tensors for _, tensors, _ in names[limit:])

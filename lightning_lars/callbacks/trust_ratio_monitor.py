@@ -18,11 +18,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lars.callbacks.both_roots import Callback
-from lightning_lars.introspection import classify
 from lightning_lars.optim.arguments import require
 from lightning_lars.optim.parameters import named_params
 from lightning_lars.optimizer_names import by_name, kinds
 from lightning_lars.param_groups import check_holds_parameters
+from lightning_lars.parameter_names import names_of
 from lightning_lars.step_statistics import HasTrustRatios, OverSteps, StepStatistics, names_by_number
 from lightning_lars.training_length import total_steps
 from lightning_lars.trust_ratio_alerts import TrustRatioAlerts
@@ -147,9 +147,7 @@ class TrustRatioMonitor(Callback):
             )
         for optimizer in optimizers:
             check_holds_parameters(optimizer, trainer.model or pl_module)
-        names: dict[Tensor, str] = {
-            layer.parameter: layer.name for layer in classify(pl_module, (), exclude_bias=False)
-        }
+        names = names_of(pl_module)
         self._check_layers(optimizers, names)
         named = by_name(optimizers)
         self._history.set_order(f"{name}{layer}" for name in named for layer in names.values())

@@ -4,12 +4,16 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.optim import lr_scheduler
 
 from lightning_lars import LAMB, LARS, ExcludeNormAndBias, build_optimizer
 from tests.support.boring import Boring, trainer
+from tests.support.peers import peer
 
 LARS_WITH_DECAY = partial(LARS, lr=0.5, weight_decay=0.1)
 
@@ -159,6 +163,235 @@ def test_patterns_add_to_the_norms(tmp_path):
 def test_a_pattern_that_matches_nothing_raises(tmp_path):
     with pytest.raises(ValueError, match="got 'head', which matches none"):
         fit(tmp_path, Bare(), ExcludeNormAndBias(exclude=["head"]))
+
+
+@pytest.mark.parametrize(
+    ("switches", "adapted"),
+    [
+        ({"exclude_norm": False}, ["net.0.weight", "net.1.weight", "net.2.weight"]),
+        ({"exclude_bias": False}, ["net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias"]),
+        ({"exclude_gain": False}, ["gate", "net.0.weight", "net.2.weight"]),
+    ],
+)
+def test_each_default_can_be_switched_off(tmp_path, switches, adapted):
+    module = Bare()
+    module.gate = nn.Parameter(torch.ones(3))
+    groups = fit(tmp_path, module, ExcludeNormAndBias(**switches)).trainer.optimizers[0].param_groups
+    assert groups[0]["param_names"] == adapted
+    (argument,) = switches
+    with pytest.raises(ValueError, match=f"{argument} must be True or False, got 'no'"):
+        ExcludeNormAndBias(**{argument: "no"})
+
+
+def test_groups_that_were_made_for_the_decay_alone_are_no_longer_adapted(tmp_path):
+    """As many projects part them: norms and biases without decay, but adapted."""
+
+    class Parted(Bare):
+        def configure_optimizers(self):
+            matrices = [p for p in self.parameters() if p.ndim > 1]
+            vectors = {"params": [p for p in self.parameters() if p.ndim < 2], "weight_decay": 0.0}
+            return self.build([{"params": matrices}, vectors])
+
+    groups = fit(tmp_path, Parted(), ExcludeNormAndBias()).trainer.optimizers[0].param_groups
+    assert [(g["name"], g["layer_adaptation"], g["weight_decay"]) for g in groups] == [
+        ("pg1/adapted", True, 0.1),
+        ("pg2/excluded", False, 0.0),
+    ]
+
+
+@pytest.mark.parametrize("names", [[None, None], ["body", None], ["body", "body"], [None, "pg1"]])
+def test_no_two_groups_have_the_same_name(tmp_path, names):
+    class Named(Bare):
+        def configure_optimizers(self):
+            groups = [{"params": self.net[0].parameters()}, {"params": self.net[1:].parameters(), "lr": 0.1}]
+            return self.build([
+                {**group, **({} if name is None else {"name": name})}
+                for group, name in zip(groups, names, strict=True)
+            ])  # fmt: skip
+
+    module = Named()
+    logger = CSVLogger(tmp_path)
+    fit(tmp_path, module, ExcludeNormAndBias(), LearningRateMonitor(), logger=logger, log_every_n_steps=1)
+    groups = module.trainer.optimizers[0].param_groups
+    called = [group["name"] for group in groups]
+    assert len(set(called)) == 4
+    assert sum("excluded" in name for name in called) == 2
+    assert {f"lr-LARS/{name}" for name in called} <= set(logger.experiment.metrics_keys)
+
+
+def test_a_rate_that_is_a_tensor_is_not_shared_between_the_parts(tmp_path):
+    schedule = SCHEDULERS["multiplicative"]
+    module = fit(tmp_path, Bare(partial(LARS, lr=torch.tensor(0.5)), schedule), ExcludeNormAndBias())
+    adapted, excluded = module.trainer.optimizers[0].param_groups
+    assert adapted["lr"] is not excluded["lr"]
+    assert float(adapted["lr"]) == float(excluded["lr"]) == pytest.approx(0.5 * 0.9**8)
+
+
+class WithLists:
+    """A scheduler that inherits nothing and keeps lists for groups, whatever they are called."""
+
+    def __init__(self, optimizer, **kept):
+        self.optimizer = optimizer
+        self.t = 0
+        vars(self).update(kept)
+
+    def step(self, *_):
+        self.t += 1
+        for group, base in zip(self.optimizer.param_groups, self.base_values, strict=True):
+            group["lr"] = base * 0.9**self.t
+
+    def state_dict(self):
+        return {key: value for key, value in vars(self).items() if key != "optimizer"}
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+
+class Unscheduled(Bare):
+    """Steps a scheduler of another package."""
+
+    def lr_scheduler_step(self, scheduler, metric):
+        scheduler.step()
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_lists_of_schedulers_that_are_not_torchs_grow_with_the_groups(tmp_path, groups, kind):
+    def schedule(optimizer):
+        return WithLists(optimizer, base_values=kind(group["lr"] for group in optimizer.param_groups))
+
+    before = fit(tmp_path, Unscheduled(scheduler=schedule, groups=groups))
+    after = fit(tmp_path, Unscheduled(scheduler=schedule, groups=groups), ExcludeNormAndBias())
+    assert after.rates == [[rate for rate in step for _ in range(2)] for step in before.rates]
+    assert len({tuple(step) for step in before.rates}) == 8
+
+
+class Around(WithLists):
+    """A scheduler with another inside, as a warmup before it."""
+
+    def step(self, *_):
+        self.after.step()
+
+
+@pytest.mark.parametrize("inside", ["step", "cyclic", "lambda"])
+def test_schedulers_inside_of_others_grow_too(tmp_path, inside):
+    def schedule(optimizer):
+        return Around(optimizer, after=SCHEDULERS[inside](optimizer), since=3)
+
+    before = fit(tmp_path, Unscheduled(scheduler=schedule))
+    after = fit(tmp_path, Unscheduled(scheduler=schedule), ExcludeNormAndBias())
+    assert after.rates == [[rate, rate] for (rate,) in before.rates]
+    assert len({tuple(step) for step in before.rates}) > 1
+
+
+TIMM = {
+    "cosine": ("cosine_lr", "CosineLRScheduler", {"t_initial": 8, "warmup_t": 3, "warmup_lr_init": 0.01}),
+    "no warmup": ("cosine_lr", "CosineLRScheduler", {"t_initial": 8}),
+    "steps": ("multistep_lr", "MultiStepLRScheduler", {"decay_t": [3], "warmup_t": 2}),
+    "plateau": ("plateau_lr", "PlateauLRScheduler", {"patience_t": 1, "warmup_t": 2}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_timms_schedulers_schedule_both_parts(tmp_path, name, groups):
+    file, kind, options = TIMM[name]
+    scheduler = getattr(peer("timm==1.0.31", f"timm.scheduler.{file}"), kind)
+
+    class WithTimm(Bare):
+        def lr_scheduler_step(self, scheduler, metric):
+            scheduler.step(self.global_step, 1.0)
+
+    schedule = partial(scheduler, **options)
+    before = fit(tmp_path, WithTimm(scheduler=schedule, groups=groups))
+    after = fit(tmp_path, WithTimm(scheduler=schedule, groups=groups), ExcludeNormAndBias())
+    assert after.rates == [[rate for rate in step for _ in range(2)] for step in before.rates]
+    assert len({tuple(step) for step in before.rates}) > 1
+
+
+def plain(optimizer):
+    return [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
+
+
+class Failing(Bare):
+    """Two optimizers with a scheduler each, of which the second cannot be regrouped."""
+
+    def __init__(self, second):
+        super().__init__()
+        self.second = second
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        optimizers = [self.build(self.net[:2].parameters()), self.build(self.net[2].parameters())]
+        schedulers = [SCHEDULERS["cyclic"](optimizers[0]), self.second(optimizers[1])]
+        self.before = (
+            [plain(optimizer) for optimizer in optimizers],
+            [dict(vars(each)) for each in schedulers],
+        )
+        return optimizers, schedulers
+
+    lr_scheduler_step = Unscheduled.lr_scheduler_step
+
+
+FAILURES = {
+    "a list that may be of groups": (
+        lambda optimizer: WithLists(optimizer, base_values=[0.5], delays=[3]),
+        {},
+        "cannot regroup LARS, as WithLists keeps 'delays', of which it cannot be known",
+    ),
+    "functions that may be of groups": (
+        lambda optimizer: WithLists(optimizer, base_values=[0.5], curves=(float,)),
+        {},
+        "keeps 'curves', of which it cannot be known",
+    ),
+    "no rate of its own": (
+        lambda optimizer: WithLists(optimizer, base_values=[0.5]),
+        {"excluded_lr": 0.01},
+        "can give what is excluded a learning rate of its own under torch's schedulers, got a WithLists",
+    ),
+    "an end above the rate": (
+        lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 8, eta_min=0.1),
+        {"excluded_lr": 0.01},
+        "CosineAnnealingLR must end below excluded_lr=0.01, got eta_min=0.1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_what_cannot_be_regrouped_leaves_everything_as_it_was(tmp_path, case):
+    second, rate, message = FAILURES[case]
+    module = Failing(second)
+    with pytest.raises((MisconfigurationException, ValueError), match=message):
+        fit(tmp_path, module, ExcludeNormAndBias(**rate))
+    groups, attributes = module.before
+    assert [plain(optimizer) for optimizer in module.trainer.optimizers] == groups
+    schedulers = [config.scheduler for config in module.trainer.lr_scheduler_configs]
+    assert [dict(vars(each)) for each in schedulers] == attributes
+
+
+def test_lists_that_have_another_meaning_stay_as_they_are(tmp_path):
+    def schedule(optimizer):
+        return WithLists(optimizer, base_values=[0.5], milestones=[3], called=["warmup"], longer=[1, 2])
+
+    module = fit(tmp_path, Unscheduled(scheduler=schedule), ExcludeNormAndBias())
+    scheduler = module.trainer.lr_scheduler_configs[0].scheduler
+    assert (scheduler.milestones, scheduler.called, scheduler.longer) == ([3], ["warmup"], [1, 2])
+    assert scheduler.base_values == [0.5, 0.5]
+
+
+class Outer(torch.optim.SGD):
+    """An optimizer around another, with groups of its own, as ZeroRedundancyOptimizer."""
+
+    def __init__(self, params, lr):
+        params = list(params)
+        super().__init__(params, lr=lr)
+        self.optim = LARS(params, lr=lr)
+
+
+def test_an_optimizer_around_another_is_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match="Outer, as the LARS inside it has groups of its own"):
+        fit(tmp_path, Bare(partial(Outer, lr=0.5)), ExcludeNormAndBias())
 
 
 def test_groups_that_are_apart_already_are_left_with_a_warning(tmp_path):

@@ -126,7 +126,7 @@ def test_parameters_in_no_optimizer_come_first_with_a_warning_and_frozen_ones_ar
 
 def test_says_where_the_rule_is_not_that_of_param_groups(tmp_path, capsys):
     def build(module):
-        return build_optimizer(module, LAMB, exclude=["net.2.weight"], exclude_bias=True)
+        return build_optimizer(module, LAMB, exclude=["net.2.weight"], exclude_norm=False)
 
     parameters, _ = tables(printed(capsys, tmp_path, Module(build), ParamGroupSummary(fold=False)))
     why = {name: (group, why) for name, _, _, _, group, why in parameters}
@@ -318,6 +318,7 @@ def test_one_of_two_processes_prints_whole_shapes(tmp_path):
     for parameters, groups in zip(found[::2], found[1::2], strict=True):
         assert parameters == [
             ["lost", parameters[0][1], "(3,)", "1", "(in no optimizer)", ""],
+            ["net.gate", "Gated", "(5,)", "1", "excluded", "gain"],
             ["net.0.weight", "Linear", "(7, 4)", "1", "adapted", ""],
             ["net.0.bias", "Linear", "(7,)", "1", "excluded", "bias"],
             ["net.1.{weight,bias}", "LayerNorm", "(7,)", "2", "excluded", "LayerNorm"],
@@ -326,6 +327,6 @@ def test_one_of_two_processes_prints_whole_shapes(tmp_path):
         ]
         assert [row[:3] for row in groups] == [
             ["adapted", "2", "63"],
-            ["excluded", "4", "26"],
+            ["excluded", "5", "31"],
             ["(in no optimizer)", "1", "3"],
         ]

@@ -13,10 +13,21 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from lightning_lars import LARS, build_optimizer
+from lightning_lars import LARS, param_groups
 from lightning_lars.callbacks.param_group_summary import ParamGroupSummary
 from tests.support.boring import Boring, trainer
 from tests.workers.lightning_strategies import CPUFSDPStrategy
+
+
+class Gated(nn.Sequential):
+    """Has a gain that is part of no wrapped layer: FSDP1 leaves the shape to the wrapper around the whole."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.gate = nn.Parameter(torch.ones(5))
+
+    def forward(self, batch):
+        return super().forward(batch) * self.gate
 
 
 class Wide(LightningModule):
@@ -24,14 +35,17 @@ class Wide(LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(4, 7), nn.LayerNorm(7), nn.Linear(7, 5))
+        self.net = Gated(nn.Linear(4, 7), nn.LayerNorm(7), nn.Linear(7, 5))
         self.lost = nn.Parameter(torch.zeros(3))
 
     def training_step(self, batch, batch_idx):
         return self.net(batch).sum() + self.lost.sum()
 
     def configure_optimizers(self):
-        return build_optimizer(self.net, LARS)
+        groups = param_groups(self)
+        for group in groups:
+            group["params"] = [(name, p) for name, p in group["params"] if name != "lost"]
+        return LARS(groups)
 
     train_dataloader = Boring.train_dataloader
 

@@ -1,0 +1,78 @@
+"""What a model itself leaves out of weight decay, by the convention of timm, Swin and BEiT."""
+
+import inspect
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from lightning_lars.parameter_names import clean_path, without_wrappers
+
+
+class Listed(NamedTuple):
+    """What a module lists, by where it stands in the model."""
+
+    path: str
+    names: frozenset[str]
+    """Of parameters, or of modules with all that they hold."""
+    keywords: frozenset[str]
+    """Parts of names."""
+
+    def holds(self, name: str) -> bool:
+        """Tell whether a parameter is listed, by its name in the whole model."""
+        if self.path:
+            if not name.startswith(f"{self.path}."):
+                return False
+            name = name.removeprefix(f"{self.path}.")
+        parts = name.split(".")
+        beginnings = {".".join(parts[: depth + 1]) for depth in range(len(parts))}
+        return bool(beginnings & self.names) or any(keyword in name for keyword in self.keywords)
+
+
+def listed_in(model: nn.Module) -> list[Listed]:
+    """Return what the model, and each of its submodules, lists in ``no_weight_decay()``.
+
+    The names are those that the module itself knows. Swin lists parts of names in
+    ``no_weight_decay_keywords()`` too. Anything of these names that is no list of strings is not the
+    convention.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    listed = (
+        Listed(
+            clean_path(path, modules),
+            _strings(module, "no_weight_decay"),
+            _strings(module, "no_weight_decay_keywords"),
+        )
+        for path, module in modules.items()
+    )
+    return [each for each in listed if each.names or each.keywords]
+
+
+def _strings(module: nn.Module, attribute: str) -> frozenset[str]:
+    value: Any = getattr(module, attribute, None)
+    if inspect.ismethod(value) or inspect.isfunction(value):
+        asked = inspect.signature(value).parameters.values()
+        if any(each.default is each.empty for each in asked):
+            return frozenset()
+        with _no_collectives(module):
+            value = value()
+    if isinstance(value, str) or not isinstance(value, Collection):
+        return frozenset()
+    return frozenset(without_wrappers(each) for each in value if isinstance(each, str))
+
+
+@contextmanager
+def _no_collectives(module: nn.Module) -> Iterator[None]:
+    """Keep models that look for names in their ``state_dict()`` from gathering what FSDP1 has cut.
+
+    A part of a model that is asked before its first forward would also take itself for the whole.
+    """
+    if any(isinstance(each, FullyShardedDataParallel) for each in module.modules()):
+        names = {without_wrappers(name): tensor for name, tensor in module.named_parameters()}
+        module.__dict__["state_dict"] = lambda *_, **__: names
+    try:
+        yield
+    finally:
+        module.__dict__.pop("state_dict", None)

@@ -1,0 +1,60 @@
+"""The shapes that parameters had before a strategy flattened and cut them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Size, Tensor, nn
+from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
+from torch.nn.parameter import is_lazy
+
+
+def sharded_shapes(module: nn.Module) -> dict[Tensor, Size]:
+    """Return the original shapes of the parameters that FSDP1 has flattened and cut.
+
+    Those that belong to no wrapper inside the module are known to the one around it, which a LightningModule
+    leads to through ``trainer.model``.
+    """
+    shapes: dict[Tensor, Size] = {}
+    for root in {module, _model_of_trainer(module)}:
+        for each in root.modules():
+            # Only its handle knows them, which has no public name.
+            handle: Any = getattr(each, "_handle", None) if _is_fsdp1(each) else None
+            if handle is not None:
+                flat = handle.flat_param
+                shapes.update(zip(flat._params or (), flat._shapes, strict=False))
+    return shapes
+
+
+def original_shape(parameter: Tensor, shapes: Mapping[Tensor, Size]) -> Size | None:
+    """Return the shape of a whole layer; None where it cannot be known.
+
+    Args:
+        parameter: A parameter, or what a strategy has put in its place. That of a DTensor is whole anyway.
+        shapes: What :func:`sharded_shapes` returned.
+    """
+    if parameter in shapes:
+        return Size(shapes[parameter])
+    # Set by DeepSpeed ZeRO stage 3, which leaves an empty tensor.
+    if hasattr(parameter, "ds_shape"):
+        return Size(parameter.ds_shape)
+    # FSDP1 marks what is part of a flat parameter.
+    if is_lazy(parameter) or is_flat(parameter) or getattr(parameter, "_fsdp_flattened", False):
+        return None
+    return parameter.shape
+
+
+def is_flat(parameter: Tensor) -> bool:
+    """Tell whether FSDP1 has put many layers into this one parameter."""
+    return isinstance(parameter, FlatParameter)
+
+
+def _is_fsdp1(module: nn.Module) -> bool:
+    return isinstance(module, FullyShardedDataParallel)
+
+
+def _model_of_trainer(module: nn.Module) -> nn.Module:
+    try:
+        model = getattr(getattr(module, "trainer", None), "model", None)
+    except RuntimeError:  # a LightningModule that is not attached to a Trainer
+        model = None
+    return model if isinstance(model, nn.Module) else module

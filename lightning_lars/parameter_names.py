@@ -1,0 +1,82 @@
+"""The names of parameters, which no wrapper changes, and the modules that they are part of."""
+
+import re
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+# What torch.compile, FSDP1, activation checkpointing and Fabric call what they wrap.
+_WRAPPED = (
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+    "_original_module",
+)
+_WRAPPER_PART = re.compile(rf"(?<![^.])({'|'.join(_WRAPPED)})\.")
+
+# These call it "module", as users do too. By name, as several packages have a class of it.
+_DATA_PARALLEL = {"AveragedModel", "DataParallel", "DeepSpeedEngine", "DistributedDataParallel",
+                  "FullyShardedDataParallel", "ShardedDataParallel"}  # fmt: skip
+
+
+class Alias(NamedTuple):
+    """One way to reach a parameter: tied parameters have several."""
+
+    name: str
+    attribute: str
+    owner: nn.Module
+    """What the parameter is part of: not the list that holds it."""
+    holder: nn.Module
+    """Where it is registered."""
+
+
+def aliases_of(module: nn.Module) -> dict[nn.Parameter, list[Alias]]:
+    """Return all ways to reach each parameter of a module, in its order."""
+    aliases: dict[nn.Parameter, list[Alias]] = {}
+    modules = dict(module.named_modules(remove_duplicate=False))
+    for path, holder in modules.items():
+        clean = clean_path(path, modules)
+        for attribute, parameter in holder.named_parameters(recurse=False, remove_duplicate=False):
+            name = f"{clean}.{attribute}" if clean else attribute
+            owner = holder
+            if isinstance(holder, ParametrizationList):
+                # `fc.parametrizations.weight` holds what the `weight` of `fc` is computed from.
+                *outer, _, attribute = path.split(".")
+                owner = holder = modules[".".join(outer)]
+            elif isinstance(holder, nn.ParameterList | nn.ParameterDict) and path:
+                *outer, called = path.split(".")
+                owner = modules[".".join(outer)]
+                attribute = called if isinstance(holder, nn.ParameterList) else attribute
+            aliases.setdefault(parameter, []).append(Alias(name, attribute, owner, holder))
+    return aliases
+
+
+def names_of(module: nn.Module) -> dict[Tensor, str]:
+    """Return the first name of each parameter, without the prefixes of wrappers."""
+    return {parameter: named[0].name for parameter, named in aliases_of(module).items()}
+
+
+def clean_path(path: str, modules: dict[str, nn.Module]) -> str:
+    """Return the path of a module without the parts that wrappers add.
+
+    Args:
+        path: As ``named_modules`` calls it.
+        modules: What ``named_modules`` returned.
+    """
+    parts = path.split(".")
+    return ".".join(
+        part
+        for depth, part in enumerate(parts)
+        if part not in _WRAPPED and not (part == "module" and _is_parallel(modules[".".join(parts[:depth])]))
+    )
+
+
+def without_wrappers(name: str) -> str:
+    """Return a name without the parts that can be told from it to be those of wrappers."""
+    return _WRAPPER_PART.sub("", name)
+
+
+def _is_parallel(module: nn.Module) -> bool:
+    return any(base.__name__ in _DATA_PARALLEL for base in type(module).__mro__)

@@ -1,0 +1,141 @@
+"""What a parameter does in the module that it is part of: norm, bias, gain or weight."""
+
+import math
+import re
+from typing import NamedTuple
+
+from torch import Size, Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_lars.module_kinds import Kind, kinds_of
+from lightning_lars.parameter_names import Alias
+
+# _NormBase is the one ancestor of the batch, sync-batch and instance norms and their lazy forms.
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
+
+# "Norm" as a word of its own: LayerNorm, RMSNorm2d, batch_norm, BatchNormalization; neither
+# NormalizedLinear, nor the reparametrizations WeightNorm and SpectralNorm, which normalize no activation.
+_NORM_WORD = re.compile(r"(?<!Weight)(?<!Spectral)(Norm|norm|NORM)(alization)?(?![a-z])")
+
+# What has weights to adapt, by its base class, or by a word in its name.
+_WEIGHTED = (
+    nn.Bilinear,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.Linear,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    _ConvNd,
+)
+_WEIGHTED_WORD = re.compile(
+    r"Attention|Attn|Cell|Classifier|Conv|Dense|Embedding|Expert|FFN|FeedForward|GRU|(?<!Per)Head|Linear|LSTM|"
+    r"MLP|Mlp|Proj|RNN|Router"
+)
+
+# The weights of these layers in torch, also as weight_norm and spectral_norm split them.
+_WEIGHT = re.compile(r"((in|[qkv])_proj_)?weight(_(ih|hh|hr)(_l\d+)?(_reverse)?)?(_g|_v|_orig)?")
+_WEIGHT_WORD = re.compile(r"(.*_)?weights?")
+_TABLE = re.compile(r"(.*_)?tables?")
+# A table of biases to look up is none, nor is what computes or scales one.
+_NO_BIAS = {
+    "embed",
+    "embedding",
+    "embeddings",
+    "index",
+    "mlp",
+    "scale",
+    "table",
+    "tables",
+    "weight",
+    "weights",
+}
+
+
+class Place(NamedTuple):
+    """One of the places where a parameter stands."""
+
+    alias: Alias
+    kind: Kind
+    """What its owner is."""
+
+    def norm(self) -> str:
+        """Return what makes the owner a normalization layer, or ""."""
+        for norm in NORMS:
+            if self.kind.is_a(norm):
+                return norm.__name__.removeprefix("_")
+        if _is_norm_by_name(self.alias.owner, self.kind):
+            return named_norm.__name__
+        return running_statistics.__name__ if _keeps_statistics(self.alias.owner, self.kind) else ""
+
+    def is_bias(self) -> bool:
+        """Tell whether the parameter is added as it is: an own ``pos_bias_u`` of an attention is one too."""
+        before, bias, behind = self.alias.attribute.lower().partition("bias")
+        is_word = bool(bias) and before[-1:] in ("", "_") and behind[:1] in ("", "_")
+        return is_word and not _NO_BIAS & set(behind.split("_"))
+
+    def is_gain(self, shape: Size | None) -> bool | None:
+        """Tell whether the parameter scales or shifts what a layer gives, or stands for an input.
+
+        Such are scalars, vectors whatever they are broadcast along, and what is broadcast over the batch. Not
+        so the weights of a layer, of which any can have an input or output of size 1.
+
+        Args:
+            shape: That of the whole parameter, if it is known.
+
+        Returns:
+            None where the answer hangs on a shape that is not known.
+        """
+        attribute, weighted = self.alias.attribute, self.kind.is_a(*_WEIGHTED)
+        if _TABLE.fullmatch(attribute) or (weighted and _WEIGHT.fullmatch(attribute)):
+            return False
+        if shape is None:
+            return None
+        is_vector = sum(size > 1 for size in shape) <= 1
+        # By its name alone: the type is the user's, or not known where it was scripted or exported elsewhere.
+        called = _WEIGHTED_WORD.search(self.kind.name) or self.kind.known is None
+        if called and _WEIGHT_WORD.fullmatch(attribute) and (len(shape) == 2 or not is_vector):
+            return False
+        if weighted:
+            # What a subclass adds to its weight. Of two dimensions, it may be a factor of rank 1 (LoRA).
+            return is_vector and (len(shape) != 2 or math.prod(shape) == 1)
+        return is_vector or shape[0] == 1
+
+
+def named_norm(name: str, parameter: Tensor, owner: nn.Module) -> bool:
+    """Tell whether the owner is a normalization layer by the name of its type.
+
+    A module with submodules that own parameters is a block around a normalization (``PreNormBlock``), not
+    one itself; nor is one that its base class, or its name behind the norm, calls a linear layer or the like.
+    """
+    return _is_norm_by_name(owner, kinds_of(owner)[owner])
+
+
+def running_statistics(name: str, parameter: Tensor, owner: nn.Module) -> bool:
+    """Tell whether the owner is a normalization layer, whatever its name, as it keeps running statistics."""
+    return _keeps_statistics(owner, kinds_of(owner)[owner])
+
+
+def _is_norm_by_name(owner: nn.Module, kind: Kind) -> bool:
+    norm = _NORM_WORD.search(kind.name)
+    # AttentionNorm is the norm of an attention, LayerNormMLP a norm and an MLP in one piece.
+    if norm is None or _WEIGHTED_WORD.search(kind.name, norm.end()) or kind.is_a(*_WEIGHTED):
+        return False
+    return not _is_block(owner)
+
+
+def _keeps_statistics(owner: nn.Module, kind: Kind) -> bool:
+    kept = {name for name, _ in owner.named_buffers(recurse=False)}
+    if not kept & {"running_mean", "running_var", "running_std"}:
+        return False
+    return not (_WEIGHTED_WORD.search(kind.name) or kind.is_a(*_WEIGHTED) or _is_block(owner))
+
+
+def _is_block(owner: nn.Module) -> bool:
+    return any(
+        True
+        for name, child in owner.named_children()
+        if name != "parametrizations" and not isinstance(child, nn.ParameterList | nn.ParameterDict)
+        for _ in child.parameters()
+    )

@@ -1,0 +1,145 @@
+"""Splits the groups of an optimizer that exists, and what schedulers keep for each of them."""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_lars.param_groups import EXCLUDED
+
+# What the schedulers of torch and timm keep for each group, beside what they keep in it.
+_PER_GROUP = {
+    "_last_lr",
+    "base_lrs",
+    "base_momentums",
+    "base_values",
+    "lr_lambdas",
+    "max_lrs",
+    "max_momentums",
+    "min_lrs",
+    "restore_lr",
+    "warmup_steps",
+}
+# What schedulers of other packages may keep in lists that have nothing to do with groups.
+_NOT_PER_GROUP = {"_milestones", "_schedule_phases", "_schedulers", "decay_t", "milestones", "noise_range_t"}
+_KNOWN_PACKAGES = ("torch", "lightning_lars", "lightning", "pytorch_lightning", "timm")
+
+
+def split_groups(
+    groups: Sequence[Mapping[str, Any]], excluded: Collection[Tensor], names: Mapping[Tensor, str]
+) -> list[tuple[int, dict[str, Any]]]:
+    """Return the adapted and the excluded part of every group, each with the number of the group.
+
+    Args:
+        groups: The groups of an optimizer, which stay as they are.
+        excluded: Parameters that are to be neither adapted nor decayed.
+        names: The names of parameters, or nothing to keep those that the groups have.
+
+    Returns:
+        New groups. None of them shares a tensor, and no two have the same name.
+    """
+    split: list[tuple[int, dict[str, Any]]] = []
+    seen: Counter[str] = Counter()
+    for number, group in enumerate(groups):
+        # As LearningRateMonitor calls a group without a name.
+        called = f"{group.get('name', f'pg{number + 1}')}/" if len(groups) > 1 or "name" in group else ""
+        known = names or dict(zip(group["params"], group.get("param_names", ()), strict=False))
+        for part, overrides in (("adapted", {}), ("excluded", EXCLUDED)):
+            params = [p for p in group["params"] if (p in excluded) == (part == "excluded")]
+            if not params:
+                continue
+            name = called + part
+            seen[name] += 1
+            values = {
+                key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()
+            }
+            values |= {
+                "params": params,
+                "name": f"{name}-{seen[name]}" if seen[name] > 1 else name,
+                **overrides,
+            }
+            if known:
+                values["param_names"] = [known[p] for p in params]
+            split.append((number, values))
+    return split
+
+
+def are_apart(groups: Sequence[Mapping[str, Any]], split: Sequence[tuple[int, Mapping[str, Any]]]) -> bool:
+    """Tell whether the groups hold already what they would hold after they were split."""
+    return len(split) == len(groups) and all(
+        groups[number].get(key) == part[key] for number, part in split for key in EXCLUDED if key in part
+    )
+
+
+def follow(scheduler: Any, optimizer: Optimizer, origins: Sequence[int]) -> None:
+    """Give every new group what the scheduler, and those inside it, kept for the group that it came from.
+
+    Args:
+        scheduler: A scheduler of the optimizer.
+        optimizer: The optimizer, with its old groups.
+        origins: For each new group, the number of the old one.
+
+    Raises:
+        TypeError: If a scheduler keeps lists of which it cannot be known whether they are of groups.
+    """
+    old = optimizer.param_groups
+    for each in schedulers_in(scheduler, optimizer):
+        is_known = type(each).__module__.split(".")[0] in _KNOWN_PACKAGES
+        for attribute, kept in list(getattr(each, "__dict__", {}).items()):
+            if not isinstance(kept, list | tuple) or len(kept) != len(old):
+                continue
+            if attribute in _PER_GROUP:
+                setattr(each, attribute, type(kept)(kept[origin] for origin in origins))
+            elif not is_known and attribute not in _NOT_PER_GROUP and any(map(_may_be_of_a_group, kept)):
+                raise TypeError(
+                    f"{type(each).__name__} keeps {attribute!r}, of which it cannot be known whether it has "
+                    "an entry for each group of the optimizer"
+                )
+
+
+def schedulers_in(scheduler: Any, optimizer: Optimizer | None) -> list[Any]:
+    """Return a scheduler and those of the same optimizer inside it, whatever it calls them."""
+    found = [scheduler]
+    for outer in found:
+        for kept in list(getattr(outer, "__dict__", {}).values()):
+            for each in kept if isinstance(kept, list | tuple) else [kept]:
+                is_inner = optimizer is not None and getattr(each, "optimizer", None) is optimizer
+                if is_inner and not any(each is known for known in found):
+                    found.append(each)
+    return found
+
+
+@contextmanager
+def all_or_nothing(optimizers: Iterable[Optimizer], schedulers: Iterable[Any]) -> Iterator[None]:
+    """Put groups and schedulers back as they were where an error ends the block."""
+    groups = [(optimizer, list(optimizer.param_groups)) for optimizer in optimizers]
+    attributes = [
+        (each, dict(vars(each)))
+        for scheduler in schedulers
+        for each in schedulers_in(scheduler, getattr(scheduler, "optimizer", None))
+        if hasattr(each, "__dict__")
+    ]
+    try:
+        yield
+    except BaseException:
+        for optimizer, old in groups:
+            optimizer.param_groups[:] = old
+        for each, kept in attributes:
+            vars(each).clear()
+            vars(each).update(kept)
+        raise
+
+
+def inner_optimizer(optimizer: Optimizer) -> Optimizer | None:
+    """Return an optimizer inside this one that has groups of its own, which would not follow."""
+    for each in vars(optimizer).values():
+        if isinstance(each, Optimizer) and each.param_groups is not optimizer.param_groups:
+            return each
+    return None
+
+
+def _may_be_of_a_group(entry: Any) -> bool:
+    return isinstance(entry, int | float | Tensor | Mapping | Callable)

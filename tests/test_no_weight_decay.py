@@ -1,0 +1,147 @@
+"""What a model lists in no_weight_decay() is excluded."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from lightning_lars import explain_param_groups, param_groups
+from tests.support.boring import Boring
+
+
+def names(module, **options):
+    return {group["name"]: [name for name, _ in group["params"]] for group in param_groups(module, **options)}
+
+
+class Transformer(nn.Module):
+    """Has tables that no rule would exclude."""
+
+    listed = ("table",)
+
+    def __init__(self, listed=None):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(9, 2))
+        self.tokens = nn.Embedding(5, 4)
+        self.net = nn.Linear(4, 4, bias=False)
+        if listed is not None:
+            self.listed = listed
+
+    def no_weight_decay(self):
+        return self.listed
+
+
+@pytest.mark.parametrize(
+    ("listed", "excluded"),
+    [
+        ({"table"}, ["table"]),
+        (["table", "tokens"], ["table", "tokens.weight"]),
+        (("tokens.weight", "no such thing"), ["tokens.weight"]),
+        (dict.fromkeys(["net"]), ["net.weight"]),
+        (set(), []),
+        (["tab", "token", "net.w", ""], []),
+        ("table", []),
+        (None, ["table"]),
+        (True, []),
+    ],
+    ids=[
+        "name",
+        "name and module",
+        "stale",
+        "keys",
+        "nothing",
+        "no whole name",
+        "no list",
+        "of the class",
+        "a flag",
+    ],
+)
+def test_names_and_modules_are_excluded(listed, excluded):
+    every = ["table", "tokens.weight", "net.weight"]
+    expected = {"adapted": [name for name in every if name not in excluded], "excluded": excluded}
+    assert names(Transformer(listed)) == {group: held for group, held in expected.items() if held}
+
+
+def test_a_part_lists_its_own_names():
+    module = nn.ModuleDict({"a": Transformer({"table"}), "b": Transformer({"tokens"}), "c": nn.Linear(2, 2)})
+    assert names(module)["excluded"] == ["a.table", "b.tokens.weight", "c.bias"]
+
+
+def test_a_lightning_module_around_such_a_model_takes_over_what_it_lists():
+    module = Boring()
+    module.net = Transformer()
+    groups = module.configure_optimizers().param_groups
+    assert [group["param_names"] for group in groups] == [
+        ["net.tokens.weight", "net.net.weight"],
+        ["net.table"],
+    ]
+
+
+def test_the_rule_is_named():
+    columns = {column.header: list(column.cells) for column in explain_param_groups(Transformer()).columns}
+    assert columns["Rule"] == ["no_weight_decay", "", ""]
+
+
+def test_no_switch_overrules_the_model():
+    off = dict.fromkeys(["exclude_norm", "exclude_bias", "exclude_gain"], False)
+    assert names(Transformer(), **off)["excluded"] == ["table"]
+
+
+def test_parts_of_names_are_excluded_as_swin_lists_them():
+    module = Transformer(set())
+    module.no_weight_decay_keywords = lambda: {"abl"}
+    assert names(module)["excluded"] == ["table"]
+
+
+@pytest.mark.parametrize("attribute", [{"table"}, ["table"]], ids=["set", "list"])
+def test_an_attribute_is_as_good_as_a_method(attribute):
+    module = Transformer()
+    module.no_weight_decay = attribute
+    assert names(module)["excluded"] == ["table"]
+
+
+@pytest.mark.parametrize("other", [lambda names: names, False], ids=["of arguments", "flag"])
+def test_what_is_called_so_and_lists_nothing_is_left_alone(other):
+    module = Transformer()
+    module.no_weight_decay = other
+    assert "excluded" not in names(module)
+
+
+def test_names_inside_a_compiled_part_are_found():
+    class FromStateDict(Transformer):
+        def no_weight_decay(self):
+            return {name for name in self.state_dict() if "tokens" in name}
+
+    module = FromStateDict()
+    module.tokens = torch.compile(module.tokens)
+    for wrapped in (module, torch.compile(module)):
+        assert names(wrapped)["excluded"] == ["tokens.weight"]
+
+
+class FromStateDict(nn.Module):
+    """Looks for its names in its state dict, as timm's LeViT."""
+
+    def __init__(self):
+        super().__init__()
+        self.biases = nn.Linear(3, 3)
+        self.table = nn.Parameter(torch.zeros(3, 3))
+
+    def no_weight_decay(self):
+        return {name for name in self.state_dict() if "table" in name}
+
+    def forward(self, batch):
+        return self.biases(batch) @ self.table
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+def test_a_part_that_looks_into_its_state_dict_does_not_take_itself_for_the_whole_of_fsdp(process_group):
+    module = nn.Sequential(FromStateDict(), nn.Linear(3, 3))
+    module[0].biases = FullyShardedDataParallel(
+        module[0].biases, use_orig_params=True, device_id=torch.device("cpu")
+    )
+    whole = FullyShardedDataParallel(module, use_orig_params=True, device_id=torch.device("cpu"))
+    assert names(whole) == {
+        "adapted": ["0.biases.weight", "1.weight"],
+        "excluded": ["0.table", "0.biases.bias", "1.bias"],
+    }
+    whole(torch.ones(2, 3)).sum().backward()
+    assert "state_dict" not in vars(module[0])
