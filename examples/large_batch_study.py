@@ -1,210 +1,218 @@
-"""How far does a learning rate that was found at batch 128 carry, at 16 times the batch and as many epochs?
+"""How far does what was found at batch 128 carry, at 16 and 64 times the batch and for as many epochs?
 
-    python examples/large_batch_study.py --seeds 3
-    python examples/large_batch_study.py --model mlp --lr-window --critical-batch-size
+    python examples/large_batch_study.py --seeds 5
+    python examples/large_batch_study.py --models cnn mlp transformer --lr-window --variants
 
 The images are Fashion-MNIST's; --data-dir names their folder. Every optimizer is tuned at the small batch, on
-validation images, and transferred to the large one by rule; nothing is chosen after the large batch was seen,
-except in the one row that says so. Prints tables, and leaves all runs as CSV, and pictures, in a folder; a
-study that was interrupted goes on where it stopped.
+validation images, and transferred to the large ones by rule; nothing is chosen after a large batch was seen.
+Prints tables, and leaves all runs as CSV, and pictures, in a folder; a study that was interrupted goes on
+where it stopped.
 """
 
 import argparse
-import dataclasses
 import math
 import os
-import statistics
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import rich
 from images import FASHION_MNIST
 from study_report import (
     Row,
-    plot_factors,
-    plot_results,
+    plot_sizes,
     plot_windows,
     table_of_choices,
-    table_of_factors,
     table_of_results,
     table_of_windows,
 )
 from study_runs import Settings, Trainings
 from study_training import Choice, Run
 
-# What is chosen at the small batch: first a rate, with the first scale, then one change at a time. What LARS
-# excludes is plain SGD, whose rates are about a thousandth of those of LARS.
-RATES = {
-    "SGD": (0.05, 0.1, 0.2, 0.4, 0.8),
-    "AdamW": (0.001, 0.002, 0.004, 0.008, 0.016),
-    "LARS": (2.0, 4.0, 8.0, 16.0, 32.0),
-    "LAMB": (0.005, 0.01, 0.02, 0.04, 0.08),
-}
-EXCLUDED_LR_SCALES = {
-    "SGD": (1.0, 0.1),
-    "AdamW": (1.0, 0.1),
-    "LARS": (0.01, 0.1, 1.0),
-    "LAMB": (1.0, 0.1),
-}
-OPTIONS = {"SGD": (("nesterov", True),), "LARS": (("denominator", "momentum"),)}
+from lightning_lars.batch_size import ScalingRule
 
-# What is transferred, and by which rule.
-ROWS = (
-    ("SGD, linear rule", "SGD", "linear"),
-    ("SGD, square-root rule", "SGD", "sqrt"),
-    ("AdamW, square-root rule", "AdamW", "sqrt"),
-    ("LARS, square-root rule", "LARS", "sqrt"),
-    ("LAMB, square-root rule", "LAMB", "sqrt"),
-)
-RE_TUNING = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)  # times the rate of the small batch
-
-WINDOWS = {
-    "SGD": [0.0125 * 2**k for k in range(8)],
-    "AdamW": [0.001 * 2**k for k in range(9)],
-    "LARS": [2.0 * 2**k for k in range(9)],
-    "LAMB": [0.005 * 2**k for k in range(8)],
+# What every optimizer starts from, and the rates to begin with, a factor of 2 apart. Weight decay is what is
+# customary, and so is the rate of norms and biases for LARS and LAMB: one that plain SGD and Adam have.
+STARTS = {
+    "SGD": Choice("SGD", 0.0, weight_decay=5e-4),
+    "AdamW": Choice("AdamW", 0.0, weight_decay=0.01),
+    "LARS": Choice("LARS", 0.0, weight_decay=5e-4, excluded_lr=0.05),
+    "LAMB": Choice("LAMB", 0.0, weight_decay=0.01, excluded_lr=0.01),
 }
-TUNING_SEED = 0  # the results have seeds of their own, from 1
+LOWEST_RATES = {"SGD": 0.05, "AdamW": 0.002, "LARS": 4.0, "LAMB": 0.005}
+RATES = 5
+# Then one change at a time, in order of caution: the first that is as good as the best is taken.
+EXCLUDED_RATES = {
+    "SGD": (0.05, None),
+    "AdamW": (0.002, None),
+    "LARS": (0.02, 0.05, 0.1),
+    "LAMB": (0.005, 0.01, 0.02),
+}
+CLIPS = {"SGD": (1.0, None), "AdamW": (1.0, None), "LARS": (0.02, None), "LAMB": (1.0, None)}
+TOLERANCE = 0.25  # points of accuracy that one seed cannot tell apart
+
+WINDOW = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)  # times the transferred rate
+TUNING_SEED = 0
+FIRST_SEED = 11  # of the results: the exploration before this study had seeds 1 to 3
 
 
 def choose(
-    trainings: Trainings, batch_size: int, rates: dict[str, tuple[float, ...]], tolerance: float
-) -> dict[str, Choice]:
-    """Tune every optimizer at one batch size, on the validation images: see :func:`lowest_of_the_best`."""
-    first = [
-        Choice(name, rate, EXCLUDED_LR_SCALES[name][0], batch_size=batch_size)
-        for name, of_name in rates.items()
-        for rate in of_name
-    ]
-    seen = _validate(trainings, first, "Learning rates at the small batch")
-    second = []
-    for best in lowest_of_the_best(seen, tolerance).values():
-        scales = EXCLUDED_LR_SCALES[best.optimizer][1:]
-        second += [dataclasses.replace(best, excluded_lr_scale=scale) for scale in scales]
-        second += [dataclasses.replace(best, options=(each,)) for each in OPTIONS.get(best.optimizer, ())]
-    seen |= _validate(trainings, second, "Options at the small batch")
-    best = lowest_of_the_best(seen, tolerance)
-    rich.print(table_of_choices(seen, best, {name: (min(of), max(of)) for name, of in rates.items()}))
-    return best
+    trainings: Trainings, models: list[str], batch_size: int, rates: int
+) -> dict[str, dict[str, Choice]]:
+    """Tune every optimizer at one batch size, on the validation images.
 
-
-def _validate(trainings: Trainings, choices: list[Choice], description: str) -> dict[Choice, float]:
-    runs = {choice: Run("choice", choice, choice.batch_size, TUNING_SEED) for choice in choices}
-    outcomes = trainings(runs.values(), description)
-    return {choice: outcomes[run].validation for choice, run in runs.items()}
-
-
-def lowest_of_the_best(seen: dict[Choice, float], tolerance: float) -> dict[str, Choice]:
-    """Return, for every optimizer, the lowest learning rate within a tolerance of its best accuracy.
-
-    Of several choices with that rate, the one with the lowest for what is excluded, and of those the best.
-    Without a tolerance, that is the best of all.
+    First the rate, for every network: :func:`middle_of_the_best`. Then, at that rate, for the first network
+    alone, the rate of norms and biases and the clip, each on its own: :func:`first_of_the_best`.
     """
-    chosen = {}
-    for name in dict.fromkeys(choice.optimizer for choice in seen):
-        of_name = {choice: accuracy for choice, accuracy in seen.items() if choice.optimizer == name}
-        bound = max(of_name.values()) - tolerance
-        near = [choice for choice, accuracy in of_name.items() if accuracy >= bound]
-        chosen[name] = min(near, key=lambda each: (each.lr, each.excluded_lr_scale, -seen[each]))
+    grids = {
+        name: [replace(start, lr=LOWEST_RATES[name] * 2.0**k, batch_size=batch_size) for k in range(rates)]
+        for name, start in STARTS.items()
+    }
+    every_rate = [each for grid in grids.values() for each in grid]
+    seen = _validate(trainings, dict.fromkeys(models, every_rate), "Rates")
+    chosen = {
+        model: {
+            name: replace(grid[0], lr=middle_of_the_best({each.lr: seen[model][each] for each in grid}))
+            for name, grid in grids.items()
+        }
+        for model in models
+    }
+    first = models[0]
+    of_rate, of_clip = (
+        {
+            name: [replace(chosen[first][name], **{key: value}) for value in values]
+            for name, values in of.items()
+        }
+        for key, of in (("excluded_lr", EXCLUDED_RATES), ("clip", CLIPS))
+    )
+    changes = [each for of in (of_rate, of_clip) for grid in of.values() for each in grid]
+    seen[first] |= _validate(trainings, {first: changes}, "Norms and biases, and clips,")[first]
+    for name in STARTS:
+        excluded_lr = first_of_the_best(of_rate[name], seen[first]).excluded_lr
+        clip = first_of_the_best(of_clip[name], seen[first]).clip
+        for model in models:
+            chosen[model][name] = replace(chosen[model][name], excluded_lr=excluded_lr, clip=clip)
+    for model in models:
+        rich.print(table_of_choices(model, seen[model], chosen[model]))
     return chosen
 
 
-def critical_batch_size(trainings: Trainings, choice: Choice) -> list[float]:
-    """Return the noise scale after every epoch of a training at the batch size of the choice."""
-    run = Run("noise scale", choice, choice.batch_size, TUNING_SEED, accumulated_batches=2)
-    (outcome,) = trainings([run], "Noise scale at the small batch").values()
-    return list(outcome.noise_scales)
+def _validate(
+    trainings: Trainings, choices: dict[str, list[Choice]], description: str
+) -> dict[str, dict[Choice, float]]:
+    runs = {
+        model: {each: Run(model, each, each.batch_size, TUNING_SEED) for each in of_model}
+        for model, of_model in choices.items()
+    }
+    outcomes = trainings(
+        [run for of in runs.values() for run in of.values()], f"{description} at the small batch"
+    )
+    return {
+        model: {each: outcomes[run].validation for each, run in of_model.items()}
+        for model, of_model in runs.items()
+    }
 
 
-def noise_scale_exponent(noise_scale: float, base: int, batch_size: int) -> float:
-    """Return the exponent with which ``(batch_size / base) ** exponent`` is McCandlish et al.'s factor.
+def middle_of_the_best(accuracy: Mapping[float, float]) -> float:
+    """Return the geometric middle of the rates around the best one that are as good, within the tolerance.
 
-    Their best learning rate is ``lr_max / (1 + noise_scale / batch_size)`` (2018, equation 2.6).
+    Neither edge of what the small batch bears: a low one costs steps, and behind a high one is a cliff.
     """
-    factor = (1 + noise_scale / base) / (1 + noise_scale / batch_size)
-    return math.log(factor) / math.log(batch_size / base)
+    rates = sorted(accuracy)
+    low = high = rates.index(max(rates, key=accuracy.__getitem__))
+    bound = accuracy[rates[low]] - TOLERANCE
+    while low > 0 and accuracy[rates[low - 1]] >= bound:
+        low -= 1
+    while high < len(rates) - 1 and accuracy[rates[high + 1]] >= bound:
+        high += 1
+    return math.sqrt(rates[low] * rates[high])
 
 
-def study(
-    trainings: Trainings, best: dict[str, Choice], noise_scale: float, batch_size: int, seeds: int
-) -> list[Row]:
+def first_of_the_best(choices: list[Choice], accuracy: Mapping[Choice, float]) -> Choice:
+    """Return the first choice that is as good as the best, within the tolerance."""
+    bound = max(accuracy[each] for each in choices) - TOLERANCE
+    return next(each for each in choices if accuracy[each] >= bound)
+
+
+Planned = list[tuple[str, list[Run]]]
+"""Rows of a table before they are trained: a name, and a run for every seed."""
+
+
+def by_rule(model: str, best: Mapping[str, Choice], batch_size: int, seeds: range) -> Planned:
     """Transfer what was chosen to the large batch."""
     sgd = best["SGD"]
-    tuned = [dataclasses.replace(sgd, lr=sgd.lr * k, batch_size=batch_size) for k in RE_TUNING]
-    runs = {choice: Run("upper bound", choice, batch_size, TUNING_SEED) for choice in tuned}
-    outcomes = trainings(runs.values(), "SGD, re-tuned at the large batch")
-    upper_bound = max(runs, key=lambda choice: outcomes[runs[choice]].validation)
-
-    exponent = noise_scale_exponent(noise_scale, sgd.batch_size, batch_size)
-    named = [
-        (f"SGD at {sgd.batch_size}", sgd, sgd.batch_size, "none"),
-        *((name, best[optimizer], batch_size, rule) for name, optimizer, rule in ROWS[:2]),
-        ("SGD, by the noise scale", sgd, batch_size, round(exponent, 3)),
-        *((name, best[optimizer], batch_size, rule) for name, optimizer, rule in ROWS[2:]),
-        (f"SGD, re-tuned at {batch_size}: upper bound", upper_bound, batch_size, "none"),
+    return [
+        _row(f"SGD at {sgd.batch_size}", model, sgd, sgd.batch_size, seeds, "none"),
+        _row("Plain SGD, linear rule", model, plain(sgd), batch_size, seeds, "linear"),
+        _row("Plain SGD", model, plain(sgd), batch_size, seeds),
+        *(_row(name, model, choice, batch_size, seeds) for name, choice in best.items()),
     ]
-    of_row = {
-        name: [Run("result", choice, size, seed, rule) for seed in range(1, seeds + 1)]
-        for name, choice, size, rule in named
-    }
-    outcomes = trainings([run for runs in of_row.values() for run in runs], "Results")
-    return [Row(name, runs, [outcomes[run] for run in runs]) for name, runs in of_row.items()]
 
 
-def lr_window(
-    trainings: Trainings, best: dict[str, Choice], batch_size: int
-) -> dict[str, dict[float, float]]:
-    """Return, for every optimizer, its accuracy by learning rate at the large batch."""
-    runs = {
-        (name, rate): Run(
-            "window", dataclasses.replace(choice, lr=rate, batch_size=batch_size), batch_size, TUNING_SEED
-        )
-        for name, choice in best.items()
-        for rate in WINDOWS[name]
-    }
-    outcomes = trainings(runs.values(), "Windows of learning rates")
-    found: dict[str, dict[float, float]] = {name: {} for name in best}
-    for (name, rate), run in runs.items():
-        found[name][rate] = outcomes[run].validation
-    return found
-
-
-def factors(trainings: Trainings, sgd: Choice, batch_sizes: list[int]) -> dict[int, dict[float, float]]:
-    """Return how SGD does at every batch size and multiple of the rate of the small batch."""
-    runs = {
-        (size, factor): Run(
-            "factors",
-            dataclasses.replace(sgd, lr=sgd.lr * factor, batch_size=size),
-            size,
-            TUNING_SEED,
-        )
+def by_batch_size(model: str, best: Mapping[str, Choice], batch_sizes: list[int], seeds: range) -> Planned:
+    """Transfer it to several batch sizes, for as many epochs each."""
+    choices = {"Plain SGD": plain(best["SGD"]), **best}
+    return [
+        _row(name, model, choice, size, seeds, "none" if size == choice.batch_size else "sqrt")
+        for name, choice in choices.items()
         for size in batch_sizes
-        for factor in [2.0**k for k in range(-4, round(math.log2(size / sgd.batch_size)) + 1)]
-    }
-    outcomes = trainings(runs.values(), "Learning rates of SGD by batch size")
-    found: dict[int, dict[float, float]] = {}
-    for (size, factor), run in runs.items():
-        found.setdefault(size, {})[factor] = outcomes[run].validation
-    return found
+    ]
+
+
+def by_rate(model: str, best: Mapping[str, Choice], batch_size: int, seeds: range) -> Planned:
+    """Take multiples of the transferred rate."""
+    choices = {"Plain SGD": plain(best["SGD"]), **best}
+    return [
+        _row(name, model, replace(choice, lr=choice.lr * factor), batch_size, seeds)
+        for name, choice in choices.items()
+        for factor in WINDOW
+    ]
+
+
+def variants(model: str, best: Mapping[str, Choice], batch_size: int, seeds: range) -> Planned:
+    """Change, one at a time, what LARS and LAMB have at the large batch."""
+    rows = []
+    for name in ("LARS", "LAMB"):
+        choice = best[name]
+        clip = None if choice.clip else CLIPS[name][0]
+        rows += [
+            _row(name, model, choice, batch_size, seeds),
+            _row(f"{name}, weight decay as it was", model, choice, batch_size, seeds, "sqrt", False),
+            _row(f"{name}, cosine decay", model, replace(choice, decay="cosine"), batch_size, seeds),
+            _row(f"{name}, clip {clip}", model, replace(choice, clip=clip), batch_size, seeds),
+            _row(f"{name}, one rate for all", model, replace(choice, excluded_lr=None), batch_size, seeds),
+            _row(f"{name}, exponent 0.75", model, choice, batch_size, seeds, 0.75),
+        ]
+    return rows
+
+
+def plain(sgd: Choice) -> Choice:
+    """SGD as textbooks have it: one rate for all, nothing clipped."""
+    return replace(sgd, excluded_lr=None, clip=None)
+
+
+def _row(
+    name: str,
+    model: str,
+    choice: Choice,
+    batch_size: int,
+    seeds: range,
+    rule: ScalingRule | float = "sqrt",
+    scales_weight_decay: bool = True,
+) -> tuple[str, list[Run]]:
+    return name, [Run(model, choice, batch_size, seed, rule, scales_weight_decay) for seed in seeds]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=["cnn", "mlp"], default="cnn", help="with batch norm, or no norm")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings behind every row of the result")
-    parser.add_argument("--lr-window", action="store_true", help="scan learning rates at the large batch too")
-    parser.add_argument(
-        "--critical-batch-size", action="store_true", help="scan learning rates of SGD at batches between too"
-    )
+    names = ["cnn", "mlp", "transformer"]
+    parser.add_argument("--models", nargs="+", choices=names, default=["cnn"], help="the first has all parts")
+    parser.add_argument("--seeds", type=int, default=5, help="trainings behind every row of the result")
+    parser.add_argument("--window-seeds", type=int, default=3, help="and behind all other points")
     parser.add_argument("--base-batch-size", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=2048)
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=0.0,
-        help="choose the lowest rate within so many points of the best, not the best",
-    )
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--train-images", type=int, default=20480)
     parser.add_argument("--validation-images", type=int, default=20000)
@@ -212,41 +220,43 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="of the Fashion-MNIST files")
     parser.add_argument("--folder", type=Path, default=Path("large_batch_study"), help="for CSV and pictures")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="trainings at a time")
-    parser.add_argument("--rates", type=int, help="rates of every grid to try (for a look: the first 1 or 2)")
+    parser.add_argument("--rates", type=int, default=RATES, help="rates of every grid to try")
+    parser.add_argument(
+        "--variants", action="store_true", help="change one thing at a time of LARS and LAMB too"
+    )
     arguments = parser.parse_args()
 
     data_dir = arguments.data_dir if arguments.dataset == "fashion-mnist" else None
-    settings = Settings(
-        arguments.model, arguments.epochs, data_dir, arguments.train_images, arguments.validation_images
-    )
-    folder = arguments.folder
+    settings = Settings(arguments.epochs, data_dir, arguments.train_images, arguments.validation_images)
+    folder, models = arguments.folder, arguments.models
     folder.mkdir(parents=True, exist_ok=True)
     trainings = Trainings(settings, folder / "runs.csv", arguments.processes)
-    base, batch_size = arguments.base_batch_size, arguments.batch_size
+    base, large = arguments.base_batch_size, arguments.batch_size
 
-    best = choose(
-        trainings,
-        base,
-        {name: rates[: arguments.rates] for name, rates in RATES.items()},
-        arguments.tolerance,
-    )
-    noise_scales = critical_batch_size(trainings, best["SGD"])
-    noise_scale = statistics.median(noise_scales)
-    by_epoch = ", ".join(f"{each:.0f}" for each in noise_scales)
-    rich.print(f"Noise scale of SGD at batch {base}, after every epoch: {by_epoch}; median {noise_scale:.0f}")
-    rows = study(trainings, best, noise_scale, batch_size, arguments.seeds)
-    rich.print(table_of_results(rows))
-    plot_results(rows, folder / "results.png", f"{arguments.model.upper()}, {arguments.epochs} epochs")
-    if arguments.lr_window:
-        found_rates = lr_window(trainings, best, batch_size)
-        rich.print(table_of_windows(found_rates, batch_size))
-        plot_windows(found_rates, batch_size, folder / "lr_window.png")
-    if arguments.critical_batch_size:
-        sizes = [base * 2**k for k in range(1, round(math.log2(batch_size / base)) + 1)]
-        found = factors(trainings, best["SGD"], sizes)
-        predicted = {size: (size / base) ** noise_scale_exponent(noise_scale, base, size) for size in sizes}
-        rich.print(table_of_factors(found, base, predicted))
-        plot_factors(found, base, predicted, noise_scale, folder / "critical_batch_size.png")
+    best = choose(trainings, models, base, arguments.rates)
+    seeds = range(FIRST_SEED, FIRST_SEED + arguments.seeds)
+    few = range(FIRST_SEED, FIRST_SEED + arguments.window_seeds)
+    first, of_first = models[0], best[models[0]]
+    sizes = [base, round(math.sqrt(base * large)), large, 4 * large]
+    tables = {model: by_rule(model, best[model], large, seeds if model == first else few) for model in models}
+    of_sizes = by_batch_size(first, of_first, sizes, few)
+    of_rates = by_rate(first, of_first, large, few) if arguments.lr_window else []
+    of_variants = variants(first, of_first, large, few) if arguments.variants else []
+    planned = [*(row for rows in tables.values() for row in rows), *of_sizes, *of_rates, *of_variants]
+    outcomes = trainings([run for _, runs in planned for run in runs], "By rule")
+
+    def rows(of: Planned) -> list[Row]:
+        return [Row(name, runs, [outcomes[run] for run in runs]) for name, runs in of]
+
+    for model, of in tables.items():
+        rich.print(table_of_results(rows(of), f"{model}, from {base} to {large} by rule"))
+    rich.print(table_of_results(rows(of_sizes), f"{first}, by batch size"))
+    plot_sizes(rows(of_sizes), folder / "batch_sizes.png", arguments.epochs)
+    if of_rates:
+        rich.print(table_of_windows(rows(of_rates)))
+        plot_windows(rows(of_rates), folder / "lr_window.png")
+    if of_variants:
+        rich.print(table_of_results(rows(of_variants), "One change at a time"))
     rich.print(f"CPU seconds of all runs in {folder / 'runs.csv'}: {trainings.cpu_seconds:.0f}")
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -18,7 +17,6 @@ from study_training import Data, Outcome, Run, be_quiet, load, train
 class Settings:
     """What all runs of a study share."""
 
-    model: str
     epochs: int
     data_dir: Path | None
     train_images: int
@@ -40,6 +38,7 @@ class Trainings:
         self._settings = settings
         self._path = path
         self._processes = processes
+        self._pool: ProcessPoolExecutor | None = None
         self._known: dict[tuple[str, ...], Outcome] = {}
         if path.exists():
             with path.open(newline="") as file:
@@ -77,19 +76,18 @@ class Trainings:
             _start(self._settings)
             yield from ((run, _train(run)) for run in runs)
             return
-        # Spawned, as the threads of torch do not survive a fork.
-        pool = ProcessPoolExecutor(
-            self._processes, get_context("spawn"), initializer=_start, initargs=(self._settings,)
-        )
-        with pool:
-            futures: dict[Future[Outcome], Run] = {pool.submit(_train, run): run for run in runs}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+        if self._pool is None and runs:
+            # Spawned, as the threads of torch do not survive a fork.
+            self._pool = ProcessPoolExecutor(
+                self._processes, get_context("spawn"), initializer=_start, initargs=(self._settings,)
+            )
+        futures: dict[Future[Outcome], Run] = {self._pool.submit(_train, run): run for run in runs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
 
     def _keep(self, run: Run, outcome: Outcome) -> None:
         self._known[self._key(run)] = outcome
         line = {**self._line(run), **dataclasses.asdict(outcome)}
-        line["noise_scales"] = json.dumps(outcome.noise_scales)
         is_new = not self._path.exists()
         with self._path.open("a", newline="") as file:
             writer = csv.DictWriter(file, list(line))
@@ -99,25 +97,20 @@ class Trainings:
 
     def _line(self, run: Run) -> dict[str, Any]:
         return {
-            "model": self._settings.model,
             "data": "digits" if self._settings.data_dir is None else "fashion-mnist",
             "epochs": self._settings.epochs,
             "train_images": self._settings.train_images,
             "validation_images": self._settings.validation_images,
-            "part": run.part,
-            "optimizer": run.choice.optimizer,
-            "base_lr": run.choice.lr,
-            "base_batch_size": run.choice.batch_size,
-            "excluded_lr_scale": run.choice.excluded_lr_scale,
-            "options": json.dumps(dict(run.choice.options)),
+            "model": run.model,
+            **{f"base_{key}": value for key, value in dataclasses.asdict(run.choice).items()},
             "batch_size": run.batch_size,
-            "accumulated_batches": run.accumulated_batches,
             "rule": run.rule,
+            "scales_weight_decay": run.scales_weight_decay,
             "seed": run.seed,
         }
 
     def _key(self, run: Run) -> tuple[str, ...]:
-        return tuple(str(value) for value in self._line(run).values())
+        return tuple("" if value is None else str(value) for value in self._line(run).values())
 
     def _columns_of_run(self) -> list[str]:
         with self._path.open(newline="") as file:
@@ -127,18 +120,12 @@ class Trainings:
 
 def in_words(run: Run) -> str:
     """Name a run in the progress bar."""
-    return f"{run.choice.optimizer} {run.choice.lr:g} at {run.batch_size}"
+    return f"{run.model}, {run.choice.optimizer} {run.choice.lr:.3g} at {run.batch_size}"
 
 
 def _outcome(line: dict[str, str]) -> Outcome:
-    return Outcome(
-        steps=int(line["steps"]),
-        peak_lr=float(line["peak_lr"]),
-        validation=float(line["validation"]),
-        test=float(line["test"]) if line["test"] else None,
-        noise_scales=tuple(json.loads(line["noise_scales"])),
-        cpu_seconds=float(line["cpu_seconds"]),
-    )
+    found = {field.name: float(line[field.name]) for field in dataclasses.fields(Outcome)}
+    return Outcome(**{**found, "steps": int(line["steps"])})
 
 
 _shared: tuple[Settings, Data] | None = None  # of a process
@@ -156,4 +143,4 @@ def _start(settings: Settings) -> None:
 def _train(run: Run) -> Outcome:
     assert _shared is not None
     settings, images = _shared
-    return train(run, settings.model, settings.epochs, images)
+    return train(run, settings.epochs, images)

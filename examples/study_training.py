@@ -19,19 +19,19 @@ from lightning_lars import (
     LAMB,
     LARS,
     BatchSizeScaling,
-    GradientNoiseScale,
     LargeBatchMixin,
     PreciseBatchNorm,
     WarmupDecayLR,
 )
-from lightning_lars.batch_size import ScalingRule
+from lightning_lars.batch_size import ScalingRule, scaling_exponent, scaling_factor
 
 OPTIMIZERS = {
-    "SGD": partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4),
-    "AdamW": partial(torch.optim.AdamW, weight_decay=0.01),
-    "LARS": partial(LARS, momentum=0.9, weight_decay=5e-4),
-    "LAMB": partial(LAMB, weight_decay=0.01),
+    "SGD": partial(torch.optim.SGD, momentum=0.9),
+    "AdamW": torch.optim.AdamW,
+    "LARS": partial(LARS, momentum=0.9),
+    "LAMB": LAMB,
 }
+DECAYS = {"linear": {"decay": "polynomial", "power": 1.0}, "cosine": {"decay": "cosine"}}
 PRECISE_SAMPLES = 8192  # that PreciseBatchNorm sees, at any batch size
 
 
@@ -46,12 +46,18 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """An optimizer with all that is chosen about it, and the batch size that it was chosen at."""
+    """An optimizer with all that is chosen about it, and the batch size that it was chosen at.
+
+    ``excluded_lr`` is the rate of norms and biases, where it is not that of the rest. ``clip`` is the
+    ``trust_clip`` of LARS, and the norm that gradients are clipped at for the others.
+    """
 
     optimizer: str
     lr: float
-    excluded_lr_scale: float = 1.0
-    options: tuple[tuple[str, str | bool], ...] = ()
+    weight_decay: float
+    excluded_lr: float | None = None
+    clip: float | None = None
+    decay: str = "linear"
     batch_size: int = 128
 
 
@@ -59,17 +65,17 @@ class Choice:
 class Run:
     """A training: a choice, and what it is transferred to.
 
-    ``rule`` scales the learning rate from the batch size of the choice to that of the run. With 2
-    ``accumulated_batches``, of half the size, the noise scale is measured. Only the part ``"result"`` of the
-    study sees the test images.
+    ``rule`` scales the learning rate from the batch size of the choice to that of the run. Weight decay goes
+    with it, so that ``lr * weight_decay * steps`` stays what it was (Wang & Aitchison 2024), unless
+    ``scales_weight_decay`` is False.
     """
 
-    part: str
+    model: str
     choice: Choice
     batch_size: int
     seed: int
     rule: ScalingRule | float = "none"
-    accumulated_batches: int = 1
+    scales_weight_decay: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +84,10 @@ class Outcome:
 
     steps: int
     peak_lr: float
+    weight_decay: float
+    train_loss: float
     validation: float
-    test: float | None
-    noise_scales: tuple[float, ...]
+    test: float
     cpu_seconds: float
 
 
@@ -97,9 +104,11 @@ def load(data_dir: Path | None, train_images: int, validation_images: int) -> Da
 
 
 def network(name: str, image_size: int) -> nn.Module:
-    """The CNN with batch norm, or the MLP without any norm."""
+    """The CNN with batch norm, the MLP without any norm, or the transformer with layer norms."""
     if name == "cnn":
         return ResidualNet(stride=4 if image_size == 28 else 1)
+    if name == "transformer":
+        return PatchTransformer(image_size // 4)
     layers: list[nn.Module] = [nn.Flatten()]
     for size in (image_size**2, 128, 128, 128):
         layers += [nn.Linear(size, 128), nn.ReLU()]
@@ -129,8 +138,25 @@ class ResidualNet(nn.Module):
         return self.head(functional.relu(features + self.residual(features)).flatten(1))
 
 
+class PatchTransformer(nn.Module):
+    """Two pre-norm blocks over 16 patches, and a linear head on their mean: 19,594 parameters at 7 x 7."""
+
+    def __init__(self, patch_size: int, width: int = 32) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(1, width, patch_size, patch_size)
+        self.positions = nn.Parameter(0.02 * torch.randn(16, width))
+        block = partial(nn.TransformerEncoderLayer, width, 2, 2 * width, dropout=0.0, activation="gelu")
+        self.blocks = nn.Sequential(*(block(batch_first=True, norm_first=True) for _ in range(2)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.embed(images).flatten(2).transpose(1, 2) + self.positions
+        return self.head(self.norm(self.blocks(patches)).mean(1))
+
+
 class Classifier(LargeBatchMixin, lightning.LightningModule):
-    """A network with its loss and accuracy, which logs nothing while it trains."""
+    """A network with its loss and accuracy, which logs nothing while it trains but the loss of the epoch."""
 
     def __init__(self, net: nn.Module, **kwargs) -> None:
         super().__init__(**kwargs)
@@ -155,11 +181,16 @@ class Classifier(LargeBatchMixin, lightning.LightningModule):
 
 
 class Watch(lightning.Callback):
-    """Keeps the highest learning rate that a step used, and the noise scale at the end of every epoch."""
+    """Keeps the highest learning rate that a step used, and the mean loss of the last tenth of the steps."""
 
     def __init__(self) -> None:
         self.peak_lr = 0.0
-        self.noise_scales: list[float] = []
+        self.losses: list[Tensor] = []
+
+    @property
+    def train_loss(self) -> float:
+        last = self.losses[-max(1, len(self.losses) // 10) :]
+        return torch.stack(last).mean().item()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         # Registered behind the hook of BatchSizeScaling, so this sees what that made of the rate.
@@ -168,10 +199,8 @@ class Watch(lightning.Callback):
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self.peak_lr = max(self.peak_lr, optimizer.param_groups[0]["lr"])
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        measured = trainer.callback_metrics.get("gradient_noise_scale/B_simple")
-        if measured is not None:
-            self.noise_scales.append(measured.item())
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.losses.append(outputs["loss"].detach())
 
 
 def be_quiet() -> None:
@@ -183,46 +212,51 @@ def be_quiet() -> None:
     warnings.filterwarnings("ignore", "`isinstance")
 
 
-def train(run: Run, model: str, epochs: int, data: Data) -> Outcome:
-    """Train once. All runs have the same schedule: warmup over a tenth of the steps, cosine decay to 0."""
+def train(run: Run, epochs: int, data: Data) -> Outcome:
+    """Train once. All runs warm up over a tenth of their steps."""
     started = time.process_time()
     lightning.seed_everything(run.seed, verbose=False)
-    net = network(model, data.train[0][0].shape[-1])
     choice = run.choice
-    steps = epochs * (len(data.train) // run.batch_size)
+    net = network(run.model, data.train[0][0].shape[-1])
+    # A pass leaves over what does not fill a batch; more passes make up for it.
+    steps_of_pass = len(data.train) // run.batch_size
+    passes = round(epochs * len(data.train) / run.batch_size / steps_of_pass)
+    steps = passes * steps_of_pass
+    weight_decay = choice.weight_decay
+    if run.scales_weight_decay:
+        exponent = 1 - scaling_exponent(run.rule)
+        weight_decay *= scaling_factor(run.batch_size, choice.batch_size, exponent)
+    options = {"lr": choice.lr, "weight_decay": weight_decay}
+    if choice.optimizer == "LARS":
+        options["trust_clip"] = choice.clip
     classifier = Classifier(
         net,
-        optimizer=partial(OPTIMIZERS[choice.optimizer], lr=choice.lr, **dict(choice.options)),
-        lr_scheduler=partial(WarmupDecayLR, warmup_steps=max(1, steps // 10)),
-        excluded_lr_scale=choice.excluded_lr_scale,
+        optimizer=partial(OPTIMIZERS[choice.optimizer], **options),
+        lr_scheduler=partial(WarmupDecayLR, warmup_steps=max(1, steps // 10), **DECAYS[choice.decay]),
+        excluded_lr=choice.excluded_lr,
     )
-    micro_batch = run.batch_size // run.accumulated_batches
     watch = Watch()
     callbacks = [BatchSizeScaling(choice.batch_size, rule=run.rule), watch]
     if any(isinstance(layer, nn.BatchNorm2d) for layer in net.modules()):
-        callbacks.append(PreciseBatchNorm(max(1, PRECISE_SAMPLES // micro_batch)))
-    if run.accumulated_batches > 1:
-        # Ahead of what reads it at the end of an epoch.
-        callbacks.insert(0, GradientNoiseScale(every_n_steps=1))
+        callbacks.append(PreciseBatchNorm(max(1, PRECISE_SAMPLES // run.batch_size)))
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=1,
-        max_epochs=epochs,
-        accumulate_grad_batches=run.accumulated_batches,
-        check_val_every_n_epoch=epochs,
+        max_epochs=passes,
+        gradient_clip_val=None if choice.optimizer == "LARS" else choice.clip,
+        check_val_every_n_epoch=passes,
         num_sanity_val_steps=0,
-        log_every_n_steps=1 if run.accumulated_batches > 1 else 50,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=callbacks,
     )
-    trainer.fit(classifier, batches(data.train, micro_batch, True), batches(data.validation, 1000, False))
+    trainer.fit(classifier, batches(data.train, run.batch_size, True), batches(data.validation, 1000, False))
     validation = 100 * trainer.callback_metrics["validation"].item()
-    test = None
-    if run.part == "result":
-        trainer.test(classifier, batches(data.test, 1000, False), verbose=False)
-        test = 100 * trainer.callback_metrics["test"].item()
+    trainer.test(classifier, batches(data.test, 1000, False), verbose=False)
+    test = 100 * trainer.callback_metrics["test"].item()
     seconds = time.process_time() - started
-    return Outcome(trainer.global_step, watch.peak_lr, validation, test, tuple(watch.noise_scales), seconds)
+    return Outcome(
+        trainer.global_step, watch.peak_lr, weight_decay, watch.train_loss, validation, test, seconds
+    )
