@@ -101,16 +101,16 @@ CASES = {
     "lars_2048": (
         recipes.lars(2048),
         200,
-        (LARS, {"lr": 44.0, "momentum": 0.9, "weight_decay": 2e-3, "trust_clip": 0.02}),
-        polynomial(44.0, 20, 200, 1),
-        0.05 / 44,
+        (LARS, {"lr": 24.0, "momentum": 0.9, "weight_decay": 2e-3, "trust_clip": 0.02}),
+        polynomial(24.0, 20, 200, 1),
+        0.05 / 24,
     ),
     "lamb_2048": (
         recipes.lamb(2048),
         200,
-        (LAMB, {"lr": 0.056, "weight_decay": 0.04, "max_grad_norm": 1.0}),
-        polynomial(0.056, 20, 200, 1),
-        0.01 / 0.056,
+        (LAMB, {"lr": 0.03, "weight_decay": 0.04, "max_grad_norm": 1.0}),
+        polynomial(0.03, 20, 200, 1),
+        0.01 / 0.03,
     ),
 }
 every_recipe = pytest.mark.parametrize("name", CASES)
