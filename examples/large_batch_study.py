@@ -221,6 +221,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("large_batch_study"), help="for CSV and pictures")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="trainings at a time")
     parser.add_argument("--rates", type=int, default=RATES, help="rates of every grid to try")
+    parser.add_argument("--lr-window", action="store_true", help="scan learning rates at the large batch too")
     parser.add_argument(
         "--variants", action="store_true", help="change one thing at a time of LARS and LAMB too"
     )
