@@ -1,6 +1,6 @@
 """What an optimizer with trust ratios did to every layer, over the steps since someone last asked."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -13,6 +13,13 @@ from lightning_lars.optim.norms import norm_of_each, whole_norms, widest_float
 from lightning_lars.optim.parameters import named_params
 from lightning_lars.optim.shards import Shard, find_shards, local
 from lightning_lars.peak_rate import Peak, PeakRate, largest
+
+FLAGS = ("at_trust_clip", "at_zero_rule", "by_decay_alone")
+"""What LARS and LAMB tell of each layer of their last step, by methods of these names."""
+
+
+FOR_ALERTS = ("lr_from_zero", "lost_to_decay")
+"""What is taken for warnings alone, and is no part of a log or a history."""
 
 
 @runtime_checkable
@@ -31,6 +38,21 @@ class HasTrustRatios(Protocol):
 
     def register_step_post_hook(self, hook: Any) -> RemovableHandle:
         """Call the hook after every step."""
+        ...
+
+
+@runtime_checkable
+class TellsWhatMoved(Protocol):
+    """What LARS and LAMB say of why their last step moved a layer as it did, for all that have a ratio."""
+
+    param_groups: list[dict[str, Any]]
+
+    def from_zero(self) -> dict[str, Tensor]:
+        """Return by name whether the weights were all zero."""
+        ...
+
+    def by_decay_alone(self) -> dict[str, Tensor]:
+        """Return by name whether there was weight decay and no gradient."""
         ...
 
 
@@ -69,8 +91,8 @@ class StepStatistics:
     """Accumulates on the device, in hooks around ``optimizer.step()``, and reads nothing back until asked.
 
     Args:
-        optimizer: Any that has ``trust_ratios()``; ``at_trust_clip()`` and ``at_zero_rule()`` as ``LARS``
-            and ``LAMB`` have them are used where they are.
+        optimizer: Any that has ``trust_ratios()``; of the methods of ``LARS`` and ``LAMB`` that ``FLAGS``
+            names, those that it has are used.
         measures_updates: Asked before each step whether to find out by how much it moves the weights,
             which takes a copy of them. All processes must get the same answer.
         names: Those of parameters, for layers that the optimizer was given without a name.
@@ -97,6 +119,8 @@ class StepStatistics:
         self._peak = PeakRate()
         self._lr: list[Any] = []
         self._before: dict[Tensor, Tensor] = {}
+        self._known: set[str] = set()
+        self._first_steps: list[tuple[list[str], Tensor]] = []
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -106,6 +130,19 @@ class StepStatistics:
         """Leave the optimizer as it was."""
         for hook in self._hooks:
             hook.remove()
+
+    def take_first_steps(self) -> dict[str, float]:
+        """Return ``lr_from_zero`` of steps, since someone last asked, that were the first of any layer.
+
+        In a transfer of its own to the host, after such steps alone.
+        """
+        first_steps, self._first_steps = self._first_steps, []
+        found: dict[str, float] = {}
+        for layers, lr_from_zero in first_steps:
+            for layer, lr in zip(layers, lr_from_zero.tolist(), strict=True):
+                name = self._by_number.get(layer, layer)
+                found[name] = max(lr, found.get(name, 0.0))
+        return found
 
     def plain_rate(self) -> float:
         """Return ``trust_coefficient * lr`` as schedulers began with it, outside of steps."""
@@ -123,8 +160,10 @@ class StepStatistics:
 
         Returns:
             ``trust_ratio``, ``effective_lr`` (learning rate times trust ratio), ``update_to_weight``
-            (``|change of w| / |w after it|``, where it was measured), ``at_trust_clip`` and
-            ``at_zero_rule`` (0 or 1, where the optimizer tells).
+            (``|change of w| / |w after it|``, where it was measured), and, where the optimizer tells,
+            ``FLAGS`` (0 or 1), ``lr_from_zero`` (the effective learning rate of a step from zero weights,
+            else 0) and ``lost_to_decay`` (the share of its norm that decay took from a layer in a step,
+            before momentum, if decay alone moved it, else 0).
         """
         quantities, self._quantities = self._quantities, {}
         if not quantities:
@@ -172,34 +211,55 @@ class StepStatistics:
         layers = list(ratios)
         ratio = _stack(ratios)
         self._add("trust_ratio", layers, ratio)
-        if ratios.keys() <= named.keys():
-            self._add("effective_lr", layers, self._times_lr(layers, ratio, named))
-            if before:
-                with torch.no_grad():
-                    self._add(
-                        "update_to_weight", layers, _relative_change([named[n] for n in layers], before)
-                    )
-        for quantity in ("at_trust_clip", "at_zero_rule"):
+        for quantity in FLAGS:
             flags: dict[str, Tensor] = getattr(self._optimizer, quantity, dict)()
             if flags:
-                self._add(quantity, list(flags), _stack(flags).to(ratio.dtype))
+                self._add(quantity, list(flags), _stack(flags).to(ratio))
+        if not ratios.keys() <= named.keys():
+            return
+        effective_lr = self._times(self._lr, layers, ratio, named)
+        self._add("effective_lr", layers, effective_lr)
+        if isinstance(self._optimizer, TellsWhatMoved):
+            lr_from_zero = effective_lr.where(_stack(self._optimizer.from_zero()), 0.0)
+            self._add("lr_from_zero", layers, lr_from_zero)
+            if not self._known.issuperset(layers):
+                self._known.update(layers)
+                self._first_steps.append((layers, lr_from_zero))
+            decays = [_decay(group) for group in self._optimizer.param_groups]
+            decay = self._times(decays, layers, effective_lr, named)
+            self._add("lost_to_decay", layers, decay.where(_stack(self._optimizer.by_decay_alone()), 0.0))
+        if before:
+            with torch.no_grad():
+                self._add("update_to_weight", layers, _relative_change([named[n] for n in layers], before))
 
     def _add(self, quantity: str, layers: list[str], values: Tensor) -> None:
         layers = [self._by_number.get(layer, layer) for layer in layers]
         self._quantities.setdefault(quantity, LayerStatistics()).update(layers, values)
 
-    def _times_lr(self, layers: list[str], ratio: Tensor, named: Mapping[str, Tensor]) -> Tensor:
+    def _times(
+        self, factors: Sequence[Any], layers: list[str], values: Tensor, named: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Multiply what each layer has by the factor of its group."""
         number = {p: i for i, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
         # Layers of a group follow each other: a product for each group, not for each layer.
         runs = [(group, len(list(run))) for group, run in groupby(number[named[layer]] for layer in layers)]
-        parts = torch.split(ratio, [length for _, length in runs])
-        return torch.cat([part * self._lr[group] for (group, _), part in zip(runs, parts, strict=True)])
+        parts = torch.split(values, [length for _, length in runs])
+        return torch.cat([part * factors[group] for (group, _), part in zip(runs, parts, strict=True)])
 
 
 def _follows(group: Mapping[str, Any]) -> bool:
     """Tell whether ``trust_coefficient * lr`` is how far the layers of a group move."""
     is_scaled = group.get("layer_adaptation", True) and "trust_coefficient" in group
     return is_scaled and group.get("trust_clip") != "larc"
+
+
+def _decay(group: Mapping[str, Any]) -> float:
+    """Return what a layer is decayed by, relative to its norm, for an effective learning rate of 1."""
+    decay: float = group["weight_decay"]
+    if group.get("denominator") == "momentum":
+        # What the ratio scales is v', which has gathered the decay of some steps.
+        decay *= (1 - group["dampening"]) / (1 - group["momentum"])
+    return decay
 
 
 def _stack(values: Mapping[str, Tensor]) -> Tensor:

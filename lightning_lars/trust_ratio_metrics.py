@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from lightning_lars.step_statistics import OverSteps
+from lightning_lars.step_statistics import FLAGS, OverSteps
 
 Quantities = Mapping[str, Mapping[str, OverSteps]]
 """By quantity and layer, what ``StepStatistics.take`` returns."""
 
 _QUANTITIES = ("trust_ratio", "effective_lr", "update_to_weight")
-_SHARES = ("at_trust_clip", "at_zero_rule")
 
 
 def summary_metrics(quantities: Quantities, optimizer: str) -> dict[str, float]:
@@ -40,7 +39,7 @@ def summary_metrics(quantities: Quantities, optimizer: str) -> dict[str, float]:
             summary[f"{quantity}/{optimizer}min"] = spoiled + min(layer.minimum for layer in layers)
             summary[f"{quantity}/{optimizer}median"] = spoiled + median(layer.mean for layer in layers)
             summary[f"{quantity}/{optimizer}max"] = spoiled + max(layer.maximum for layer in layers)
-    for share in _SHARES:
+    for share in FLAGS:
         layers = quantities.get(share, {}).values()
         if layers:
             summary[f"trust_ratio/{optimizer}{share}"] = sum(layer.mean for layer in layers) / len(layers)

@@ -62,6 +62,7 @@ def trust_ratio_table(
         ("Update /\nweight", "update_to_weight", _number),
         ("At\nclip", "at_trust_clip", _share),
         ("At zero\nrule", "at_zero_rule", _share),
+        ("Decay\nalone", "by_decay_alone", _share),
     )
     for heading, quantity, written in optional:
         of_layers = history.statistics.get(quantity, {})

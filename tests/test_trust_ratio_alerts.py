@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from lightning_lars.peak_rate import PeakRate
 from lightning_lars.step_statistics import OverSteps
@@ -21,6 +22,9 @@ def healthy(**changes):
         "update_to_weight": dict.fromkeys("abcde", 1e-3),
         "at_trust_clip": dict.fromkeys("abcde", 0.0),
         "at_zero_rule": dict.fromkeys("abcde", 0.0),
+        "by_decay_alone": dict.fromkeys("abcde", 0.0),
+        "lost_to_decay": dict.fromkeys("abcde", 0.0),
+        "lr_from_zero": dict.fromkeys("abcde", 0.0),
     }
     for quantity, value in changes.items():
         quantities[quantity]["e"] = value
@@ -45,7 +49,10 @@ def test_a_ratio_that_is_not_finite_is_told_at_once_and_once(ratio):
 
 
 CAUSES = [
-    ({"at_trust_clip": 1.0}, r"at trust_clip in every step: 'e' \(0.001\).*widen trust_clip"),
+    (
+        {"at_trust_clip": 1.0},
+        r"at trust_clip in every step since .*: 'e' \(0.001\).*widen trust_clip",
+    ),
     ({"trust_ratio": 0.2}, r"far from that of the median layer \(0.001\): 'e' \(0.2\). Name in exclude"),
     ({"trust_ratio": 1e-6}, r"far from that of the median layer \(0.001\): 'e' \(1e-06\)"),
     ({"update_to_weight": 0.0}, "weights that do not move, at a learning rate above 0: 'e' .*bf16-mixed"),
@@ -79,6 +86,61 @@ def test_what_passes_is_not_told(changes, match):
 )
 def test_what_is_no_cause_is_not_told(changes):
     assert told([healthy(**changes)] * 10) == [[]] * 10
+
+
+@pytest.mark.parametrize("since", [0.0, 0.9])
+def test_a_clip_that_begins_to_hold_later_is_not_told(since):
+    assert told([healthy(at_trust_clip=since), *[healthy(at_trust_clip=1.0)] * 9]) == [[]] * 10
+
+
+@pytest.mark.parametrize("options", [{"is_resumed": True}, {"clip_is_rule": True}], ids=str)
+def test_a_clip_that_may_have_begun_later_or_is_the_rule_is_not_told(options):
+    alerts = TrustRatioAlerts(**options)
+    assert [alerts.look(healthy(at_trust_clip=1.0)) for _ in range(9)] == [[]] * 9
+
+
+def test_a_clip_that_bounds_a_layer_without_weights_or_gradient_is_not_told():
+    for flag in ("at_zero_rule", "by_decay_alone"):
+        assert told([healthy(at_trust_clip=1.0, trust_ratio=0.9, **{flag: 1.0})] * 9) == [[]] * 9
+
+
+def test_a_layer_that_decay_alone_moves_is_told_when_it_has_lost_a_tenth():
+    look = healthy(by_decay_alone=1.0, lost_to_decay=0.03, trust_ratio=20.0)
+    looks = told([look] * 12)
+    assert [len(messages) for messages in looks] == [0] * 3 + [1] + [0] * 8
+    assert "weight decay alone moves, as they have no gradient: 'e' (20). The trust ratio" in looks[3][0]
+    assert "decoupled_weight_decay=True, where they lose lr * weight_decay a step" in looks[3][0]
+
+
+def test_steps_between_looks_count():
+    look = healthy(by_decay_alone=1.0, lost_to_decay=0.01)
+    look["lost_to_decay"]["e"] = OverSteps(0.01, 0.01, 0.01, steps=6)
+    assert list(map(len, told([look] * 3))) == [0, 1, 0]
+
+
+def test_a_layer_that_has_a_gradient_most_of_the_time_is_not_told_to_shrink():
+    alone = healthy(by_decay_alone=1.0, lost_to_decay=0.06)
+    assert told([alone, healthy(by_decay_alone=0.5, lost_to_decay=0.03), alone, healthy()]) == [[]] * 4
+
+
+@pytest.mark.parametrize(
+    ("plain", "lr", "clip"), [("SGD", 0.6, "0.01"), ("SGD", 10.0, "0.01"), ("Adam", 0.06, "0.1")]
+)
+def test_a_fast_step_from_zero_is_told_at_once_and_once(plain, lr, clip):
+    alerts = TrustRatioAlerts(plain=plain)
+    (message,) = alerts.look_at_first_steps({"a": 0.0, "e": lr})
+    assert f"weights were all zero, by their learning rate then: 'e' ({lr:g})." in message
+    assert f"that of plain {plain}" in message
+    assert f"trust_clip={clip}" in message
+    assert alerts.look(healthy(lr_from_zero=lr)) == []
+    # Of a layer that comes later, or is zero again.
+    assert len(TrustRatioAlerts(plain=plain).look(healthy(lr_from_zero=lr))) == 1
+
+
+@pytest.mark.parametrize(("plain", "lr"), [("SGD", 0.5), ("Adam", 0.05)])
+def test_a_slow_step_from_zero_is_not_told(plain, lr):
+    in_single_precision = torch.tensor(lr).item()
+    assert TrustRatioAlerts(plain=plain).look_at_first_steps({"e": in_single_precision}) == []
 
 
 def test_many_layers_of_one_cause_share_a_message():

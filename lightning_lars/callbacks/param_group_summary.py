@@ -1,8 +1,8 @@
 """Prints what every optimizer holds, in which group, and why."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import rich
 from lightning.pytorch import LightningModule, Trainer
@@ -14,11 +14,13 @@ from typing_extensions import override
 
 from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.excluded_rate import part_of
+from lightning_lars.excluded_rate_peak import ExcludedRatePeak
 from lightning_lars.name_folding import fold
 from lightning_lars.optim.arguments import require
 from lightning_lars.optimizer_contents import FROZEN, LOST, Entry, entries_of, groups_by_name
 from lightning_lars.optimizer_names import kinds
 from lightning_lars.rich_tables import is_too_wide, print_table
+from lightning_lars.step_statistics import HasTrustRatios
 
 
 class ParamGroupSummary(Callback):
@@ -36,6 +38,10 @@ class ParamGroupSummary(Callback):
     Prints in the first process, through ``rich.get_console()``, at the width that it takes if that is no
     terminal. It prints with ``Trainer(enable_model_summary=False)`` and ``barebones=True`` too, as it is
     registered to do nothing else.
+
+    Once, while training, it warns if LARS moves what is excluded at a learning rate at which plain SGD rarely
+    trains, above 1, or LAMB above 0.05, where plain Adam does: of the rate inside the steps, after warmup and
+    scaling.
 
     Args:
         fold: Whether parameters of repeated blocks share a row, as in ``layer1.[0-2].bn[1-3].{weight,bias}``,
@@ -74,6 +80,7 @@ class ParamGroupSummary(Callback):
         require("max_rows", "a whole number above 0, or -1 for all", max_rows, allowed)
         self.fold = fold
         self.max_rows = max_rows
+        self._excluded: list[ExcludedRatePeak] = []
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,6 +104,41 @@ class ParamGroupSummary(Callback):
                 f"{len(lost)} parameters require a gradient and are in no optimizer, among them {lost[:5]}: "
                 "give them to one in configure_optimizers, or freeze them with requires_grad_(False)"
             )
+
+        self._detach()
+        self._excluded = [
+            ExcludedRatePeak(each) for each in trainer.optimizers if isinstance(each, HasTrustRatios)
+        ]
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        is_logged = (batch_idx + 1) % max(1, cast(Any, trainer).log_every_n_steps) == 0
+        self._look_at_excluded(each for each in self._excluded if is_logged or each.is_on_host())
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look_at_excluded(self._excluded)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._detach()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._detach()
+
+    def _look_at_excluded(self, peaks: Iterable[ExcludedRatePeak]) -> None:
+        for peak in peaks:
+            message = peak.message()
+            if message is not None:
+                rank_zero_warn(message)
+
+    def _detach(self) -> None:
+        for peak in self._excluded:
+            peak.detach()
+        self._excluded = []
 
 
 def _parameter_table(entries: Sequence[Entry], folded: bool, max_rows: int, narrow: bool) -> Table:

@@ -18,12 +18,19 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lars.callbacks.both_roots import Callback
+from lightning_lars.excluded_rate_peak import ExcludedRatePeak, excluded_as
 from lightning_lars.optim.arguments import require
 from lightning_lars.optim.parameters import named_params
 from lightning_lars.optimizer_names import by_name, kinds
 from lightning_lars.param_groups import check_holds_parameters
 from lightning_lars.parameter_names import names_of
-from lightning_lars.step_statistics import HasTrustRatios, OverSteps, StepStatistics, names_by_number
+from lightning_lars.step_statistics import (
+    FOR_ALERTS,
+    HasTrustRatios,
+    OverSteps,
+    StepStatistics,
+    names_by_number,
+)
 from lightning_lars.training_length import total_steps
 from lightning_lars.trust_ratio_alerts import TrustRatioAlerts
 from lightning_lars.trust_ratio_history import TrustRatioHistory
@@ -67,6 +74,7 @@ class TrustRatioMonitor(Callback):
     ``trust_ratio/max``               Largest ratio of any layer in any step since the last log
     ``trust_ratio/at_trust_clip``     Share of layers whose ratio ``trust_clip`` changed, from 0 to 1
     ``trust_ratio/at_zero_rule``      Share of layers whose ratio is 1 as weights or gradients are zero
+    ``trust_ratio/by_decay_alone``    Share of layers that weight decay alone moved, without a gradient
     ``effective_lr/...``              ``min``, ``median``, ``max`` of learning rate times trust ratio
     ``update_to_weight/...``          The same of ``|change of w| / |w|``, in the steps that are logged
     ``trust_ratio_per_layer/NAME``    Mean since the last log of a layer that ``layers`` names
@@ -121,6 +129,7 @@ class TrustRatioMonitor(Callback):
         self._history = TrustRatioHistory()
         self._picture: Path | None = None
         self._watched: dict[str, StepStatistics] = {}
+        self._excluded: dict[str, ExcludedRatePeak] = {}
         self._alerts: dict[str, TrustRatioAlerts] = {}
         self._total_steps = math.inf
 
@@ -162,13 +171,18 @@ class TrustRatioMonitor(Callback):
         self._total_steps = total_steps(trainer)
         for name, watched in named.items():
             self._watched[name] = StepStatistics(watched, measures_updates, names)
-            self._alerts[name] = TrustRatioAlerts(is_resumed=trainer.global_step > 0)
+            self._excluded[name] = ExcludedRatePeak(cast(Any, watched))
+            plain = excluded_as(watched.param_groups[0])
+            is_larc = all(group.get("trust_clip") == "larc" for group in watched.param_groups)
+            self._alerts[name] = TrustRatioAlerts(trainer.global_step > 0, plain, clip_is_rule=is_larc)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         stepped = [watched.has_stepped for watched in self._watched.values()]
-        for watched in self._watched.values():
+        for name, watched in self._watched.items():
             watched.has_stepped = False
+            if self.alerts:
+                self._warn(name, self._alerts[name].look_at_first_steps(watched.take_first_steps()))
         # Lightning asks for logs on every batch that is accumulated for a step; the step is in the last.
         is_complete = any(stepped) or not pl_module.automatic_optimization
         if not is_complete or not trainer._logger_connector.should_update_logs:
@@ -192,14 +206,14 @@ class TrustRatioMonitor(Callback):
         )
         for name, quantities in taken.items():
             self._warn(name, self._alerts[name].look(quantities))
-            self._look_at_peak(trainer, name, self._total_steps)
+            self._look_at_rates(trainer, name, self._total_steps)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name, quantities in self._take(trainer).items():
             self._warn(name, self._alerts[name].look(quantities))
         for name, watched in self._watched.items():
-            self._look_at_peak(trainer, name, watched.peak.steps if watched.peak else 0)
+            self._look_at_rates(trainer, name, watched.peak.steps if watched.peak else 0)
         self._show(trainer)
 
     @override
@@ -250,6 +264,8 @@ class TrustRatioMonitor(Callback):
         together: dict[str, dict[str, OverSteps]] = {}
         for name, quantities in taken.items():
             for quantity, layers in quantities.items():
+                if quantity in FOR_ALERTS:
+                    continue
                 together.setdefault(quantity, {}).update(
                     {f"{name}{layer}": value for layer, value in layers.items()}
                 )
@@ -274,7 +290,10 @@ class TrustRatioMonitor(Callback):
     def _detach(self) -> None:
         for watched in self._watched.values():
             watched.detach()
+        for excluded in self._excluded.values():
+            excluded.detach()
         self._watched.clear()
+        self._excluded.clear()
         self._alerts.clear()
 
     def _warn(self, optimizer: str, messages: Iterable[str]) -> None:
@@ -282,12 +301,16 @@ class TrustRatioMonitor(Callback):
             for message in messages:
                 rank_zero_warn(f"{optimizer.rstrip('/')}: {message}" if optimizer else message)
 
-    def _look_at_peak(self, trainer: Trainer, optimizer: str, total_steps: float) -> None:
-        watched = self._watched[optimizer]
+    def _look_at_rates(self, trainer: Trainer, optimizer: str, total_steps: float) -> None:
+        if not self.alerts:
+            return
+        watched, alerts = self._watched[optimizer], self._alerts[optimizer]
         # A trial of the code is shorter than any warmup.
         if watched.peak is not None and not cast(Any, trainer).fast_dev_run:
-            messages = self._alerts[optimizer].look_at_peak(watched.peak, total_steps, watched.plain_rate)
-            self._warn(optimizer, messages)
+            self._warn(optimizer, alerts.look_at_peak(watched.peak, total_steps, watched.plain_rate))
+        of_excluded = self._excluded[optimizer].message()
+        if of_excluded is not None:
+            self._warn(optimizer, [of_excluded])
 
     def _check_layers(self, optimizers: Sequence[HasTrustRatios], names: Mapping[Tensor, str]) -> None:
         """Raise if a pattern is for nothing, and warn if all of the monitor is."""
