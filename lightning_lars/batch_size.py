@@ -164,6 +164,15 @@ def accumulated_batches(trainer: Trainer, epoch: int | None = None) -> int:
     return int(max(1, min(accumulated, trainer.num_training_batches)))
 
 
+def takes_steps(trainer: Trainer) -> bool:
+    """Tell whether an epoch takes optimizer steps; that which ``StochasticWeightAveraging`` adds does not.
+
+    It accumulates more batches than there are, which is no batch size.
+    """
+    # No public attribute says that Lightning skips the backward pass.
+    return not trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward
+
+
 def check_batch_size(argument: str, value: object) -> None:
     """Raise ValueError unless the value is a whole number above 0."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -87,6 +87,7 @@ class _LateOptimizer(_EitherCLI):  # type: ignore[misc]
             if lr_scheduler:
                 rank_zero_warn("--lr_scheduler has no effect without --optimizer")
             return
+        _warn_of_another(self.model, type(self).__name__)
         if not lr_scheduler and config["lr_scheduler_interval"] is not None:
             rank_zero_warn("--lr_scheduler_interval has no effect without --lr_scheduler")
         self.model.configure_optimizers = _ConfigureOptimizers(
@@ -142,6 +143,20 @@ class _ConfigureOptimizers:
         return {"optimizer": optimizer, "lr_scheduler": config}
 
 
+def _warn_of_another(model: LightningModule, cli: str) -> None:
+    """Warn where a model has a ``configure_optimizers`` of its own, as the stock CLI does."""
+    owner = next(each for each in (model, *type(model).__mro__) if "configure_optimizers" in vars(each))
+    # By name, as lightning.pytorch and pytorch_lightning have a LightningModule each.
+    by = getattr(owner, "__name__", "")
+    if by == "LightningModule":
+        return
+    unused = ", and the arguments of LargeBatchMixin have no effect" if by == "LargeBatchMixin" else ""
+    rank_zero_warn(
+        f"`{type(model).__name__}.configure_optimizers` will be overridden by `{cli}`, which builds "
+        f"--optimizer{unused}: leave one of the two out"
+    )
+
+
 def _class_to_build(registered: Mapping[str, Any], key: str, config: Mapping[str, Any]) -> Any:
     """Return class path and arguments of what Lightning would build itself, or None."""
     classes, link_to = registered.get(key, (None, None))
@@ -163,11 +178,16 @@ class LargeBatchCLI(_LateOptimizer, lightning.pytorch.cli.LightningCLI):
     Import this module, or ``lightning_lars``, to use the short names ``LARS``, ``LAMB``, ``WarmupDecayLR``.
 
     Example:
-        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning import LightningModule
+        >>> from torch import nn
         >>> from lightning_lars.cli import LargeBatchCLI
+        >>> class Net(LightningModule):
+        ...     def __init__(self, width: int = 2):
+        ...         super().__init__()
+        ...         self.layer = nn.Linear(4, width)
         >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         >>> arguments = ["--optimizer=lightning_lars.LARS", "--optimizer.lr=0.5", "--seed_everything=0"]
-        >>> cli = LargeBatchCLI(BoringModel, trainer_defaults=quiet, args=arguments, run=False)
+        >>> cli = LargeBatchCLI(Net, trainer_defaults=quiet, args=arguments, run=False)
         >>> for group in cli.model.configure_optimizers().param_groups:
         ...     print(group["name"], group["lr"], group["param_names"])
         adapted 0.5 ['layer.weight']

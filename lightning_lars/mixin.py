@@ -37,7 +37,11 @@ class LargeBatchMixin:
     """Gives a LightningModule a ``configure_optimizers`` that knows its norms and biases.
 
     Stands before ``LightningModule`` in the bases. The optimizer is built over
-    :func:`~lightning_lars.param_groups.param_groups` of the module, after ``configure_model``.
+    :func:`~lightning_lars.param_groups.param_groups` of the module, after ``configure_model``. Works without
+    a Trainer too, under Fabric or in a loop of its own, where a schedule has to be given its length.
+
+    The rate is in ``optimizer``: ``Tuner.lr_find`` finds no attribute to write it to, and needs
+    ``update_attr=False``.
 
     Args:
         *args: Handed on to the next class.

@@ -111,12 +111,18 @@ def _fill_in_length(module: LightningModule, scheduler: WarmupDecayLR) -> None:
     if settings.fast_dev_run:
         # A trial of the code, shorter than any schedule.
         steps = max(steps, max((scheduler.warmup_steps, *scheduler.milestones)) + 1)
-    if any(base.__name__ == "BatchSizeFinder" for each in settings.callbacks for base in type(each).__mro__):
+    if any(_changes_steps(callback) for callback in settings.callbacks):
         rank_zero_warn(
             f"WarmupDecayLR is given total_steps={steps:.0f} before BatchSizeFinder changes how many steps "
             "there are: find the batch size in a run of its own, or pass total_steps"
         )
     scheduler.set_total_steps(int(steps))
+
+
+def _changes_steps(callback: Any) -> bool:
+    # Tuner.scale_batch_size has a finder that ends the fit by itself, which only a private attribute says.
+    is_finder = any(base.__name__ == "BatchSizeFinder" for base in type(callback).__mro__)
+    return is_finder and not getattr(callback, "_early_exit", False)
 
 
 def _warmup_decays(scheduler: Any) -> list[WarmupDecayLR]:

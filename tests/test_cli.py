@@ -18,7 +18,7 @@ import yaml
 from torch import nn
 
 import lightning_lars
-from lightning_lars import LAMB, LARS, WarmupDecayLR
+from lightning_lars import LAMB, LARS, LargeBatchMixin, WarmupDecayLR
 from lightning_lars.cli import LargeBatchCLI, PytorchLightningLargeBatchCLI
 from tests.support.boring import Boring
 
@@ -223,6 +223,61 @@ def test_a_scheduler_without_an_optimizer_says_so():
     arguments = ["--lr_scheduler=torch.optim.lr_scheduler.StepLR", "--lr_scheduler.step_size=1", *QUIET]
     with pytest.warns(UserWarning, match="--lr_scheduler has no effect without --optimizer"):
         LargeBatchCLI(Plain, args=arguments, run=False)
+
+
+class Configured(Plain):
+    """Builds an optimizer of its own."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Mixed(LargeBatchMixin, Plain):
+    """Takes an optimizer as an argument."""
+
+
+class MixedForOther(LargeBatchMixin, pytorch_lightning.LightningModule):
+    """The same of the other package."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.net = nn.Linear(4, 3)
+
+
+class Inherits(Configured):
+    """Inherits an optimizer of its own."""
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize(
+    ("cli_class", "model", "said"),
+    [
+        (LargeBatchCLI, Configured, "which builds --optimizer: leave"),
+        (LargeBatchCLI, Inherits, "which builds --optimizer: leave"),
+        (LargeBatchCLI, Mixed, "--optimizer, and the arguments of LargeBatchMixin have no effect: leave"),
+        (
+            PytorchLightningLargeBatchCLI,
+            MixedForOther,
+            "--optimizer, and the arguments of LargeBatchMixin have no effect: leave",
+        ),
+    ],
+)
+def test_an_optimizer_beside_that_of_the_model_is_pointed_out(cli_class, model, said):
+    """In the words of the stock CLI, which does so too."""
+    arguments = ["--optimizer=lightning_lars.LAMB", *QUIET]
+    stock = f"`{model.__name__}.configure_optimizers` will be overridden by `{cli_class.__name__}"
+    with pytest.warns(UserWarning, match=re.escape(stock)) as caught:
+        cli = cli_class(model, args=arguments, run=False)
+    assert any(said in str(each.message) for each in caught)
+    assert type(cli.model.configure_optimizers()) is LAMB
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("model", [Configured, Mixed])
+def test_the_optimizer_of_the_model_alone_is_kept(model):
+    """Warnings are errors."""
+    cli = LargeBatchCLI(model, args=QUIET, run=False)
+    assert type(cli.model.configure_optimizers()) is (LARS if model is Mixed else torch.optim.SGD)
 
 
 @pytest.mark.usefixtures("_alone")

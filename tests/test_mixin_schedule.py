@@ -5,9 +5,11 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.tuner import Tuner
 from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, CosineAnnealingLR, StepLR
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -242,6 +244,34 @@ def test_a_batch_size_finder_after_the_schedule_was_built_is_pointed_out(tmp_pat
         fit.fit(Resizable(lr_scheduler=SCHEDULE))
 
 
+class Tunable(Rated):
+    """Has a batch size to find, and no learning rate as an attribute."""
+
+    batch_size = 2
+
+    def train_dataloader(self):
+        return DataLoader(torch.randn(32, 4), batch_size=self.batch_size)
+
+
+def test_the_tuner_finds_a_batch_size_without_a_word(tmp_path):
+    """Warnings are errors. The fit that follows is told its length."""
+    module, fit = Tunable(lr_scheduler=SCHEDULE), trainer(tmp_path)
+    found = Tuner(fit).scale_batch_size(module, max_trials=2, steps_per_trial=1, init_val=2)
+    assert module.batch_size == found > 2
+    fit.fit(module)
+    assert fit.lr_scheduler_configs[0].scheduler.total_steps == 32 // found == fit.global_step
+
+
+def test_the_tuner_finds_a_rate_for_an_optimizer_that_is_an_argument(tmp_path):
+    module, fit = Tunable(lr_scheduler=SCHEDULE), trainer(tmp_path)
+    with pytest.raises(AttributeError, match="should have one of these fields"):
+        Tuner(fit).lr_find(module, num_training=10)
+    fit = trainer(tmp_path)
+    finder = Tuner(fit).lr_find(module, num_training=10, update_attr=False, early_stop_threshold=None)
+    assert len(finder.results["lr"]) >= 10
+    assert [group["lr"] for group in module.configure_optimizers()["optimizer"].param_groups] == [0.5, 0.5]
+
+
 def test_a_schedule_inside_of_another_counts_steps_too(tmp_path):
     def chained(optimizer):
         return ChainedScheduler([WarmupDecayLR(optimizer, warmup_steps=2), ConstantLR(optimizer, 0.5, 3)])
@@ -262,3 +292,55 @@ def test_a_fit_without_steps_needs_no_length(tmp_path, options):
 def test_a_callable_that_returns_no_scheduler_raises(tmp_path):
     with pytest.raises(TypeError, match="lr_scheduler must return a scheduler, got <class"):
         trainer(tmp_path).fit(Rated(lr_scheduler=type))
+
+
+def test_without_a_trainer_a_schedule_of_given_length_is_built():
+    config = Rated(lr_scheduler=partial(SCHEDULE, total_steps=9)).configure_optimizers()["lr_scheduler"]
+    assert config["scheduler"].total_steps == 9
+    assert config["interval"] == "step"
+
+
+def test_without_a_trainer_any_other_schedule_is_built():
+    config = Rated(lr_scheduler=partial(StepLR, step_size=5)).configure_optimizers()["lr_scheduler"]
+    assert type(config["scheduler"]) is StepLR
+    assert config["interval"] == "epoch"
+
+
+NO_TRAINER = "WarmupDecayLR needs total_steps where no Trainer knows it, under Fabric or in a loop of your"
+
+
+def test_without_a_trainer_a_schedule_without_length_is_refused():
+    with pytest.raises(MisconfigurationException, match=NO_TRAINER):
+        Rated(lr_scheduler=SCHEDULE).configure_optimizers()
+
+
+@pytest.mark.parametrize("order", ["configured first", "set up first"])
+def test_under_fabric_the_mixin_trains_on_its_schedule(order):
+    fabric = Fabric(accelerator="cpu", devices=1)
+    net = Rated(lr_scheduler=partial(SCHEDULE, total_steps=4, decay="constant"))
+    if order == "configured first":
+        config = net.configure_optimizers()
+        module, optimizer = fabric.setup(net, config["optimizer"])
+    else:
+        module = fabric.setup(net)
+        config = net.configure_optimizers()
+        optimizer = fabric.setup_optimizers(config["optimizer"])
+    rates, scheduler = [], config["lr_scheduler"]["scheduler"]
+    before = net.net[0].weight.detach().clone()
+    for _ in range(4):
+        fabric.backward(module.net(torch.randn(4, 4)).pow(2).mean())
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    assert rates == [0.5, 1.0, 1.0, 1.0]
+    assert not torch.equal(before, net.net[0].weight)
+    assert [group["name"] for group in optimizer.param_groups] == ["adapted", "excluded"]
+    assert optimizer.param_groups[0]["param_names"] == ["net.0.weight", "net.2.weight"]
+
+
+def test_under_fabric_a_schedule_without_length_is_refused():
+    net = Rated(lr_scheduler=SCHEDULE)
+    Fabric(accelerator="cpu", devices=1).setup(net)
+    with pytest.raises(MisconfigurationException, match=NO_TRAINER):
+        net.configure_optimizers()

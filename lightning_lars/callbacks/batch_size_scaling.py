@@ -1,6 +1,7 @@
 """Scales the learning rate with the batch size."""
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -14,11 +15,11 @@ from lightning_lars.batch_size import (
     accumulated_batches,
     check_batch_size,
     data_parallel_replicas,
-    effective_batch_size,
     per_device_batch_size,
     scale_adam,
     scaling_exponent,
     scaling_factor,
+    takes_steps,
 )
 from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.callbacks.learning_rate_owner import LearningRateOwner
@@ -80,13 +81,15 @@ class BatchSizeScaling(Callback):
         self.batch_size = batch_size
         self.scale_excluded = scale_excluded
         self._first_batch_size: int | None = None
+        self._counts_of_steps: tuple[int, int, int] | None = None
         self._said: str | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # In every stage: each loads the callbacks of a checkpoint.
+        LearningRateOwner.of(trainer, self)
         if stage != "fit":
             return
-        LearningRateOwner.of(trainer, self)
         for callback in cast(Any, trainer).callbacks:
             if any(base.__name__ == "LearningRateFinder" for base in type(callback).__mro__):
                 raise MisconfigurationException(
@@ -96,7 +99,7 @@ class BatchSizeScaling(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._first_batch_size = self._said = None
+        self._first_batch_size = self._counts_of_steps = self._said = None
         if self.rule == "adam_sqrt":
             for optimizer in trainer.optimizers:
                 if not all("betas" in group and "eps" in group for group in optimizer.param_groups):
@@ -142,15 +145,22 @@ class BatchSizeScaling(Callback):
         except ValueError:
             return self._first_batch_size
 
+    def _counts(self, trainer: Trainer) -> tuple[int, int, int] | None:
+        """Return samples per device, replicas, and accumulated batches of the steps, once they are known."""
+        per_device = self._per_device(trainer)
+        if per_device is not None and takes_steps(trainer):
+            self._counts_of_steps = per_device, data_parallel_replicas(trainer), accumulated_batches(trainer)
+        return self._counts_of_steps
+
     def _leaves(self, group: Mapping[str, Any]) -> bool:
         return not (self.scale_excluded or group.get("batch_size_scaling", True))
 
     def _scaled(self, trainer: Trainer, group: Mapping[str, Any]) -> dict[str, Any]:
-        per_device = self._per_device(trainer)
+        counts = self._counts(trainer)
         # Before the first batch only a monitor asks.
-        if per_device is None or self._leaves(group):
+        if counts is None or self._leaves(group):
             return {}
-        batch_size = effective_batch_size(trainer, per_device)
+        batch_size = prod(counts)
         scaled = {"lr": group["lr"] * scaling_factor(batch_size, self.base_batch_size, self.rule)}
         if self.rule == "adam_sqrt":
             ratio = batch_size / self.base_batch_size
@@ -162,14 +172,13 @@ class BatchSizeScaling(Callback):
 
     def _tell(self, trainer: Trainer) -> None:
         """Say what was found and done, and again when it changes."""
-        per_device = self._per_device(trainer)
-        if per_device is None:
+        counts = self._counts(trainer)
+        if counts is None:
             return
-        accumulated, replicas = accumulated_batches(trainer), data_parallel_replicas(trainer)
-        batch_size = effective_batch_size(trainer, per_device)
-        factor = scaling_factor(batch_size, self.base_batch_size, self.rule)
+        per_device, replicas, accumulated = counts
+        factor = scaling_factor(prod(counts), self.base_batch_size, self.rule)
         found = (
-            f"BatchSizeScaling: effective batch size {batch_size} = {per_device} per device x {replicas} "
+            f"BatchSizeScaling: effective batch size {prod(counts)} = {per_device} per device x {replicas} "
             f"replicas x {accumulated} accumulated; {self.rule} from {self.base_batch_size}: "
             f"learning rate x {factor:.6g}"
         )

@@ -94,8 +94,8 @@ class LearningRateWarmup(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            LearningRateOwner.of(trainer, self)
+        # In every stage: each loads the callbacks of a checkpoint.
+        LearningRateOwner.of(trainer, self)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -7,7 +7,14 @@ from functools import partial
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from lightning_lars import LARS, BatchSizeScaling
@@ -228,6 +235,37 @@ def test_says_so_when_the_accumulation_changes(tmp_path, caplog):
     said = [record.message for record in caplog.records if "BatchSizeScaling" in record.message]
     assert ["effective batch size 2 " in each for each in said] == [True, False]
     assert ["effective batch size 6 " in each for each in said] == [False, True]
+
+
+class Normed(Walk):
+    """Has a batch norm, whose statistics are averaged in an epoch of their own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.norm = torch.nn.BatchNorm1d(1)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + 0 * self.norm(batch).sum()
+
+
+@pytest.mark.parametrize("order", ["averaging first", "scaling first"])
+@pytest.mark.parametrize("sized", [True, False])
+def test_an_epoch_without_steps_is_left_at_the_rate_of_the_one_before(tmp_path, caplog, order, sized):
+    """The one that StochasticWeightAveraging adds."""
+    averaging = StochasticWeightAveraging(swa_lrs=[0.5, 0.5], swa_epoch_start=1, annealing_epochs=1)
+    monitor = LearningRateMonitor("step")
+    callbacks = [averaging, BatchSizeScaling(BASE)]
+    module = Normed()
+    if not sized:
+        module.train_dataloader = lambda: DataLoader(DATA, batch_sampler=Batches(2))
+    options = {"logger": CSVLogger(tmp_path), "log_every_n_steps": 1}
+    with caplog.at_level("INFO"):
+        walk(tmp_path, module, *callbacks[:: 1 if order == "averaging first" else -1], monitor, **options)
+    said = [record.message for record in caplog.records if "BatchSizeScaling" in record.message]
+    assert ["2 per device x 1 replicas x 1 accumulated" in each for each in said] == [True]
+    rates = monitor.lrs["lr-SGD/pg1"]
+    assert len(rates) == 3 * BATCHES
+    assert set(rates[2 * BATCHES :]) == {rates[2 * BATCHES - 1]}
 
 
 @pytest.mark.parametrize(
