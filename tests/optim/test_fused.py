@@ -338,6 +338,18 @@ def test_a_gradient_that_is_not_finite_spoils_no_other_layer(device, optimizer_c
             assert fused.isfinite().all()
 
 
+@pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
+def test_a_weight_that_is_not_finite_stays_so_on_the_cpu_and_spoils_no_other(optimizer_class):
+    ends = []
+    for fused in (True, False):
+        params = layers()
+        params["norm.bias"].data[0] = torch.inf
+        walk(optimizer_class(groups(params), fused=fused), [0])
+        ends.append(values(params))
+        assert params["norm.bias"].isinf().tolist() == [True, False, False, False, False]
+    close(*ends)
+
+
 def adapted_layers(dtype=torch.float32):
     return {name: p for name, p in layers(dtype).items() if name not in EXCLUDED}
 

@@ -1,0 +1,261 @@
+"""Break single lines of the package, and see which test falls.
+
+    python -m tests.mutations                 # all, in about five minutes
+    python -m tests.mutations lamb clip       # whose file or line contains one of these
+
+The repository stays as it is: every line is broken in a copy of it, in which the tests that stand beside the
+line run until one falls. Ends with 1 if no test fell for a broken line, or if a line is not there any more.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+NOT_COPIED = (".*", "__pycache__", "*.egg-info", "lightning_logs", "logs")
+
+
+class Mutation(NamedTuple):
+    """A line as it is and as it would be wrong, and what pytest is called with to find that out."""
+
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+MUTATIONS = (
+    # Trust ratios: eps, the zero rule, the lower bound.
+    Mutation(
+        "optim/trust_ratio.py",
+        " ratio = trust_coefficient * weight_norm / (denominator + eps)",
+        " ratio = trust_coefficient * weight_norm / denominator",
+        "tests/optim/test_trust_ratio.py",
+    ),
+    Mutation(
+        "optim/trust_ratio.py",
+        "return (weight_norm == 0) | (denominator == 0)",
+        "return denominator == 0",
+        "tests/optim/test_trust_ratio.py",
+    ),
+    Mutation(
+        "optim/trust_ratio.py",
+        "min(max(ratio, low), high)",
+        "min(ratio, high)",
+        "tests/optim/test_fused.py -k 'single_operations and torch and LAMB'",
+    ),
+    # Norms of long layers on the CPU, and the clip over all gradients.
+    Mutation(
+        "optim/norms.py",
+        "torch.linalg.vector_norm(flat[-rest:], dtype=dtype)",
+        "torch.linalg.vector_norm(flat[:rest], dtype=dtype)",
+        "tests/optim/test_norms.py",
+    ),
+    Mutation(
+        "optim/layerwise.py",
+        "(max_grad_norm / norm).clamp(max=1)",
+        "max_grad_norm / norm",
+        "tests/optim/test_parity.py -k 'each_option and max_grad_norm and not triton'",
+    ),
+    # Factors of LARS and LAMB.
+    Mutation(
+        "optim/lars.py",
+        'share = 1 - group["dampening"]',
+        "share = 1",
+        "tests/optim/test_parity.py -k 'each_option and dampening and not triton'",
+    ),
+    Mutation(
+        "optim/lars.py",
+        'return 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]',
+        'return group["weight_decay"]',
+        "tests/optim/test_parity.py -k 'each_option and decoupled and not triton'",
+    ),
+    Mutation(
+        "optim/lamb.py",
+        "_one_minus_power(betas[1], steps).sqrt()",
+        "_one_minus_power(betas[1], steps)",
+        "tests/optim/test_parity.py -k 'lamb_follows and each_option'",
+    ),
+    Mutation(
+        "optim/lamb.py",
+        'alpha=1 - beta1 if group["grad_averaging"] else 1.0',
+        "alpha=1 - beta1",
+        "tests/optim/test_parity.py -k 'grad_averaging and not triton'",
+    ),
+    # Kernels: factors on the CPU; masks, chunks, sums and factors in Triton.
+    Mutation(
+        "optim/kernels/cpu.py",
+        "rate, factor = lr * momentum, factor / (1 - lr * scale * weight_decay)",
+        "rate = lr * momentum",
+        "tests/optim/test_fused.py -k papers_step",
+    ),
+    Mutation(
+        "optim/kernels/cpu.py",
+        "if weight_decay == 0:  # 0 * w is not 0 where w is not finite",
+        "if weight_decay == 1:",
+        "tests/optim/test_fused.py -k 'weight_that_is_not_finite'",
+    ),
+    Mutation(
+        "optim/kernels/triton_layers.py",
+        "x = tl.load(pointer, mask=mask, other=0.0)",
+        "x = tl.load(pointer, mask=mask, other=1.0)",
+        "tests/optim/test_fused.py -k 'single_operations and triton'",
+    ),
+    Mutation(
+        "optim/kernels/triton_layers.py",
+        "chunk = begin + number * chunks_at_once + tl.arange(0, chunks_at_once)",
+        "chunk = begin + tl.arange(0, chunks_at_once)",
+        "tests/optim/test_fused.py -k 'single_operations and triton'",
+    ),
+    Mutation(
+        "optim/kernels/layer_table.py",
+        "count = (size + CHUNK - 1) // CHUNK",
+        "count = size // CHUNK",
+        "tests/optim/test_triton.py tests/optim/test_fused.py -k 'table or triton'",
+    ),
+    Mutation(
+        "optim/kernels/triton_lamb.py",
+        "correction2 = tl.sqrt(_one_minus_exp(t * log_beta2))",
+        "correction2 = _one_minus_exp(t * log_beta2)",
+        "tests/optim/test_fused.py -k 'single_operations and triton and LAMB'",
+    ),
+    # Checkpoints and state in 8 bits.
+    Mutation(
+        "optim/checkpoint.py",
+        'return {**kept, **saved, "fused": own["fused"]}',
+        "return {**kept, **saved}",
+        "tests/optim/test_checkpoint.py tests/optim/test_fused.py -k 'checkpoint and not triton'",
+    ),
+    Mutation(
+        "optim/checkpoint.py",
+        "dtype = torch.promote_types(p.dtype, torch.float32)",
+        "dtype = p.dtype",
+        "tests/optim/test_checkpoint.py",
+    ),
+    Mutation(
+        "optim/eight_bit_state.py",
+        'signed = key != "exp_avg_sq"',
+        "signed = True",
+        "tests/optim/test_eight_bit.py -k dequantized_state",
+    ),
+    # Groups.
+    Mutation(
+        "param_groups.py",
+        'EXCLUDED = {"layer_adaptation": False, "weight_decay": 0.0}',
+        'EXCLUDED = {"layer_adaptation": False}',
+        "tests/test_param_groups.py",
+    ),
+    Mutation(
+        "introspection.py",
+        "elif is_bias and exclude_bias:",
+        "elif is_bias:",
+        "tests/test_param_groups.py",
+    ),
+    # The batch size, what a rate makes of it, and the counting of steps.
+    Mutation(
+        "batch_size.py",
+        '"sqrt": 0.5, "adam_sqrt"',
+        '"sqrt": 0.25, "adam_sqrt"',
+        "tests/test_batch_size.py tests/callbacks/test_batch_size_scaling.py",
+    ),
+    Mutation(
+        "batch_size.py",
+        "return per_device * data_parallel_replicas(trainer) * accumulated_batches(trainer)",
+        "return per_device * data_parallel_replicas(trainer)",
+        "tests/test_batch_size.py",
+    ),
+    Mutation(
+        "optimizer_steps.py",
+        "if self._has_gradients and not self._is_skipped and not self._is_counted:",
+        "if not self._is_skipped and not self._is_counted:",
+        "tests/test_optimizer_steps.py",
+    ),
+    Mutation(
+        "schedules.py",
+        "math.sqrt(warmup_steps / max(step, warmup_steps))",
+        "math.sqrt(warmup_steps / (1 + max(step, warmup_steps)))",
+        "tests/test_schedules.py -k inverse",
+    ),
+    # What is measured and clipped while training.
+    Mutation(
+        "percentile_clipping.py",
+        "return torch.where(is_clipped, thresholds / norms, 1.0)",
+        "return torch.where(is_clipped, norms / thresholds, 1.0)",
+        "tests/callbacks/test_percentile_gradient_clipping.py -k 'not processes'",
+    ),
+    Mutation(
+        "noise_scale.py",
+        "(1 / small_batch - 1 / big_batch)\n    squared_gradient",
+        "(1 / small_batch + 1 / big_batch)\n    squared_gradient",
+        "tests/test_noise_scale.py",
+    ),
+    Mutation(
+        "population_statistics.py",
+        "variance = add_up(squares + count * (mean - pooled).square()) / (total - 1)",
+        "variance = add_up(squares + count * (mean - pooled).square()) / total",
+        "tests/callbacks/test_precise_batch_norm.py -k 'not process'",
+    ),
+)
+
+
+def fallen(copy: Path, mutation: Mutation) -> str | None:
+    """Break the line in the copy and return the first test that falls, None if all pass.
+
+    Raises:
+        LookupError: If the line is not there, or not once.
+    """
+    file = copy / "lightning_lars" / mutation.file
+    text = file.read_text()
+    if text.count(mutation.right) != 1:
+        raise LookupError(f"is there {text.count(mutation.right)} times")
+    file.write_text(text.replace(mutation.right, mutation.wrong))
+    options = "-q -x -p no:cacheprovider -p no:randomly -m 'not slow'"
+    try:
+        ran = subprocess.run(
+            f"{sys.executable} -m pytest {options} {mutation.tests}",
+            shell=True,
+            cwd=copy,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        file.write_text(text)
+    if ran.returncode == 0:
+        return None
+    lines = [line for line in ran.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if ran.returncode != 1 or not lines:
+        raise LookupError(f"could not be tested:\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
+    return lines[0].split(" - ")[0]
+
+
+def main(words: list[str]) -> int:
+    """Break every line that one of the words is in, and return how many were not found out."""
+    chosen = [
+        each for each in MUTATIONS if not words or any(word in each.file + each.right for word in words)
+    ]
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "copy")
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_COPIED))
+        for mutation in chosen:
+            started = time.monotonic()
+            print(f"{mutation.file}: {mutation.right}\n  {mutation.wrong}", flush=True)
+            try:
+                test = fallen(copy, mutation)
+            except LookupError as error:
+                test, message = None, f"the line {error}"
+            else:
+                message = test or "NO TEST FALLS"
+            missed += test is None
+            print(f"  -> {message} ({time.monotonic() - started:.0f} s)", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} broken lines were found out")
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main(sys.argv[1:])))
