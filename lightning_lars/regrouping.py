@@ -88,7 +88,7 @@ def follow(scheduler: Any, optimizer: Optimizer, origins: Sequence[int]) -> None
     old = optimizer.param_groups
     for each in schedulers_in(scheduler, optimizer):
         is_known = type(each).__module__.split(".")[0] in _KNOWN_PACKAGES
-        for attribute, kept in list(getattr(each, "__dict__", {}).items()):
+        for attribute, kept in list(_attributes(each).items()):
             if not isinstance(kept, list | tuple) or len(kept) != len(old):
                 continue
             if attribute in _PER_GROUP:
@@ -100,27 +100,38 @@ def follow(scheduler: Any, optimizer: Optimizer, origins: Sequence[int]) -> None
                 )
 
 
-def schedulers_in(scheduler: Any, optimizer: Optimizer | None) -> list[Any]:
-    """Return a scheduler and those of the same optimizer inside it, whatever it calls them."""
+def schedulers_in(scheduler: Any, optimizer: Optimizer) -> list[Any]:
+    """Return a scheduler and those of the same optimizer inside it, whatever it calls them.
+
+    Nothing, if neither it nor one inside it knows the optimizer.
+    """
     found = [scheduler]
     for outer in found:
-        for kept in list(getattr(outer, "__dict__", {}).values()):
+        for kept in list(_attributes(outer).values()):
             for each in kept if isinstance(kept, list | tuple) else [kept]:
-                is_inner = optimizer is not None and getattr(each, "optimizer", None) is optimizer
-                if is_inner and not any(each is known for known in found):
+                if _knows(each, optimizer) and not any(each is known for known in found):
                     found.append(each)
-    return found
+    return found if len(found) > 1 or _knows(scheduler, optimizer) else []
+
+
+def _knows(scheduler: Any, optimizer: Optimizer) -> bool:
+    return any(kept is optimizer for kept in _attributes(scheduler).values())
+
+
+def _attributes(scheduler: Any) -> dict[str, Any]:
+    return getattr(scheduler, "__dict__", {})
 
 
 @contextmanager
-def all_or_nothing(optimizers: Iterable[Optimizer], schedulers: Iterable[Any]) -> Iterator[None]:
+def all_or_nothing(optimizers: Iterable[Optimizer], schedulers: Sequence[Any]) -> Iterator[None]:
     """Put groups and schedulers back as they were where an error ends the block."""
     groups = [(optimizer, list(optimizer.param_groups)) for optimizer in optimizers]
     attributes = [
-        (each, dict(vars(each)))
+        (each, dict(_attributes(each)))
+        for optimizer, _ in groups
         for scheduler in schedulers
-        for each in schedulers_in(scheduler, getattr(scheduler, "optimizer", None))
-        if hasattr(each, "__dict__")
+        for each in schedulers_in(scheduler, optimizer)
+        if _attributes(each)
     ]
     try:
         yield

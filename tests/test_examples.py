@@ -126,6 +126,24 @@ def test_plain_torch_lowers_the_loss(tmp_path):
     assert float(losses[-1]) < 0.1 * float(losses[0])
 
 
+@pytest.mark.parametrize("model", ["residual", "vit"])
+def test_a_layer_scale_grows_where_gains_are_excluded_and_not_where_they_are_adapted(
+    monkeypatch, capsys, model
+):
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    arguments = ["--model", model, "--optimizer", "LAMB", "--lr", "0.01", "--epochs", "1", "--seeds", "1"]
+    monkeypatch.setattr(sys, "argv", ["layer_scale.py", *arguments])
+    threads = torch.get_num_threads()
+    importlib.import_module("layer_scale").main()
+    torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    (sizes,) = re.findall(r"LAMB .* ([\d.]+e-\d+) .* ([\d.]+e-\d+)", printed)
+    adapted, excluded = map(float, sizes)
+    assert adapted < 1.5e-6
+    assert excluded > 1e-3
+
+
 def test_simclr_learns_features_that_a_few_labels_suffice_for(tmp_path):
     result = run(tmp_path, "simclr.py", "--dataset", "digits", "--epochs", "15", "--labels", "60")
     assert result.returncode == 0, result.stderr

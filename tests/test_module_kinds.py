@@ -172,3 +172,24 @@ def test_what_is_excluded_is_not_decayed(stand_in):
     optimizer.step()
     moved = [name for name, p in module.named_parameters() if not torch.equal(p, before[name])]
     assert sorted(moved) == ["blocks.0.weight", "head.weight", "stem.weight"]
+
+
+class Listing(nn.Module):
+    """Lists what it does not decay, as timm's models, which can be scripted."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(4, 4))
+
+    @torch.jit.ignore
+    def no_weight_decay(self):
+        return {"table"}
+
+    def forward(self, batch):
+        return batch @ self.table
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_scripted_module_still_lists_what_it_does_not_decay(whole):
+    module = torch.jit.script(Listing()) if whole else nn.Sequential(torch.jit.script(Listing()))
+    assert list(names(module)) == ["excluded"]

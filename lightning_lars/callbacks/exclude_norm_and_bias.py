@@ -26,7 +26,14 @@ from lightning_lars.excluded_rate import (
 from lightning_lars.introspection import classify
 from lightning_lars.optim.arguments import require
 from lightning_lars.param_groups import check_holds_parameters
-from lightning_lars.regrouping import all_or_nothing, are_apart, follow, inner_optimizer, split_groups
+from lightning_lars.regrouping import (
+    all_or_nothing,
+    are_apart,
+    follow,
+    inner_optimizer,
+    schedulers_in,
+    split_groups,
+)
 from lightning_lars.strategy_checks import check_strategy
 
 
@@ -102,7 +109,7 @@ class ExcludeNormAndBias(Callback):
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         with all_or_nothing(trainer.optimizers, schedulers):
             for optimizer in trainer.optimizers:
-                own = [each for each in schedulers if getattr(each, "optimizer", None) is optimizer]
+                own = [each for each in schedulers if schedulers_in(each, optimizer)]
                 self._regroup(optimizer, own, excluded, names)
 
     def _regroup(

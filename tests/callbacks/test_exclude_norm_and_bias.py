@@ -273,10 +273,24 @@ class Around(WithLists):
         self.after.step()
 
 
+class AroundUnknown(Around):
+    """Leaves it to the one inside to know the optimizer."""
+
+    def __init__(self, optimizer, after, **kept):
+        self.t = 0
+        self.after = [after]
+
+    optimizer = property(lambda self: self.after[0].optimizer)
+
+    def step(self, *_):
+        self.after[0].step()
+
+
+@pytest.mark.parametrize("around", [Around, AroundUnknown])
 @pytest.mark.parametrize("inside", ["step", "cyclic", "lambda"])
-def test_schedulers_inside_of_others_grow_too(tmp_path, inside):
+def test_schedulers_inside_of_others_grow_too(tmp_path, inside, around):
     def schedule(optimizer):
-        return Around(optimizer, after=SCHEDULERS[inside](optimizer), since=3)
+        return around(optimizer, after=SCHEDULERS[inside](optimizer), since=3)
 
     before = fit(tmp_path, Unscheduled(scheduler=schedule))
     after = fit(tmp_path, Unscheduled(scheduler=schedule), ExcludeNormAndBias())
