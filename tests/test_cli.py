@@ -331,7 +331,7 @@ def test_every_callback_works_in_the_trainer_and_the_cli_of_both_packages(tmp_pa
         training_step = Boring.training_step
         train_dataloader = Boring.train_dataloader
 
-    arguments = ["--optimizer=lightning_lars.LARS", "--optimizer.lr=1.0", "--seed_everything=0"]
+    arguments = ["--optimizer=lightning_lars.LARS", "--optimizer.lr=0.5", "--seed_everything=0"]
     arguments += ["--trainer.accelerator=cpu", "--trainer.max_steps=4", "--trainer.log_every_n_steps=1"]
     arguments += [
         "--trainer.logger=CSVLogger",
@@ -354,5 +354,5 @@ def test_every_callback_works_in_the_trainer_and_the_cli_of_both_packages(tmp_pa
     rows = metrics(tmp_path)
     # LearningRateMonitor logs every batch that is accumulated.
     rates = [float(row["lr-LARS/excluded"]) for row in rows if row["lr-LARS/excluded"]]
-    assert rates == [1.0] * 2 + [2.0] * 6
+    assert rates == [0.5] * 2 + [1.0] * 6
     assert len([row for row in rows if row["trust_ratio_per_layer/net.0.weight"]]) == 4

@@ -47,9 +47,14 @@ class TrustRatioMonitor(Callback):
     """Logs trust ratios and what they made of the learning rate, whenever Lightning logs.
 
     Accumulates on the device over all steps between two logs (``log_every_n_steps``) and comes to the host
-    in one transfer when it logs. A step that a gradient scaler skipped leaves nothing. Warns, once for each
-    layer and cause, where a ratio is not finite, stays at its clip or far from those of the other layers,
-    where weights do not move, and where ``trust_coefficient * lr`` never moves anything.
+    in one transfer when it logs, and once after the first step of a layer. A step that a gradient scaler
+    skipped leaves nothing.
+
+    Warns, once for each layer and cause, where a ratio is not finite, at its clip since training began, or
+    far from those of the other layers, where weights do not move, or shrink for want of a gradient, and where
+    a layer that is zero takes a first step that may do harm. Warns once where ``trust_coefficient * lr``
+    never moves anything, and where what is excluded moves faster than SGD or Adam usually can.
+    ``docs/trust_ratios.md`` says when exactly, and why.
 
     Lightning counts optimizer steps, or batches in manual optimization, where an optimizer that has not
     stepped since the last log is left out.
