@@ -105,7 +105,12 @@ def train(
     torch.manual_seed(seed)
     model = MODELS[arguments.model](images.shape[-1], arguments.start)
     optimizer = build_optimizer(
-        model, OPTIMIZERS[name], exclude_gain=gains, lr=lr, weight_decay=arguments.decay
+        model,
+        OPTIMIZERS[name],
+        exclude_gain=gains,
+        excluded_lr=arguments.excluded_lr,
+        lr=lr,
+        weight_decay=arguments.decay,
     )
     steps = arguments.epochs * (len(labels) // arguments.batch_size)
     scheduler = WarmupDecayLR(optimizer, warmup_steps=max(1, steps // 10), total_steps=max(2, steps))
@@ -134,6 +139,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--decay", type=float, default=1e-4, help="weight decay")
+    parser.add_argument("--excluded-lr", type=float, help="learning rate of what is excluded, if not lr")
     parser.add_argument("--start", type=float, default=1e-6, help="first value of the layer scale")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()

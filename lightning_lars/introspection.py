@@ -71,7 +71,7 @@ def classify(
         places = [Place(alias, kinds[alias.owner]) for alias in named]
         shape = original_shape(parameter, shapes)
         # A tied parameter is excluded where any of its owners would exclude it.
-        is_bias = any(place.is_bias() for place in places)
+        is_bias = any(place.is_bias(shape) for place in places)
         norm = next(filter(None, (place.norm() for place in places)), "")
         gains = [False] if is_bias or norm else [place.is_gain(shape) for place in places]
         if norm and exclude_norm:

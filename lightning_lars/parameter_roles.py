@@ -51,6 +51,8 @@ _NO_BIAS = {
     "weight",
     "weights",
 }
+# Gains of several heads or branches, and tokens, can be stacked in a matrix: only their names tell.
+_GAIN_WORDS = {"alpha", "gain", "gains", "gamma", "scale", "scales", "temperature", "token", "tokens"}
 
 
 class Place(NamedTuple):
@@ -69,17 +71,20 @@ class Place(NamedTuple):
             return named_norm.__name__
         return running_statistics.__name__ if _keeps_statistics(self.alias.owner, self.kind) else ""
 
-    def is_bias(self) -> bool:
+    def is_bias(self, shape: Size | None) -> bool:
         """Tell whether the parameter is added as it is: an own ``pos_bias_u`` of an attention is one too."""
-        before, bias, behind = self.alias.attribute.lower().partition("bias")
-        is_word = bool(bias) and before[-1:] in ("", "_") and behind[:1] in ("", "_")
-        return is_word and not _NO_BIAS & set(behind.split("_"))
+        words = _words(self.alias.attribute)
+        if "bias" not in words or _NO_BIAS & set(words[words.index("bias") :]):
+            return False
+        # Added to attention as it is, a relative bias would have a dimension for each of head, query and key.
+        return not (_is_matrix(shape) and (set(words) & {"rel", "relative"} or "Embedding" in self.kind.name))
 
     def is_gain(self, shape: Size | None) -> bool | None:
         """Tell whether the parameter scales or shifts what a layer gives, or stands for an input.
 
-        Such are scalars, vectors whatever they are broadcast along, and what is broadcast over the batch. Not
-        so the weights of a layer, of which any can have an input or output of size 1.
+        Such are scalars, vectors whatever they are broadcast along, what is broadcast over the batch, and
+        matrices of gains or tokens that are called so. Not so the weights of a layer, which can have an input
+        or output of size 1.
 
         Args:
             shape: That of the whole parameter, if it is known.
@@ -100,7 +105,7 @@ class Place(NamedTuple):
         if weighted:
             # What a subclass adds to its weight. Of two dimensions, it may be a factor of rank 1 (LoRA).
             return is_vector and (len(shape) != 2 or math.prod(shape) == 1)
-        return is_vector or shape[0] == 1
+        return is_vector or shape[0] == 1 or _words(attribute)[-1] in _GAIN_WORDS
 
 
 def named_norm(name: str, parameter: Tensor, owner: nn.Module) -> bool:
@@ -115,6 +120,15 @@ def named_norm(name: str, parameter: Tensor, owner: nn.Module) -> bool:
 def running_statistics(name: str, parameter: Tensor, owner: nn.Module) -> bool:
     """Tell whether the owner is a normalization layer, whatever its name, as it keeps running statistics."""
     return _keeps_statistics(owner, kinds_of(owner)[owner])
+
+
+def _words(attribute: str) -> list[str]:
+    """Return the words of a name: ``cls_token``, ``gamma_1``."""
+    return re.sub(r"_?\d+$", "", attribute.lower()).split("_")
+
+
+def _is_matrix(shape: Size | None) -> bool:
+    return shape is not None and len(shape) == 2 and min(shape) > 1
 
 
 def _is_norm_by_name(owner: nn.Module, kind: Kind) -> bool:

@@ -53,6 +53,8 @@ def own_parameters_are(group, module):
         holding("Synthesis", const=(1, 4, 3, 3)),
         holding("AttentionPoolLatent", latent=(1, 1, 4)),
         holding("ClassEmbedding", class_embedding=(4,)),
+        holding("Branches", alpha=(4, 8), gamma_1=(2, 8), layer_scale=(2, 8)),
+        holding("RadioPatchEmbeddings", cls_register_token=(5, 8), mask_tokens=(3, 1, 1, 8)),
     ],
     ids=lambda module: type(module).__name__,
 )
@@ -84,6 +86,9 @@ def test_gains_and_tokens_are_excluded(module):
         holding("PackedAttention", in_proj_weight=(12, 4)),
         holding("RankOne", (nn.Linear,), (4, 4, False), lora_a=(1, 4), lora_b=(4, 1)),
         holding("WindowAttention", relative_position_bias_table=(9, 1)),
+        holding("Attention", relative_attention_bias=(9, 2), rel_pos_bias=(9, 2)),
+        holding("SegmentPositionEmbedding", bias=(9, 2)),
+        holding("Embeddings", token_embedding=(5, 4), scale_proj=(4, 4)),
         holding("CLIP", positional_embedding=(5, 4), text_projection=(4, 4)),
         holding("Perceiver", latents=(5, 4)),
         holding("Experts", gate_up_proj=(2, 4, 4)),
@@ -110,8 +115,8 @@ def test_what_a_subclass_of_a_layer_scales_its_weight_by_is_a_gain(module, exclu
 
 @pytest.mark.parametrize(
     "bias",
-    ["pos_bias_u", "pos_bias_v", "bias_k", "bias_v", "r_w_bias", "q_bias", "dt_bias", "bias",
-     "bias_ih_l0_reverse", "in_proj_bias", "e_score_correction_bias"],
+    ["pos_bias_u", "pos_bias_v", "gate_up_proj_bias", "position_bias", "bias_k", "bias_v", "r_w_bias",
+     "q_bias", "dt_bias", "bias", "bias_ih_l0_reverse", "in_proj_bias", "e_score_correction_bias"],
 )  # fmt: skip
 def test_biases_under_other_names_are_excluded_as_such(bias):
     module = holding("Attention", **{bias: (2, 4)})
@@ -134,6 +139,10 @@ def test_biases_under_other_names_are_excluded_as_such(bias):
 )
 def test_what_a_bias_is_looked_up_in_or_computed_by_is_none(table):
     own_parameters_are("adapted", holding("Attention", **{table: (9, 4)}))
+
+
+def test_a_relative_bias_that_is_added_as_it_is_is_a_bias():
+    own_parameters_are("excluded", holding("Attention", rel_pos_bias=(2, 5, 5)))
 
 
 @pytest.mark.parametrize("called", ["relative_position_bias_table", "table"])
@@ -168,8 +177,7 @@ def test_a_block_around_what_keeps_running_statistics_is_no_norm():
     own_parameters_are("adapted", module)
 
 
-@pytest.mark.parametrize("rank", [1, 2])
-def test_a_gain_is_known_where_it_is_parametrized(rank):
+def test_a_gain_is_known_where_it_is_parametrized():
     module = holding(gamma=(4,))
     parametrize.register_parametrization(module, "gamma", nn.Softplus())
     assert names(module) == {"excluded": ["parametrizations.gamma.original"]}
