@@ -251,3 +251,9 @@ def check_holds_parameters(optimizer: Optimizer, module: nn.Module) -> None:
             f"{type(module).__name__}: it was built before they were replaced (configure_model, FSDP2, "
             "tensor parallel). Build it in configure_optimizers, or use LargeBatchCLI, which builds it late"
         )
+
+
+# `import lightning_lars.param_groups as module` gets what the package calls so, which is the function: it
+# leads on to the rest of this module.
+for _public in (param_groups, explain_param_groups, build_optimizer, check_holds_parameters):
+    setattr(param_groups, _public.__name__, _public)

@@ -3,11 +3,13 @@
 import ast
 import importlib.metadata
 import inspect
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import lightning_lars
 
@@ -44,6 +46,19 @@ def test_a_tree_that_was_copied_and_not_installed_imports(monkeypatch):
         monkeypatch.undo()
         importlib.reload(lightning_lars)
     assert lightning_lars.__version__ == importlib.metadata.version("lightning-lars")
+
+
+def test_the_function_that_has_the_name_of_its_module_leads_to_the_module():
+    import lightning_lars.param_groups as imported
+    from lightning_lars import param_groups
+
+    net = torch.nn.Linear(2, 2)
+    assert imported is param_groups is lightning_lars.param_groups
+    for name in ("param_groups", "build_optimizer", "explain_param_groups"):
+        assert getattr(imported, name) is getattr(lightning_lars, name)
+        assert getattr(sys.modules["lightning_lars.param_groups"], name) is getattr(lightning_lars, name)
+    assert [group["name"] for group in imported(net)] == ["adapted", "excluded"]
+    assert pickle.loads(pickle.dumps(imported)) is param_groups
 
 
 @pytest.mark.parametrize("name", [n for n in lightning_lars.__all__ if callable(getattr(lightning_lars, n))])
