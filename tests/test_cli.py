@@ -122,7 +122,7 @@ def test_every_argument_is_typed_and_described_in_the_help(printed, script, key,
 def test_the_arguments_of_large_batch_cli_itself_are_described(printed):
     text = printed("large_batch_cli.py", "fit", "--help")
     for flag in ("lr_scheduler_interval", "param_groups.exclude", "param_groups.exclude_bias",
-                 "param_groups.exclude_norm", "param_groups.excluded_lr",
+                 "param_groups.exclude_norm", "param_groups.exclude_gain", "param_groups.excluded_lr",
                  "param_groups.excluded_lr_scale"):  # fmt: skip
         assert re.search(rf"\n  --{flag}[ ,][^\n]*\n? +\w", text), flag
 
@@ -195,6 +195,35 @@ def test_a_model_of_the_cli_takes_its_optimizer_to_other_processes():
     assert optimizer.param_groups[0]["lr"] == 1e-3
     sent = pickle.loads(pickle.dumps(cli.model))
     assert sent.configure_optimizers().param_groups[0]["params"][0] is sent.net.weight
+
+
+class Gated(Plain):
+    """Has a parameter for each rule."""
+
+    def __init__(self, width: int = 3):
+        super().__init__(width)
+        self.gate = nn.Parameter(torch.ones(width))
+        self.norm = nn.LayerNorm(width)
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize(
+    ("argument", "adapted"),
+    [
+        ("exclude=[]", ["net.weight"]),
+        ("exclude=[net.weight]", []),
+        ("exclude_norm=false", ["net.weight", "norm.weight"]),
+        ("exclude_bias=false", ["net.weight", "net.bias"]),
+        ("exclude_gain=false", ["gate", "net.weight"]),
+    ],
+)
+def test_the_command_line_adds_exclusions_and_switches_defaults_off(argument, adapted):
+    arguments = ["--optimizer=lightning_lars.LAMB", f"--param_groups.{argument}", *QUIET]
+    cli = LargeBatchCLI(Gated, args=arguments, run=False)
+    groups = cli.model.configure_optimizers().param_groups
+    assert [group["param_names"] for group in groups if group["name"] == "adapted"] == (
+        [adapted] if adapted else []
+    )
 
 
 @pytest.mark.usefixtures("_alone")

@@ -50,6 +50,18 @@ def test_lars_is_the_default():
     assert type(Boring().configure_optimizers()) is LARS
 
 
+@pytest.mark.parametrize("switch", ["exclude_norm", "exclude_bias", "exclude_gain"])
+def test_each_default_can_be_switched_off(switch):
+    adapted = {"exclude_norm": ["net.1.weight"], "exclude_bias": ["net.0.bias", "net.2.bias"],
+               "exclude_gain": ["gate"]}[switch]  # fmt: skip
+    module = boring(**{switch: False})
+    module.gate = nn.Parameter(torch.ones(3))
+    names = module.configure_optimizers().param_groups[0]["param_names"]
+    assert set(names) == {"net.0.weight", "net.2.weight", *adapted}
+    with pytest.raises(ValueError, match=f"{switch} must be True or False, got 'no'"):
+        boring(**{switch: "no"})
+
+
 def test_exclusions_are_passed_on():
     module = boring(exclude=["net.2.*"], exclude_bias=False)
     assert module.configure_optimizers().param_groups[0]["param_names"] == ["net.0.weight", "net.0.bias"]
