@@ -234,7 +234,10 @@ class StepStatistics:
 
     def _add(self, quantity: str, layers: list[str], values: Tensor) -> None:
         layers = [self._by_number.get(layer, layer) for layer in layers]
-        self._quantities.setdefault(quantity, LayerStatistics()).update(layers, values)
+        # Making one takes longer than all that a step adds to it.
+        if quantity not in self._quantities:
+            self._quantities[quantity] = LayerStatistics()
+        self._quantities[quantity].update(layers, values)
 
     def _times(
         self, factors: Sequence[Any], layers: list[str], values: Tensor, named: Mapping[str, Tensor]

@@ -194,7 +194,9 @@ class GradientNoiseScale(Callback):
             rank_zero_warn(
                 f"GradientNoiseScale measured no step. One in every_n_steps={self.every_n_steps} is, if its "
                 "gradients are finite, the same on all processes, and from two or more micro-batches of one "
-                "size. Train for longer, lower every_n_steps, or give the train loader drop_last=True"
+                "size, and if Lightning takes the step: optimizer.step() of what it hands to optimizer_step, "
+                "not of optimizer.optimizer. Train for longer, lower every_n_steps, or give the train loader "
+                "drop_last=True"
             )
 
     @override

@@ -37,6 +37,10 @@ class LAMB(LayerwiseOptimizer):
     You et al. 2019, Algorithm 2, with phi as ``min(|w|, max_weight_norm)``, which is ``|w|`` by default.
     Departure from the paper: where ``|w|`` or ``|u|`` is 0, the ratio is 1 before ``trust_clip``.
 
+    As in the paper, a layer whose gradients are 0, and not None, shrinks by ``lr`` a step, however small
+    ``weight_decay`` is above 0: ``decoupled_weight_decay=True`` makes that ``lr * weight_decay``. One that
+    starts at 0 takes a first step of Adam at ``lr``, which ``trust_clip`` bounds.
+
     A group with ``layer_adaptation=False`` has ratio 1 throughout and is :class:`torch.optim.AdamW`.
 
     Args:

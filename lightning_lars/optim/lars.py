@@ -37,6 +37,11 @@ class LARS(LayerwiseOptimizer):
     - The first ``v`` is ``u`` without dampening, as in :class:`torch.optim.SGD`.
     - Where ``|w|`` or the denominator without ``eps`` is 0, the ratio is 1 before ``trust_clip``.
 
+    As in the paper, a layer whose gradient is 0, and not None, shrinks by ``trust_coefficient * lr`` a step,
+    however small ``weight_decay`` is above 0: ``decoupled_weight_decay=True`` makes that
+    ``lr * weight_decay``. One that starts at 0 takes a first step of SGD at ``lr``, which ``trust_clip``
+    bounds.
+
     A group with ``layer_adaptation=False`` has ratio 1 throughout and is :class:`torch.optim.SGD`.
 
     Args:

@@ -412,23 +412,24 @@ class LayerwiseOptimizer(Optimizer, ABC):
         Returns:
             0-d bool tensors, as :meth:`trust_ratios` returns them.
         """
-        return self._by_name(lambda ratios, group: by_decay_alone(ratios, self._decay_alone(group)))
-
-    def _by_name(
-        self, value: Callable[[TrustRatios[Tensor], Mapping[str, Any]], Tensor]
-    ) -> dict[str, Tensor]:
         group_of = {p: group for group in self.param_groups for p in group["params"]}
+
+        def value(ratios: TrustRatios[Tensor], params: list[Tensor]) -> Tensor:
+            # They are of one group, which someone may have taken them out of since.
+            group = next((group_of[p] for p in params if p in group_of), None)
+            least_and_most = (0.0, 0.0) if group is None else self._decay_alone(group)
+            return by_decay_alone(ratios, least_and_most)
+
+        return self._by_name(value)
+
+    def _by_name(self, value: Callable[[TrustRatios[Tensor], list[Tensor]], Tensor]) -> dict[str, Tensor]:
         values: dict[Tensor, Tensor] = {}
         for params, ratios in self._last_trust_ratios:
-            # Someone may have taken parameters out of the groups.
-            group = next((group_of[p] for p in params if p in group_of), None)
-            if group is None:
-                continue
             if isinstance(ratios, list):
                 of_layers = stack_ratios(ratios, _dtype_of_step(params[0]))
             else:
                 of_layers = TrustRatios(*ratios)
-            values.update(zip(params, value(of_layers, group).unbind(), strict=True))
+            values.update(zip(params, value(of_layers, params).unbind(), strict=True))
         return {name: values[p] for name, p in named_params(self.param_groups) if p in values}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -194,6 +194,15 @@ def test_a_training_without_a_measurement_warns(tmp_path):
         fit(tmp_path, Module(samples(6), batch_size=4))
 
 
+def test_steps_that_go_round_lightning_are_named_as_a_reason(tmp_path):
+    class RoundLightning(Module):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+            optimizer.optimizer.step(optimizer_closure)
+
+    with pytest.warns(UserWarning, match=r"measured no step.*takes the step: .*not of optimizer\.optimizer"):
+        fit(tmp_path, RoundLightning(samples(32), batch_size=4))
+
+
 def test_one_process_without_accumulation_says_what_to_do(tmp_path):
     with pytest.raises(MisconfigurationException, match="set accumulate_grad_batches=2"):
         fit(tmp_path, Module(), accumulate=1)
