@@ -45,8 +45,8 @@ CAUSES = {
         "should not be adapted, or look at how it is initialized"
     ),
     "frozen": (
-        "weights that do not move, at a learning rate above 0: {layers}. Gradients are zero, or steps are "
-        "lost in rounding (precision='bf16-true': use 'bf16-mixed')"
+        "weights that do not move, at a learning rate above 0: {layers}. Gradients are zero or next to "
+        "it, or steps are lost in rounding (precision='bf16-true': use 'bf16-mixed')"
     ),
     "decay": (
         "layers that weight decay alone moves, as they have no gradient: {layers}. The trust ratio makes "
@@ -170,9 +170,9 @@ class TrustRatioAlerts:
             return []
         self._told.add(("negligible", ""))
         return [
-            f"trust_coefficient * lr was {peak.value:.3g} at its peak: before momentum, no layer moves by "
-            f"more than about {100 * peak.value:.2g} % of its norm in a step. LARS usually needs a larger "
-            "learning rate than SGD: 1 to 10 and more with trust_coefficient=1e-3"
+            f"trust_coefficient * lr is {peak.value:.3g} at its peak, so no layer moves by more than about "
+            f"{100 * peak.value:.2g} % of its norm in a step, before momentum. LARS needs a larger learning "
+            "rate than SGD: 1 to 10 and more with trust_coefficient=1e-3"
         ]
 
 

@@ -382,7 +382,7 @@ def test_two_monitors_log_side_by_side(tmp_path):
 def test_a_learning_rate_for_sgd_warns_once_that_it_is_negligible(tmp_path):
     callbacks = [TrustRatioMonitor(), LearningRateWarmup(3)]
     fit = trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=1, callbacks=callbacks)
-    with pytest.warns(UserWarning, match=r"trust_coefficient \* lr was 0.0001 at its peak") as caught:
+    with pytest.warns(UserWarning, match=r"trust_coefficient \* lr is 0.0001 at its peak") as caught:
         fit.fit(boring(partial(LARS, lr=0.1)))
     assert sum("at its peak" in str(warning.message) for warning in caught) == 1
     silent = trainer(
@@ -396,7 +396,7 @@ def test_a_learning_rate_for_sgd_warns_once_that_it_is_negligible(tmp_path):
 
 def test_a_learning_rate_that_is_a_tensor_is_told_to_be_negligible_too(tmp_path):
     fit = trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=1, callbacks=[TrustRatioMonitor()])
-    with pytest.warns(UserWarning, match=r"trust_coefficient \* lr was 0.0001 at its peak"):
+    with pytest.warns(UserWarning, match=r"trust_coefficient \* lr is 0.0001 at its peak"):
         fit.fit(boring(partial(LARS, lr=torch.tensor(0.1))))
 
 
@@ -430,7 +430,7 @@ def test_a_learning_rate_that_is_large_enough_at_its_peak_or_before_it_is_not_wa
 def test_the_peak_counts_that_lies_between_two_logs(tmp_path):
     fit = trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=4, callbacks=[TrustRatioMonitor()])
     schedule = partial(WarmupDecayLR, warmup_steps=2, decay="polynomial", power=4)
-    with pytest.warns(UserWarning, match=r"trust_coefficient \* lr was 0.0004 at its peak"):
+    with pytest.warns(UserWarning, match=r"trust_coefficient \* lr is 0.0004 at its peak"):
         fit.fit(boring(partial(LARS, lr=0.4), lr_scheduler=schedule))
 
 
@@ -794,7 +794,7 @@ def test_a_warning_names_the_optimizer_where_there_are_several(tmp_path):
             return [build_optimizer(each, LARS, lr=lr) for each, lr in zip(self.net, (1.0, 0.1), strict=True)]
 
     fit = trainer(tmp_path, logger=CSVLogger(tmp_path), callbacks=[TrustRatioMonitor()])
-    with pytest.warns(UserWarning, match=r"^LARS-1: trust_coefficient \* lr was 0.0001 at its peak"):
+    with pytest.warns(UserWarning, match=r"^LARS-1: trust_coefficient \* lr is 0.0001 at its peak"):
         fit.fit(Two())
 
 

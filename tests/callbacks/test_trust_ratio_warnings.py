@@ -169,6 +169,16 @@ def test_a_layer_that_starts_at_zero_slowly_is_not_warned_of(tmp_path, rule):
     assert warned(tmp_path, module, [TrustRatioMonitor()], max_steps=2) == []
 
 
+def test_a_layer_that_starts_near_zero_does_not_jump_and_is_told_to_be_far_from_the_others(tmp_path):
+    torch.manual_seed(0)
+    module = Zero(optimizer=partial(LARS, lr=1.0))
+    nn.init.constant_(module.net[2].weight, 1e-8)
+    messages = warned(tmp_path, module, [TrustRatioMonitor()], log_every_n_steps=1)
+    (message,) = (each for each in messages if "trust ratios far from that of the median layer" in each)
+    assert "'net.2.weight'" in message
+    assert module.net[2].weight.abs().max() < 1e-7
+
+
 def test_its_first_step_is_slow_in_a_warmup(tmp_path):
     module = Zero(optimizer=partial(LARS, lr=3.0), excluded_lr=0.01)
     assert warned(tmp_path, module, [LearningRateWarmup(8), TrustRatioMonitor()]) == []
