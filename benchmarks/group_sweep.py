@@ -171,7 +171,7 @@ def looks_wrong(layer: Layer) -> str:
     if layer.rule == "no_weight_decay":
         return ""
     if layer.rule == "gain" and not vector:
-        return "first dimension 1, excluded"
+        return "matrix excluded as a gain"
     if weighted:
         return "weight of a layer excluded"
     return "matrix excluded" if not vector and shape[0] != 1 and math.prod(shape) > 1 else ""

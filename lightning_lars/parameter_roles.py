@@ -37,7 +37,6 @@ _WEIGHTED_WORD = re.compile(
 # The weights of these layers in torch, also as weight_norm and spectral_norm split them.
 _WEIGHT = re.compile(r"((in|[qkv])_proj_)?weight(_(ih|hh|hr)(_l\d+)?(_reverse)?)?(_g|_v|_orig)?")
 _WEIGHT_WORD = re.compile(r"(.*_)?weights?")
-_TABLE = re.compile(r"(.*_)?tables?")
 # A table of biases to look up is none, nor is what computes or scales one.
 _NO_BIAS = {
     "embed",
@@ -52,7 +51,21 @@ _NO_BIAS = {
     "weights",
 }
 # Gains of several heads or branches, and tokens, can be stacked in a matrix: only their names tell.
-_GAIN_WORDS = {"alpha", "gain", "gains", "gamma", "scale", "scales", "temperature", "token", "tokens"}
+_GAIN_WORDS = {
+    "alpha",
+    "gain",
+    "gains",
+    "gamma",
+    "scale",
+    "scales",
+    "shift",
+    "temperature",
+    "token",
+    "tokens",
+}
+# What a table is looked up by is a position: others are matrices of what their names say.
+_TABLE_WORDS = {"table", "tables"}
+_POSITION_WORDS = {"bias", "pos", "position", "rel", "relative"}
 
 
 class Place(NamedTuple):
@@ -93,7 +106,9 @@ class Place(NamedTuple):
             None where the answer hangs on a shape that is not known.
         """
         attribute, weighted = self.alias.attribute, self.kind.is_a(*_WEIGHTED)
-        if _TABLE.fullmatch(attribute) or (weighted and _WEIGHT.fullmatch(attribute)):
+        words = _words(attribute)
+        is_table = bool(_TABLE_WORDS & set(words) and _POSITION_WORDS & set(words))
+        if is_table or (weighted and _WEIGHT.fullmatch(attribute)):
             return False
         if shape is None:
             return None
@@ -105,7 +120,8 @@ class Place(NamedTuple):
         if weighted:
             # What a subclass adds to its weight. Of two dimensions, it may be a factor of rank 1 (LoRA).
             return is_vector and (len(shape) != 2 or math.prod(shape) == 1)
-        return is_vector or shape[0] == 1 or _words(attribute)[-1] in _GAIN_WORDS
+        last = next((word for word in reversed(words) if word not in _TABLE_WORDS), "")
+        return is_vector or shape[0] == 1 or last in _GAIN_WORDS
 
 
 def named_norm(name: str, parameter: Tensor, owner: nn.Module) -> bool:

@@ -54,6 +54,8 @@ def own_parameters_are(group, module):
         holding("AttentionPoolLatent", latent=(1, 1, 4)),
         holding("ClassEmbedding", class_embedding=(4,)),
         holding("Branches", alpha=(4, 8), gamma_1=(2, 8), layer_scale=(2, 8)),
+        holding("AdaptiveNormBlock", scale_shift_table=(6, 8)),
+        holding("AdaptiveNormBlock", scale_shift_table=(1, 6, 8)),
         holding("RadioPatchEmbeddings", cls_register_token=(5, 8), mask_tokens=(3, 1, 1, 8)),
     ],
     ids=lambda module: type(module).__name__,
@@ -145,7 +147,7 @@ def test_a_relative_bias_that_is_added_as_it_is_is_a_bias():
     own_parameters_are("excluded", holding("Attention", rel_pos_bias=(2, 5, 5)))
 
 
-@pytest.mark.parametrize("called", ["relative_position_bias_table", "table"])
+@pytest.mark.parametrize("called", ["relative_position_bias_table", "rel_pos_table"])
 def test_a_table_is_no_gain_with_a_single_head(called):
     own_parameters_are("adapted", holding("Attention", **{called: (9, 1)}))
 
