@@ -28,6 +28,15 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("P
 SLOW_LEFT_OUT = pytest.StashKey[int]()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items) -> None:
+    """Leave what starts several processes to one worker of pytest-xdist, as that fills the cores alone."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if item.get_closest_marker("distributed"):
+                item.add_marker(pytest.mark.xdist_group("distributed"))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     random.seed(0)

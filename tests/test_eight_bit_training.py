@@ -1,9 +1,5 @@
 """8-bit state in a Trainer, under DDP and FSDP2, and in their checkpoints."""
 
-import os
-import subprocess
-import sys
-
 import lightning
 import pytest
 import torch
@@ -12,38 +8,56 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimi
 from torch.utils.data import DataLoader
 
 from lightning_lars import LAMB8bit, LARS8bit, build_optimizer
-from tests.workers.eight_bit import CLASSES, RESUMED, STEPS, batches, build, network, step, values
-from tests.workers.eight_bit_lightning import STRATEGIES
+from tests.support.ranks import on_ranks, once
+from tests.workers.eight_bit import (
+    CLASSES,
+    MAKES,
+    RESUMED,
+    STEPS,
+    batches,
+    build,
+    in_triton,
+    network,
+    refusal,
+    step,
+    train,
+    values,
+)
+from tests.workers.eight_bit_lightning import train as train_in_trainers
 
 pytest.importorskip("torchao", reason="there is no torchao for this system")
 
 distributed = pytest.mark.distributed
-strategies = pytest.mark.parametrize("make", ["ddp", "fsdp2"])
+strategies = pytest.mark.parametrize("strategy", MAKES)
+# Strategy, optimizer and bits of the state that is saved, and of that which goes on.
+GOES_ON = {
+    ("ddp", "LAMB", 8): [8],
+    ("ddp", "LARS", 8): [32],
+    ("ddp", "LARS", 32): [8],
+    ("fsdp2", "LAMB", 8): [8],
+    ("fsdp2", "LARS", 8): [8],
+    ("fsdp2 full", "LAMB", 8): [8, 32],
+    ("fsdp2 full", "LAMB", 32): [8],
+}
 names = pytest.mark.parametrize("name", CLASSES)
 
 
-def run(module, folder):
-    """What each of two processes saw."""
-    finished = subprocess.run(
-        [sys.executable, "-m", module, str(folder)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+@once
+def seen(strategy, name):
+    """What each of two ranks saw."""
+    return on_ranks(2, train, strategy, name)
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
-    return run("tests.workers.eight_bit", tmp_path_factory.mktemp("eight_bit"))
+def in_trainers(tmp_path_factory):
+    """What each of two ranks saw in Trainers."""
+    folder = tmp_path_factory.mktemp("trainers")
 
+    @once
+    def seen(*run):
+        return on_ranks(2, train_in_trainers, folder, *run, GOES_ON[run])
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return run("tests.workers.eight_bit_lightning", tmp_path_factory.mktemp("trainer"))
+    return seen
 
 
 def alone(name):
@@ -65,91 +79,89 @@ def assert_close(actual, expected):
 @distributed
 @strategies
 @names
-def test_the_parameters_are_those_of_one_device_after_every_step(seen, make, name):
-    for process in seen:
-        for actual, expected in zip(process[make, name]["values"], alone(name), strict=True):
+def test_the_parameters_are_those_of_one_device_after_every_step(strategy, name):
+    for process in seen(strategy, name):
+        for actual, expected in zip(process["values"], alone(name), strict=True):
             assert_close(actual, expected)
 
 
 @distributed
 @strategies
 @names
-def test_a_sharded_checkpoint_goes_on(seen, make, name):
-    for process in seen:
-        assert_close(process[make, name]["resumed"], process[make, name]["values"][-1])
+def test_a_sharded_checkpoint_goes_on(strategy, name):
+    for process in seen(strategy, name):
+        assert_close(process["resumed"], process["values"][-1])
 
 
 @distributed
 @strategies
 @names
-def test_a_full_checkpoint_goes_on_on_one_device(seen, make, name):
+def test_a_full_checkpoint_goes_on_on_one_device(strategy, name):
     net = network()
-    net.load_state_dict(seen[0][make, name]["values"][RESUMED - 1])
+    net.load_state_dict(seen(strategy, name)[0]["values"][RESUMED - 1])
     optimizer = build(name, net)
     options = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(net, optimizer, seen[0][make, name]["full"], options=options)
+    set_optimizer_state_dict(net, optimizer, seen(strategy, name)[0]["full"], options=options)
     for batch in batches()[RESUMED:]:
         step(net, optimizer, batch)
-    assert_close(values(net), seen[0][make, name]["values"][-1])
+    assert_close(values(net), seen(strategy, name)[0]["values"][-1])
 
 
 @distributed
 @names
-def test_a_full_checkpoint_holds_nothing_that_is_still_on_its_way(seen, name):
-    for state in seen[0]["fsdp2", name]["full"]["state"].values():
+def test_a_full_checkpoint_holds_nothing_that_is_still_on_its_way(name):
+    for state in seen("fsdp2", name)[0]["full"]["state"].values():
         for value in state.values():
             parts = [getattr(value, part, value) for part in ("codes", "scale", "qmap")]
             assert {type(part) for part in parts} == {torch.Tensor}
 
 
 @distributed
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@names
-def test_trainers_of_two_processes_resume_exactly(trained, strategy, name):
-    for process in trained:
-        straight, in_eight_bits = process[strategy, name]["8"]
-        resumed, resumed_in_eight_bits = process[strategy, name]["8 to 8"]
-        assert in_eight_bits == resumed_in_eight_bits == ["net.0.weight", "net.2.weight"]
-        assert straight.keys() == resumed.keys()
+@pytest.mark.parametrize("run", [run for run in GOES_ON if run[2] in GOES_ON[run]], ids=str)
+def test_trainers_of_two_processes_resume_exactly(in_trainers, run):
+    for (straight, in_eight_bits), resumed in in_trainers(*run):
+        again, again_in_eight_bits = resumed[8]
+        assert in_eight_bits == again_in_eight_bits == ["net.0.weight", "net.2.weight"]
+        assert straight.keys() == again.keys()
         for key, value in straight.items():
-            assert torch.equal(resumed[key], value), key
+            assert torch.equal(again[key], value), key
 
 
 @distributed
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2 full"])
-@pytest.mark.parametrize(("saved", "loaded"), [("32", "8"), ("8", "32")])
-@names
-def test_trainers_of_two_processes_go_on_in_the_other_kind(trained, strategy, saved, loaded, name):
-    runs = [process[strategy, name] for process in trained]
-    for of_each in runs:
-        straight, _ = of_each[saved]
-        resumed, in_eight_bits = of_each[f"{saved} to {loaded}"]
-        assert in_eight_bits == (["net.0.weight", "net.2.weight"] if loaded == "8" else [])
+@pytest.mark.parametrize("run", [run for run in GOES_ON if 32 in (run[2], *GOES_ON[run])], ids=str)
+def test_trainers_of_two_processes_go_on_in_the_other_kind(in_trainers, run):
+    other = 40 - run[2]
+    seen = in_trainers(*run)
+    _, of_the_first = seen[0]
+    for (straight, _), resumed in seen:
+        again, in_eight_bits = resumed[other]
+        assert in_eight_bits == (["net.0.weight", "net.2.weight"] if other == 8 else [])
         for key, value in straight.items():
-            assert (resumed[key] - value).norm() < 0.005 * value.norm(), key
-            assert torch.equal(resumed[key], runs[0][f"{saved} to {loaded}"][0][key]), key
+            assert (again[key] - value).norm() < 0.005 * value.norm(), key
+            assert torch.equal(again[key], of_the_first[other][0][key]), key
 
 
 @distributed
 @strategies
 @names
-def test_layers_that_all_processes_share_evenly_are_in_eight_bits(seen, make, name):
-    for process in seen:
-        assert process[make, name]["in eight bits"] == ["0.weight", "2.weight"]
+def test_layers_that_all_processes_share_evenly_are_in_eight_bits(strategy, name):
+    for process in seen(strategy, name):
+        assert process["in eight bits"] == ["0.weight", "2.weight"]
 
 
 @distributed
-def test_shards_of_fsdp1_are_refused(seen):
-    for process in seen:
-        assert "use fully_shard (FSDP2, ModelParallelStrategy), or 32-bit state" in process["refusal"]
+def test_shards_of_fsdp1_are_refused():
+    for message in on_ranks(2, refusal):
+        assert "use fully_shard (FSDP2, ModelParallelStrategy), or 32-bit state" in message
 
 
 @distributed
-def test_kernels_for_gpus_leave_shards_to_single_operations(seen):
+def test_kernels_for_gpus_leave_shards_to_single_operations():
     pytest.importorskip("triton", reason="there is no triton for this system")
-    for process in seen:
-        assert "8-bit state of layers that are divided between processes" in process["in triton"][True]
-        assert_close(process["in triton"][None], next(alone("LAMB")))
+    for message in on_ranks(2, in_triton, True):
+        assert "8-bit state of layers that are divided between processes" in message
+    for values_of_rank in on_ranks(2, in_triton, None):
+        assert_close(values_of_rank, next(alone("LAMB")))
 
 
 class Model(lightning.LightningModule):

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.ranks import RankError, on_ranks
+from tests.workers.late_optimizer import fit
+
 pytestmark = pytest.mark.distributed
 
 FIT = """fit --optimizer=SGD --optimizer.lr=0.1 --trainer.accelerator=cpu --trainer.devices=2
@@ -14,28 +17,21 @@ FIT = """fit --optimizer=SGD --optimizer.lr=0.1 --trainer.accelerator=cpu --trai
 --trainer.enable_checkpointing=false --trainer.enable_progress_bar=false --trainer.enable_model_summary=false
 --trainer.use_distributed_sampler=false --seed_everything=0"""
 WARMUP = ["--trainer.callbacks+=lightning_lars.LearningRateWarmup", "--trainer.callbacks.warmup_steps=1"]
+ALL, NONE = [True] * 6, [False] * 6
 
 
-def fit(tmp_path, cli, *more):
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "tests.workers.late_optimizer", cli, *FIT.split(), *more]
-    return subprocess.run(
-        [*command, f"--trainer.default_root_dir={tmp_path / cli}"], cwd=root, capture_output=True, text=True
-    )
+def test_large_batch_cli_trains_what_the_stock_cli_silently_does_not():
+    assert on_ranks(2, fit, "LargeBatchCLI", [*FIT.split(), *WARMUP, "--optimizer=LARS"]) == [ALL, ALL]
+    assert on_ranks(2, fit, "LightningCLI", FIT.split()) == [NONE, NONE]
 
 
-def test_large_batch_cli_trains_what_the_stock_cli_silently_does_not(tmp_path):
-    late, stock = fit(tmp_path, "LargeBatchCLI", *WARMUP), fit(tmp_path, "LightningCLI")
-    assert late.stdout.count("6 of 6 moved") == 2, late.stderr
-    assert stock.stdout.count("0 of 6 moved") == 2, stock.stderr
+def test_a_callback_raises_where_the_stock_cli_would_train_nothing():
+    with pytest.raises(RankError, match="must hold parameters of the module, got SGD with none of Replaced"):
+        on_ranks(2, fit, "LightningCLI", [*FIT.split(), *WARMUP])
 
 
-def test_a_callback_raises_where_the_stock_cli_would_train_nothing(tmp_path):
-    result = fit(tmp_path, "LightningCLI", *WARMUP)
-    assert result.returncode != 0
-    assert "optimizer must hold parameters of the module, got SGD with none of Replaced" in result.stderr
-
-
-def test_lars_trains_shards(tmp_path):
-    result = fit(tmp_path, "LargeBatchCLI", "--optimizer=LARS")
-    assert result.stdout.count("6 of 6 moved") == 2, result.stderr
+@pytest.mark.slow
+def test_the_first_process_starts_the_second_by_the_same_command():
+    command = [sys.executable, "-m", "tests.workers.late_optimizer", *FIT.split()]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("6 of 6 moved") == 2, done.stderr

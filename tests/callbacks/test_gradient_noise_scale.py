@@ -1,11 +1,7 @@
 """The noise scale of trainings whose gradients are known."""
 
 import csv
-import json
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import lightning.pytorch
 import numpy as np
@@ -20,6 +16,7 @@ from torch import nn
 
 from lightning_lars import LARS, GradientNoiseScale
 from tests.support.boring import Boring, WithoutOptimizer, boring, trainer
+from tests.support.ranks import on_ranks, once
 from tests.workers.noise_scale import (
     B_SIMPLE,
     CLOSED_FORM,
@@ -28,10 +25,10 @@ from tests.workers.noise_scale import (
     Linear,
     Module,
     expected,
+    measure,
     samples,
 )
 
-ROOT = Path(__file__).parents[2]
 PREFIX = "gradient_noise_scale/"
 
 
@@ -234,13 +231,10 @@ def test_arguments_that_break_their_rule_are_refused(arguments):
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """What each of two processes saw, by run."""
+def two_ranks(tmp_path_factory):
+    """What each of two ranks sees in a run."""
     folder = tmp_path_factory.mktemp("noise")
-    command = [sys.executable, "-m", "tests.workers.noise_scale", folder]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return once(lambda run: on_ranks(2, measure, run, folder))
 
 
 def shares(accumulated=1, data=None):
@@ -254,37 +248,37 @@ def shares(accumulated=1, data=None):
 @pytest.mark.parametrize(
     ("run", "accumulated"), [("ddp", 1), ("ddp, bucket views", 1), ("ddp, accumulated", 2)]
 )
-def test_ddp_compares_the_gradients_of_processes(two_processes, run, accumulated):
-    for seen in two_processes:
-        assert seen[run]["error"] is None
-        metrics = {key.removeprefix(PREFIX): value for key, value in seen[run]["metrics"].items()}
+def test_ddp_compares_the_gradients_of_processes(two_ranks, run, accumulated):
+    for seen in two_ranks(run):
+        assert seen["error"] is None
+        metrics = {key.removeprefix(PREFIX): value for key, value in seen["metrics"].items()}
         assert_measured(metrics, shares(accumulated))
 
 
 @pytest.mark.distributed
-def test_ddp_agrees_with_the_closed_form(two_processes):
-    for seen in two_processes:
-        metrics = {k.removeprefix(PREFIX): v for k, v in seen["ddp, closed form"]["metrics"].items()}
+def test_ddp_agrees_with_the_closed_form(two_ranks):
+    for seen in two_ranks("ddp, closed form"):
+        metrics = {k.removeprefix(PREFIX): v for k, v in seen["metrics"].items()}
         assert abs(metrics["B_simple"] - B_SIMPLE) < 3 * metrics["B_simple_standard_error"] < B_SIMPLE
 
 
 @pytest.mark.distributed
-def test_all_processes_leave_out_the_same_steps(two_processes):
-    first, second = (seen["ddp, uneven"] for seen in two_processes)
+def test_all_processes_leave_out_the_same_steps(two_ranks):
+    first, second = two_ranks("ddp, uneven")
     assert first["state"] == second["state"]
     metrics = {key.removeprefix(PREFIX): value for key, value in first["metrics"].items()}
     assert_measured(metrics, shares()[:3])
 
 
 @pytest.mark.distributed
-def test_gradients_that_a_communication_hook_left_apart_are_not_measured(two_processes):
-    for seen in two_processes:
-        assert seen["ddp, not reduced"]["metrics"] == {}
+def test_gradients_that_a_communication_hook_left_apart_are_not_measured(two_ranks):
+    for seen in two_ranks("ddp, not reduced"):
+        assert seen["metrics"] == {}
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("run", "strategy"), [("fsdp", "FSDP"), ("fsdp2", "ModelParallelStrategy")])
-def test_strategies_that_hide_the_gradient_of_a_process_are_refused(two_processes, run, strategy):
-    for seen in two_processes:
-        assert strategy in seen[run]["error"]
-        assert "measure in a shorter run with strategy='ddp'" in seen[run]["error"]
+def test_strategies_that_hide_the_gradient_of_a_process_are_refused(two_ranks, run, strategy):
+    for seen in two_ranks(run):
+        assert strategy in seen["error"]
+        assert "measure in a shorter run with strategy='ddp'" in seen["error"]

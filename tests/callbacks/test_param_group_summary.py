@@ -3,10 +3,7 @@
 import io
 import json
 import re
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import lightning.pytorch
 import pytest
@@ -21,6 +18,7 @@ from torch.optim import SGD, Adam
 from lightning_lars import LAMB, LARS, ExcludeNormAndBias, build_optimizer
 from lightning_lars.callbacks.param_group_summary import ParamGroupSummary
 from tests.support.boring import Boring, boring, trainer
+from tests.support.ranks import on_ranks
 from tests.workers import group_summary
 
 
@@ -310,10 +308,9 @@ def test_fold_is_true_or_false():
 
 @pytest.mark.distributed
 def test_one_of_two_processes_prints_whole_shapes(tmp_path):
-    command = [sys.executable, "-m", "tests.workers.group_summary", str(tmp_path)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    found = tables(done.stdout)
+    first, second = on_ranks(2, group_summary.printed, tmp_path)
+    assert second == ""
+    found = tables(first)
     assert len(found) == 2 * len(group_summary.RUNS)
     for parameters, groups in zip(found[::2], found[1::2], strict=True):
         assert parameters == [

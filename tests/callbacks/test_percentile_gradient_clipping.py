@@ -2,10 +2,7 @@
 
 import csv
 import math
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import lightning.pytorch
 import numpy as np
@@ -26,12 +23,12 @@ from lightning_lars import LARS, GradientNoiseScale, PercentileGradientClipping
 from lightning_lars.gradient_norms import gradient_norms, scale_gradients
 from lightning_lars.percentile_clipping import PercentileClipping
 from tests.support.boring import Boring, WithoutOptimizer, boring, trainer
+from tests.support.ranks import on_ranks, once
 from tests.support.reference import autoclip
 from tests.support.small_network import deviation
-from tests.workers.clipping import RUNS, train
+from tests.workers.clipping import RUNS, train, train_under
 from tests.workers.noise_scale import Linear, Module
 
-ROOT = Path(__file__).parents[2]
 PREFIX = "gradient_clipping/"
 
 
@@ -550,13 +547,10 @@ def test_arguments_that_break_their_rule_are_refused(arguments):
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """What each of two processes saw, by run."""
+def two_ranks(tmp_path_factory):
+    """What each of two ranks sees under a strategy."""
     folder = tmp_path_factory.mktemp("clipping")
-    command = [sys.executable, "-m", "tests.workers.clipping", folder]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return once(lambda strategy: on_ranks(2, train_under, strategy, folder))
 
 
 @pytest.fixture(scope="module")
@@ -569,15 +563,15 @@ def one_process(tmp_path_factory):
 @pytest.mark.distributed
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("per_layer", [False, True])
-def test_several_processes_clip_by_the_norms_of_whole_gradients(two_processes, one_process, run, per_layer):
+def test_several_processes_clip_by_the_norms_of_whole_gradients(two_ranks, one_process, run, per_layer):
     wanted = one_process[per_layer]
     moved = deviation(wanted["values"][0], wanted["values"][-1])
-    for seen in two_processes:
-        for values, wanted_values in zip(seen[run, per_layer]["values"], wanted["values"], strict=True):
+    first, second = (seen[per_layer] for seen in two_ranks(run))
+    for seen in (first, second):
+        for values, wanted_values in zip(seen["values"], wanted["values"], strict=True):
             assert deviation(values, wanted_values) < 1e-5 * moved
-        assert_close(seen[run, per_layer]["norms"].double(), wanted["norms"].double(), rtol=1e-5, atol=0.0)
-    first, second = (seen[run, per_layer]["norms"] for seen in two_processes)
-    assert torch.equal(first, second)
+        assert_close(seen["norms"].double(), wanted["norms"].double(), rtol=1e-5, atol=0.0)
+    assert torch.equal(first["norms"], second["norms"])
 
 
 def test_the_reference_run_is_clipped(one_process):

@@ -3,11 +3,8 @@
 import logging
 import random
 import re
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import lightning.pytorch
 import numpy as np
@@ -29,6 +26,7 @@ from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
 from lightning_lars.callbacks.precise_batch_norm import PreciseBatchNorm
 from tests.support.boring import trainer
 from tests.support.normed import BATCH_SIZE, SAMPLES, Noisy, Normed, assert_precise, is_precise
+from tests.support.ranks import on_ranks, once
 from tests.workers import precise_batch_norm as worker
 
 BATCHES = SAMPLES // BATCH_SIZE
@@ -506,19 +504,16 @@ def test_a_number_of_batches_that_is_none_raises(num_batches):
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """What each of two processes saw."""
-    path = tmp_path_factory.mktemp("two_processes")
-    command = [sys.executable, "-m", "tests.workers.precise_batch_norm", str(path)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(path / f"{rank}.pt") for rank in (0, 1)]
+def two_ranks(tmp_path_factory):
+    """What each of two ranks sees in a run."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    return once(lambda run: on_ranks(2, worker.train, run, folder))
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("strategy", worker.RUNS)
-def test_every_process_has_the_statistics_of_all_inputs_of_all_processes(two_processes, strategy):
-    runs = [seen[strategy] for seen in two_processes]
+def test_every_process_has_the_statistics_of_all_inputs_of_all_processes(two_ranks, strategy):
+    runs = two_ranks(strategy)
     data, last = Noisy().data, -worker.PASSES
     batches = [data[indices] for run in runs for indices in run["passed"][last:]]
     if strategy == "tensor parallel":  # the processes share their batches
@@ -535,8 +530,8 @@ def test_every_process_has_the_statistics_of_all_inputs_of_all_processes(two_pro
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("strategy", worker.RUNS)
-def test_every_process_runs_the_first_batches_of_its_share_in_the_epoch(two_processes, strategy):
-    for run in (seen[strategy] for seen in two_processes):
+def test_every_process_runs_the_first_batches_of_its_share_in_the_epoch(two_ranks, strategy):
+    for run in two_ranks(strategy):
         passes, epoch = worker.PASSES, len(run["trained"]) // worker.EPOCHS
         assert run["passed"] == run["trained"][:passes] + run["trained"][epoch : epoch + passes]
         assert run["trained"][:epoch] != run["trained"][epoch:]

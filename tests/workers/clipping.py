@@ -1,11 +1,6 @@
-"""Trains with clipped gradients on two processes, strategy by strategy, and leaves what each of them saw.
+"""Trains with clipped gradients, on one rank or under a strategy of several."""
 
-Run as ``python -m tests.workers.clipping FOLDER``: Lightning starts the second process by the same command.
-"""
-
-import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -34,17 +29,10 @@ def train(folder, module_class=Used, per_layer=False, **options):
         "values": witness.values,
         "norms": clipping.state_dict()["norms"][0],
         "logged": {key: value.item() for key, value in fitting.callback_metrics.items()},
-        "rank": fitting.global_rank,
     }
 
 
-def main(folder):
-    seen = {}
-    for name, (module_class, strategy) in RUNS.items():
-        for per_layer in (False, True):
-            seen[name, per_layer] = train(folder, module_class, per_layer, strategy=strategy(), devices=2)
-    torch.save(seen, folder / f"{seen['ddp', False]['rank']}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def train_under(strategy, folder):
+    """Train on two ranks, without and with a threshold for each layer."""
+    module_class, make = RUNS[strategy]
+    return [train(folder, module_class, each, strategy=make(), devices=2) for each in (False, True)]

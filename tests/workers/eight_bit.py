@@ -1,17 +1,10 @@
-"""Trains with 8-bit state on two processes, and leaves what each saw in a folder.
-
-Run as ``python -m tests.workers.eight_bit FOLDER``, which starts the processes.
-"""
+"""Trains with 8-bit state on two ranks."""
 
 import io
-import os
-import sys
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -85,8 +78,12 @@ def read_again(saved):
     return torch.load(file, weights_only=False)
 
 
-def train(make, name):
+MAKES = {"ddp": ddp, "fsdp2": fsdp2}
+
+
+def train(strategy, name):
     """Train, go on from a checkpoint of its middle, and tell what there was to see."""
+    make = MAKES[strategy]
     net = make()
     optimizer = build(name, net)
     seen = {"values": []}
@@ -110,9 +107,9 @@ def train(make, name):
     return seen
 
 
-def in_triton(make, fused):
+def in_triton(fused):
     """What is said where kernels would be those for GPUs, or, if nothing is, the parameters after a step."""
-    net = make()
+    net = fsdp2()
     optimizer = CLASSES["LAMB"](param_groups(net), lr=0.1, weight_decay=0.1, fused=fused)
     with patch("lightning_lars.optim.kernels.choice.TRITON_DEVICES", {"cpu"}):
         try:
@@ -131,21 +128,3 @@ def refusal():
     except RuntimeError as error:
         return str(error)
     return None
-
-
-def work(rank, folder, port):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    seen = {(make.__name__, name): train(make, name) for make in (ddp, fsdp2) for name in CLASSES}
-    seen["refusal"] = refusal()
-    seen["in triton"] = {fused: in_triton(fsdp2, fused) for fused in (None, True)}
-    torch.save(seen, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port = store.port
-    del store
-    mp.spawn(work, (sys.argv[1], port), nprocs=2)

@@ -1,17 +1,9 @@
-"""Trains with 8-bit state in Trainers on two processes, resumes, and leaves what each saw in a folder.
+"""Trains with 8-bit state in Trainers on two ranks, and resumes."""
 
-Run as ``python -m tests.workers.eight_bit_lightning FOLDER``, which starts the processes.
-"""
-
-import os
-import sys
 from functools import partial
-from pathlib import Path
 
 import lightning
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
@@ -20,7 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit, build_optimizer
 from tests.workers.eight_bit import RESUMED, STEPS, batches, in_eight_bits, network, values
 
-PAIRS = {"LARS": (LARS8bit, LARS), "LAMB": (LAMB8bit, LAMB)}
+PAIRS = {"LARS": {8: LARS8bit, 32: LARS}, "LAMB": {8: LAMB8bit, 32: LAMB}}
 
 
 class Model(lightning.LightningModule):
@@ -84,38 +76,10 @@ def fit(strategy, optimizer_class, resume=None, save=None):
     return values(model), in_eight_bits(trainer.optimizers[0], model)
 
 
-def train(folder, strategy, name):
-    """Train, and go on from the middle: in 8 bits, and where a checkpoint can, from one kind to the other."""
-    seen = {}
-    # A sharded checkpoint must hold all that is asked of it, and that of 32 bits has no min_8bit_size.
-    kinds = {"8": PAIRS[name][0]} if strategy == "fsdp2" else dict(zip(("8", "32"), PAIRS[name], strict=True))
-    for saved, saver in kinds.items():
-        path = folder / f"{strategy} {name} {saved}.ckpt"
-        seen[saved] = fit(strategy, saver, save=path)
-        # Who resumes first must not read what others still write.
-        dist.barrier()
-        for loaded, loader in kinds.items():
-            seen[f"{saved} to {loaded}"] = fit(strategy, loader, resume=path)
-    return seen
-
-
-def work(rank, folder, port):
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        NODE_RANK="0",
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-    )
-    torch.set_num_threads(1)
-    folder = Path(folder)
-    seen = {(strategy, name): train(folder, strategy, name) for strategy in STRATEGIES for name in PAIRS}
-    torch.save(seen, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port = store.port
-    del store
-    mp.spawn(work, (sys.argv[1], port), nprocs=2)
+def train(folder, strategy, name, saved, loaded):
+    """Train with state of 8 or 32 bits, and go on from the middle with each of some kinds of state."""
+    path = folder / f"{strategy} {name} {saved}.ckpt"
+    straight = fit(strategy, PAIRS[name][saved], save=path)
+    # Who resumes first must not read what others still write.
+    dist.barrier()
+    return straight, {each: fit(strategy, PAIRS[name][each], resume=path) for each in loaded}

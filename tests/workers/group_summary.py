@@ -1,10 +1,7 @@
-"""Prints the groups of sharded parameters, on two processes.
+"""Prints the groups of parameters that two ranks share."""
 
-Run as ``python -m tests.workers.group_summary FOLDER``: Lightning starts the second process by the same
-command.
-"""
-
-import sys
+import io
+from contextlib import redirect_stdout
 
 import torch
 from lightning.pytorch import LightningModule
@@ -63,11 +60,10 @@ RUNS = {
 }
 
 
-def main(folder):
-    for module, strategy in RUNS.values():
-        options = {"devices": 2, "strategy": strategy(), "max_steps": 1, "use_distributed_sampler": False}
-        trainer(folder, callbacks=[ParamGroupSummary()], **options).fit(module())
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+def printed(folder):
+    """What this rank prints under one strategy after the other."""
+    with redirect_stdout(io.StringIO()) as output:
+        for module, strategy in RUNS.values():
+            options = {"devices": 2, "strategy": strategy(), "max_steps": 1, "use_distributed_sampler": False}
+            trainer(folder, callbacks=[ParamGroupSummary()], **options).fit(module())
+    return output.getvalue()

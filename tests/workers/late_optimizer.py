@@ -1,10 +1,7 @@
-"""A module whose parameters FSDP2 replaces, driven by the CLI of choice.
+"""A module whose parameters FSDP2 replaces, and a CLI that trains it.
 
-Run as ``python -m tests.workers.late_optimizer LargeBatchCLI fit ...``: Lightning starts the second process
-by the same command. Prints, for every process, how many of its weights have moved.
+Run as ``python -m tests.workers.late_optimizer fit ...``, it prints on each rank how many weights have moved.
 """
-
-import sys
 
 import lightning.pytorch.cli
 import torch
@@ -14,6 +11,8 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_lars.cli import LargeBatchCLI
 from tests.support.boring import Boring
+
+CLIS = {"LargeBatchCLI": LargeBatchCLI, "LightningCLI": lightning.pytorch.cli.LightningCLI}
 
 
 class Replaced(LightningModule):
@@ -38,13 +37,14 @@ class Replaced(LightningModule):
 
     def on_fit_end(self):
         after = [parameter.full_tensor() for parameter in self.parameters()]
-        moved = sum(not torch.equal(left, right) for left, right in zip(self.before, after, strict=True))
-        print(f"{moved} of {len(after)} moved", flush=True)
+        self.moved = [not torch.equal(left, right) for left, right in zip(self.before, after, strict=True)]
+
+
+def fit(name, arguments):
+    """Train by a CLI; return which weights have moved."""
+    return CLIS[name](Replaced, args=arguments, save_config_callback=None).model.moved
 
 
 if __name__ == "__main__":
-    name = sys.argv.pop(1)
-    cli = LargeBatchCLI if name == "LargeBatchCLI" else lightning.pytorch.cli.LightningCLI
-    # The second process is started with what the first one has in sys.argv.
-    arguments, sys.argv[1:] = sys.argv[1:], [name, *sys.argv[1:]]
-    cli(Replaced, args=arguments)
+    moved = LargeBatchCLI(Replaced, save_config_callback=None).model.moved
+    print(f"{sum(moved)} of {len(moved)} moved", flush=True)

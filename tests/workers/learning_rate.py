@@ -1,11 +1,4 @@
-"""Trains on two processes, one strategy after the other, and leaves what it saw in a folder, a file a rank.
-
-Run as ``python -m tests.workers.learning_rate FOLDER``: Lightning starts the second process likewise.
-"""
-
-import json
-import sys
-from pathlib import Path
+"""Modules whose weights tell the learning rates under strategies of several ranks, and a training of them."""
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -71,7 +64,8 @@ RUNS = {
 }
 
 
-def main(folder):
+def train(folder):
+    """Train under one strategy after the other, and leave the checkpoint of DDP in the folder."""
     seen = {}
     for name, (module, strategy) in RUNS.items():
         module = module()
@@ -81,8 +75,4 @@ def main(folder):
         seen[name] = {"rates": module.rates(), "size": module.size, "path": module.path}
         if name == "ddp":
             fitting.save_checkpoint(folder / "ddp.ckpt")
-    (folder / f"{fitting.global_rank}.json").write_text(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return seen

@@ -1,13 +1,7 @@
-"""A model whose gradient is known, and what the noise scale of its batches is; with a door for two processes.
+"""A model whose gradient is known, and what the noise scale of its batches is, on one rank and on several."""
 
-Run as ``python -m tests.workers.noise_scale FOLDER``: Lightning starts the second process likewise.
-"""
-
-import json
-import sys
 import warnings
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -104,7 +98,7 @@ class NotReduced(DDPStrategy):
         self.model.register_comm_hook(None, noop_hook)
 
 
-CLOSED_FORM = {"data": samples(16 * 2000), "batch_size": 8}
+CLOSED_FORM = {"data": samples(16 * 500), "batch_size": 8}
 RUNS = {
     "ddp": (Shared, {}, DDPStrategy, {}),
     "ddp, bucket views": (Shared, {}, partial(DDPStrategy, gradient_as_bucket_view=True), {}),
@@ -117,36 +111,29 @@ RUNS = {
 }
 
 
-def main(folder):
-    seen = {}
-    for name, (module, arguments, strategy, options) in RUNS.items():
-        logger = CSVLogger(folder, name=name)
-        fitting = trainer(
-            folder,
-            callbacks=[GradientNoiseScale(every_n_steps=1)],
-            strategy=strategy(),
-            devices=2,
-            logger=logger,
-            log_every_n_steps=1,
-            use_distributed_sampler=False,
-            **options,
-        )
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                fitting.fit(module(**arguments))
-                error = None
-            except MisconfigurationException as raised:
-                error = str(raised)
-        metrics = {key: value.item() for key, value in fitting.callback_metrics.items()}
-        seen[name] = {
-            "metrics": metrics,
-            "error": error,
-            "warnings": [str(each.message) for each in caught],
-            "state": fitting.callbacks[0].state_dict(),
-        }
-    (folder / f"{fitting.global_rank}.json").write_text(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def measure(run, folder):
+    """Measure on two ranks in a run, and return what came of it."""
+    module, arguments, strategy, options = RUNS[run]
+    fitting = trainer(
+        folder,
+        callbacks=[GradientNoiseScale(every_n_steps=1)],
+        strategy=strategy(),
+        devices=2,
+        logger=CSVLogger(folder, name=run),
+        log_every_n_steps=1,
+        use_distributed_sampler=False,
+        **options,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            fitting.fit(module(**arguments))
+            error = None
+        except MisconfigurationException as raised:
+            error = str(raised)
+    return {
+        "metrics": {key: value.item() for key, value in fitting.callback_metrics.items()},
+        "error": error,
+        "warnings": [str(each.message) for each in caught],
+        "state": fitting.callbacks[0].state_dict(),
+    }

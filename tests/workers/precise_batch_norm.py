@@ -1,11 +1,6 @@
-"""Recomputes running statistics on two processes, in one strategy after the other, and leaves what it saw.
+"""Recomputes running statistics on two ranks under a strategy."""
 
-Run as ``python -m tests.workers.precise_batch_norm FOLDER``: Lightning starts the second process likewise.
-"""
-
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -112,22 +107,16 @@ RUNS = {
 }
 
 
-def main(folder):
-    seen = {}
-    for name, (module, strategy) in RUNS.items():
-        module = module()
-        fitting = trainer(
-            folder,
-            callbacks=[PreciseBatchNorm(PASSES)],
-            strategy=strategy(),
-            devices=2,
-            max_epochs=EPOCHS,
-            limit_val_batches=0,
-        )
-        fitting.fit(module)
-        seen[name] = {"trained": module.seen, "passed": module.passed, "state": module.final}
-    torch.save(seen, folder / f"{fitting.global_rank}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def train(run, folder):
+    """Train for two epochs; return the samples of all steps and recomputations, and the last state."""
+    module_class, strategy = RUNS[run]
+    module = module_class()
+    trainer(
+        folder,
+        callbacks=[PreciseBatchNorm(PASSES)],
+        strategy=strategy(),
+        devices=2,
+        max_epochs=EPOCHS,
+        limit_val_batches=0,
+    ).fit(module)
+    return {"trained": module.seen, "passed": module.passed, "state": module.final}
