@@ -229,22 +229,25 @@ class WarmupDecayLR(LRScheduler):
         self.gamma = 0.1 if gamma is None else gamma
         self.momentum_range = tuple((0.85, 0.95) if momentum_range is None else momentum_range)
         self._check_shapes(optimizer)
-        self._steps_before = steps_since_asked(optimizer)
+        self.steps_before = 0
+        self._steps_seen = steps_since_asked(optimizer)
         self._has_warned = False
         super().__init__(optimizer, last_epoch)
 
-    def set_total_steps(self, total_steps: int) -> None:
+    def set_total_steps(self, total_steps: int, steps_before: int = 0) -> None:
         """Say how long the training is.
 
         Args:
             total_steps: Optimizer steps of the whole training, at least 1.
+            steps_before: Those that were taken before this schedule began, and do not count as its own: a
+                second fit of a Trainer has a schedule of its own.
 
         Raises:
             ValueError: If ``warmup_steps`` or ``milestones`` do not fit in. The old length stays then.
         """
         _check_steps(self.warmup_steps, total_steps)
         self._check_milestones(total_steps)
-        self.total_steps = total_steps
+        self.total_steps, self.steps_before = total_steps, steps_before
 
     @override
     def step(self, epoch: int | None = None) -> None:
@@ -252,7 +255,7 @@ class WarmupDecayLR(LRScheduler):
 
         Warns, once, if the optimizer took several since the last call: the curves count optimizer steps.
         """
-        steps = steps_since_asked(self.optimizer) - self._steps_before
+        steps = steps_since_asked(self.optimizer) - self._steps_seen
         super().step(epoch)
         if steps > 1 and not self._has_warned:
             self._has_warned = True
@@ -267,7 +270,7 @@ class WarmupDecayLR(LRScheduler):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the scheduler, without what it knows of this optimizer."""
-        own = ("_steps_before", "_has_warned")
+        own = ("_steps_seen", "_has_warned")
         return {key: value for key, value in super().state_dict().items() if key not in own}
 
     @override
@@ -277,9 +280,11 @@ class WarmupDecayLR(LRScheduler):
         Warns if that is another length than this scheduler has. A state that was saved without a length
         keeps this scheduler's.
         """
-        own = self.total_steps
+        own, before = self.total_steps, self.steps_before
         super().load_state_dict(state_dict)
-        self._steps_before = steps_since_asked(self.optimizer)
+        self._steps_seen = steps_since_asked(self.optimizer)
+        if own is not None:
+            own += before - self.steps_before  # as long as the state's, if it ends with the same step
         if self.total_steps is None:
             self.total_steps = own
         elif own not in (None, self.total_steps):
@@ -296,7 +301,7 @@ class WarmupDecayLR(LRScheduler):
     def _get_closed_form_lr(self) -> list[float | Tensor]:
         step = self.last_epoch + 1
         # SequentialLR comes here without a step(), to put a scheduler to its start.
-        self._steps_before = steps_since_asked(self.optimizer)
+        self._steps_seen = steps_since_asked(self.optimizer)
         for group in self.optimizer.param_groups[len(self.base_lrs) :]:  # added since the last call
             lr = group["lr"]
             peak = group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr)

@@ -116,7 +116,7 @@ def _fill_in_length(module: LightningModule, scheduler: WarmupDecayLR) -> None:
             f"WarmupDecayLR is given total_steps={steps:.0f} before BatchSizeFinder changes how many steps "
             "there are: find the batch size in a run of its own, or pass total_steps"
         )
-    scheduler.set_total_steps(int(steps))
+    scheduler.set_total_steps(int(steps), beginning.step)
 
 
 def _changes_steps(callback: Any) -> bool:

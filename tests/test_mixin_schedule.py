@@ -199,6 +199,39 @@ def test_a_second_fit_is_told_what_its_own_epochs_take(tmp_path, first, then, st
     assert fit.lr_scheduler_configs[0].scheduler.total_steps == steps == fit.global_step - before
 
 
+@pytest.mark.parametrize("schedule", [SCHEDULE, partial(CosineAnnealingLR, T_max=3)])
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_second_fit_that_is_resumed_is_the_one_that_never_stopped(tmp_path, schedule):
+    """In another Trainer, which knows nothing of a first one. Warnings are errors."""
+
+    def with_checkpoints(folder, **options):
+        each_epoch = ModelCheckpoint(
+            tmp_path / folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True
+        )
+        return trainer(tmp_path, enable_checkpointing=True, callbacks=[each_epoch], **options)
+
+    straight, fit = Unsaved(lr_scheduler=schedule), with_checkpoints("straight")
+    fit.fit(straight)
+    fit.fit_loop.max_epochs = 4
+    fit.fit(straight)
+    resumed = Unsaved(lr_scheduler=schedule)
+    with_checkpoints("resumed", max_epochs=4).fit(resumed, ckpt_path=tmp_path / "straight/epoch=2.ckpt")
+    assert resumed.rates == straight.rates[3 * 8 :]
+    for name, weight in straight.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+
+
+def test_a_second_fit_that_is_extended_as_it_is_resumed_says_by_how_much(tmp_path):
+    fit = trainer(tmp_path)
+    fit.fit(Rated(lr_scheduler=SCHEDULE))
+    fit.fit_loop.max_epochs = 3
+    fit.fit(Rated(lr_scheduler=SCHEDULE))
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match=r"total_steps=16, which replaces 24: .* Call set_total_steps\(24\)"):
+        trainer(tmp_path, max_epochs=4).fit(Rated(lr_scheduler=SCHEDULE), ckpt_path=tmp_path / "a.ckpt")
+
+
 class Manual(Rated):
     """Steps every fourth batch."""
 

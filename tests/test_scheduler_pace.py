@@ -143,7 +143,7 @@ def test_a_part_of_another_scheduler_is_silent(optimizer, milestone):
 def test_a_state_that_is_loaded_begins_anew_and_holds_nothing_of_the_count(optimizer):
     scheduler = schedule(optimizer)
     before = copy.deepcopy(scheduler.state_dict())
-    assert not {"_steps_before", "_has_warned"} & set(before)
+    assert not {"_steps_seen", "_has_warned"} & set(before)
     step(optimizer, 5)
     scheduler.load_state_dict(before)
     step(optimizer)
