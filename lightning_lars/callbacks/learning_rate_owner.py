@@ -32,6 +32,7 @@ class LearningRateOwner(Callback):
     def __init__(self) -> None:
         self._factors: dict[str, Factor] = {}
         self._optimizers: dict[str, LearningRateFactors] = {}
+        self._followed: list[Any] = []
         self._steps: list[int] = []
         self._beginning = Beginning(epoch=0, step=0)
         self._has_trained = False
@@ -97,22 +98,7 @@ class LearningRateOwner(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()
-        _check(trainer.optimizers)
-        for name, optimizer in by_name(trainer.optimizers).items():
-            # DeepSpeed wraps the optimizer in something that is none, and has other parameters.
-            if isinstance(optimizer, Optimizer):
-                check_holds_parameters(optimizer, trainer.model or pl_module)
-            # The tuner sets callbacks aside while it tries rates and batch sizes in the middle of a fit.
-            try:
-                factors = LearningRateFactors(
-                    optimizer, self._adjustment, counts=lambda: _is_among(self, trainer)
-                )
-            except TypeError as error:
-                raise MisconfigurationException(
-                    f"LearningRateWarmup and BatchSizeScaling act inside of optimizer.step(), and {error}: "
-                    "put the factor into the schedule (WarmupDecayLR), or leave the callbacks out"
-                ) from error
-            self._optimizers[name.strip("/") or type(optimizer).__name__] = factors
+        self._follow(trainer, pl_module)
         is_resumed = cast(Any, trainer).ckpt_path is not None
         if len(self._steps) != len(self._optimizers):
             # A checkpoint from before this callback was there: Lightning's own count is the best known.
@@ -122,6 +108,12 @@ class LearningRateOwner(Callback):
             self._beginning = Beginning(trainer.current_epoch, trainer.global_step)
         for factors, taken in zip(self._optimizers.values(), self._steps, strict=True):
             factors.steps.taken = taken
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if [*map(id, self._followed)] != [*map(id, trainer.optimizers)]:
+            # Set up anew in the middle of a fit: what is new begins with its first step.
+            self._follow(trainer, pl_module)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -158,6 +150,31 @@ class LearningRateOwner(Callback):
         for factors, taken in zip(self._optimizers.values(), self._steps, strict=False):
             factors.steps.taken = taken
 
+    def _follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adjust the optimizers that the Trainer has now; those that it had go on."""
+        _check(trainer.optimizers)
+        known = dict(zip(map(id, self._followed), self._optimizers.values(), strict=True))
+        # What is refused ends the fit, which leaves those that are held here by then.
+        self._optimizers, self._followed = {}, list(trainer.optimizers)
+        for name, optimizer in by_name(trainer.optimizers).items():
+            factors = known.pop(id(optimizer), None) or self._factors_of(optimizer, trainer)
+            self._optimizers[name.strip("/") or type(optimizer).__name__] = factors
+            # DeepSpeed wraps the optimizer in something that is none, and has other parameters.
+            if isinstance(optimizer, Optimizer):
+                check_holds_parameters(optimizer, trainer.model or pl_module)
+        for factors in known.values():
+            factors.detach()
+
+    def _factors_of(self, optimizer: Any, trainer: Trainer) -> LearningRateFactors:
+        try:
+            # The tuner sets callbacks aside while it tries rates and batch sizes in the middle of a fit.
+            return LearningRateFactors(optimizer, self._adjustment, counts=lambda: _is_among(self, trainer))
+        except TypeError as error:
+            raise MisconfigurationException(
+                f"LearningRateWarmup and BatchSizeScaling act inside of optimizer.step(), and {error}: "
+                "put the factor into the schedule (WarmupDecayLR), or leave the callbacks out"
+            ) from error
+
     def _adjustment(self, group: Mapping[str, Any], step: int) -> Mapping[str, Any]:
         adjusted: dict[str, Any] = {}
         for factor in self._factors.values():
@@ -169,7 +186,7 @@ class LearningRateOwner(Callback):
         self._steps = list(self.steps)
         for factors in self._optimizers.values():
             factors.detach()
-        self._optimizers, self._factors, self._has_trained = {}, {}, False
+        self._optimizers, self._followed, self._factors, self._has_trained = {}, [], {}, False
 
 
 def _is_among(callback: Callback, trainer: Trainer) -> bool:

@@ -360,6 +360,41 @@ def test_the_steps_of_a_search_in_the_middle_consume_no_warmup_and_have_its_rate
     assert module.rates()[9:] == close(scaled([RATES] * len(factors), factors))
 
 
+class SetsUpAnew(Walk):
+    """Has Lightning build its optimizer anew as the second epoch starts."""
+
+    def on_train_epoch_start(self):
+        if self.trainer.current_epoch == 1:
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+
+def test_an_optimizer_that_is_set_up_in_the_middle_warms_up(tmp_path):
+    module = train(tmp_path, SetsUpAnew())
+    assert module.rates() == [*warmed(BATCHES), *warmed(BATCHES)]
+
+
+class GrowsAnother(TakesTurns):
+    """Gets its second optimizer in the second epoch."""
+
+    def configure_optimizers(self):
+        return super().configure_optimizers()[:1]
+
+    def on_train_epoch_start(self):
+        if self.trainer.current_epoch == 1:
+            self.trainer.optimizers = [*self.trainer.optimizers, SGD([self.b], RATES[1])]
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.trainer.optimizers:
+            self.update(optimizer)
+
+
+def test_an_optimizer_that_joins_in_the_middle_warms_up_and_the_other_goes_on(tmp_path):
+    module = train(tmp_path, GrowsAnother())
+    first, second = ([move[i] for move in module.moved if move[i]] for i in range(2))
+    assert [(rate, rate) for rate in first] == warmed(2 * BATCHES, (RATES[0],) * 2)
+    assert [(rate, rate) for rate in second] == warmed(BATCHES, (RATES[1],) * 2)
+
+
 class Never(Manual):
     """Has a second optimizer that it never steps."""
 
@@ -403,6 +438,21 @@ def test_an_optimizer_whose_steps_cannot_be_seen_is_refused_before_training(tmp_
     with pytest.raises(MisconfigurationException, match=re.escape(said)):
         train(tmp_path, module)
     assert module.position() == (1.0, 1.0)
+
+
+def test_a_refusal_leaves_the_optimizers_as_they_were(tmp_path):
+    class Second(Never):
+        """Has one optimizer whose steps can be seen, and one of which they cannot."""
+
+        def configure_optimizers(self):
+            self.first = SGD([self.a], RATES[0])
+            return [self.first, Bare([self.b])]
+
+    module = Second()
+    with pytest.raises(MisconfigurationException, match="got a Bare, whose steps cannot be seen"):
+        train(tmp_path, module)
+    assert not module.first._optimizer_step_pre_hooks
+    assert not module.first._optimizer_state_dict_pre_hooks
 
 
 class Relative(SGD):
