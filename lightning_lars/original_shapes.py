@@ -44,8 +44,8 @@ def original_shape(parameter: Tensor, shapes: Mapping[Tensor, Size]) -> Size | N
 
 
 def is_flat(parameter: Tensor) -> bool:
-    """Tell whether FSDP1 has put many layers into this one parameter."""
-    return isinstance(parameter, FlatParameter)
+    """Tell whether FSDP1, torch's or fairscale's, has put many layers into this one parameter."""
+    return isinstance(parameter, FlatParameter) or type(parameter).__name__ == "FlatParameter"
 
 
 def _is_fsdp1(module: nn.Module) -> bool:

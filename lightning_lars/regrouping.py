@@ -1,8 +1,9 @@
 """Splits the groups of an optimizer that exists, and what schedulers keep for each of them."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -89,15 +90,36 @@ def follow(scheduler: Any, optimizer: Optimizer, origins: Sequence[int]) -> None
     for each in schedulers_in(scheduler, optimizer):
         is_known = type(each).__module__.split(".")[0] in _KNOWN_PACKAGES
         for attribute, kept in list(_attributes(each).items()):
-            if not isinstance(kept, list | tuple) or len(kept) != len(old):
+            if not _may_be_of_groups(kept, old):
                 continue
             if attribute in _PER_GROUP:
-                setattr(each, attribute, type(kept)(kept[origin] for origin in origins))
-            elif not is_known and attribute not in _NOT_PER_GROUP and any(map(_may_be_of_a_group, kept)):
+                setattr(each, attribute, _grown(kept, origins))
+            elif not is_known and attribute not in _NOT_PER_GROUP:
                 raise TypeError(
                     f"{type(each).__name__} keeps {attribute!r}, of which it cannot be known whether it has "
                     "an entry for each group of the optimizer"
                 )
+
+
+def _may_be_of_groups(kept: Any, groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether a scheduler's attribute has an entry for each group: a list, an array or a dict."""
+    if isinstance(kept, Mapping):
+        names = [group.get("name") for group in groups]
+        return list(kept) in (list(range(len(groups))), names)
+    if isinstance(kept, str) or not hasattr(kept, "__getitem__") or not hasattr(kept, "__len__"):
+        return False
+    if getattr(kept, "ndim", 1) != 1 or len(kept) != len(groups):
+        return False
+    return any(isinstance(entry, Real | Tensor | Mapping) or callable(entry) for entry in kept)
+
+
+def _grown(kept: Any, origins: Sequence[int]) -> Any:
+    if isinstance(kept, list | tuple):
+        return type(kept)(kept[origin] for origin in origins)
+    if isinstance(kept, Mapping):
+        values = list(kept.values())
+        return {number: values[origin] for number, origin in enumerate(origins)}
+    return kept[list(origins)]
 
 
 def schedulers_in(scheduler: Any, optimizer: Optimizer) -> list[Any]:
@@ -150,7 +172,3 @@ def inner_optimizer(optimizer: Optimizer) -> Optimizer | None:
         if isinstance(each, Optimizer) and each.param_groups is not optimizer.param_groups:
             return each
     return None
-
-
-def _may_be_of_a_group(entry: Any) -> bool:
-    return isinstance(entry, int | float | Tensor | Mapping | Callable)

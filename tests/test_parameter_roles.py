@@ -249,3 +249,8 @@ def test_shapes_before_the_parts_of_deepspeed_are_believed():
     module = holding(gamma=(0,), matrix=(0,))
     module.gamma.ds_shape, module.matrix.ds_shape = torch.Size([4]), torch.Size([4, 4])
     assert names(module) == {"adapted": ["matrix"], "excluded": ["gamma"]}
+
+
+def test_a_parameter_without_elements_may_stand_anywhere():
+    """As those that only tell the device of a module."""
+    assert names(nn.Sequential(holding("Model", dummy=(0,)), nn.Linear(2, 2)))["adapted"] == ["1.weight"]

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -237,8 +238,9 @@ class WithLists:
 
     def step(self, *_):
         self.t += 1
-        for group, base in zip(self.optimizer.param_groups, self.base_values, strict=True):
-            group["lr"] = base * 0.9**self.t
+        assert len(self.optimizer.param_groups) == len(self.base_values)
+        for index, group in enumerate(self.optimizer.param_groups):
+            group["lr"] = float(self.base_values[index]) * 0.9**self.t
 
     def state_dict(self):
         return {key: value for key, value in vars(self).items() if key != "optimizer"}
@@ -254,11 +256,16 @@ class Unscheduled(Bare):
         scheduler.step()
 
 
-@pytest.mark.parametrize("kind", [list, tuple])
+def by_number(values):
+    return dict(enumerate(values))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, by_number, np.fromiter, torch.tensor])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_lists_of_schedulers_that_are_not_torchs_grow_with_the_groups(tmp_path, groups, kind):
     def schedule(optimizer):
-        return WithLists(optimizer, base_values=kind(group["lr"] for group in optimizer.param_groups))
+        options = {"dtype": float} if kind is np.fromiter else {}
+        return WithLists(optimizer, base_values=kind([g["lr"] for g in optimizer.param_groups], **options))
 
     before = fit(tmp_path, Unscheduled(scheduler=schedule, groups=groups))
     after = fit(tmp_path, Unscheduled(scheduler=schedule, groups=groups), ExcludeNormAndBias())
@@ -359,6 +366,16 @@ FAILURES = {
         {},
         "keeps 'curves', of which it cannot be known",
     ),
+    "an array that may be of groups": (
+        lambda optimizer: WithLists(optimizer, base_values=[0.5], own=torch.tensor([0.5])),
+        {},
+        "keeps 'own', of which it cannot be known",
+    ),
+    "a dict that may be of groups": (
+        lambda optimizer: WithLists(optimizer, base_values=[0.5], own={0: 0.5}),
+        {},
+        "keeps 'own', of which it cannot be known",
+    ),
     "no rate of its own": (
         lambda optimizer: WithLists(optimizer, base_values=[0.5]),
         {"excluded_lr": 0.01},
@@ -386,7 +403,9 @@ def test_what_cannot_be_regrouped_leaves_everything_as_it_was(tmp_path, case):
 
 def test_lists_that_have_another_meaning_stay_as_they_are(tmp_path):
     def schedule(optimizer):
-        return WithLists(optimizer, base_values=[0.5], milestones=[3], called=["warmup"], longer=[1, 2])
+        return WithLists(
+            optimizer, base_values=[0.5], milestones=[3], called=["warmup"], longer=[1, 2], named={"a": 1}
+        )
 
     module = fit(tmp_path, Unscheduled(scheduler=schedule), ExcludeNormAndBias())
     scheduler = module.trainer.lr_scheduler_configs[0].scheduler
