@@ -1,7 +1,6 @@
 """State dicts, of these optimizers and of torch.optim's, made to fit."""
 
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from itertools import chain
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_lars.optim.eight_bit_state import eight_bit_state_dict
+from lightning_lars.optim.group_matching import match_groups
 
 # torch.optim keeps these in its groups: a choice of implementation, or (AdamW's decoupled decay) a name
 # that means something else here. A checkpoint of theirs must not switch ours.
@@ -21,6 +21,7 @@ def adapt_state_dict(
     own_groups: Sequence[Mapping[str, Any]],
     state_keys: Set[str],
     check_groups: Callable[[Sequence[Mapping[str, Any]]], None],
+    warn: Callable[[str], None],
 ) -> dict[str, Any]:
     """Return a state dict whose groups have every key, or raise before anything is loaded.
 
@@ -30,14 +31,8 @@ def adapt_state_dict(
         ValueError: If groups, hyperparameters or state do not fit the optimizer.
     """
     saved = eight_bit_state_dict(saved)
-    groups = saved["param_groups"]
-    sizes, own_sizes = ([len(group["params"]) for group in each] for each in (groups, own_groups))
-    if sizes != own_sizes:
-        raise ValueError(
-            f"state_dict must have the parameter groups of the optimizer, with {own_sizes} parameters, "
-            f"got groups of {sizes}: build both with the same param_groups"
-        )
-    _warn_of_momentum(groups, own_groups, saved["state"])
+    groups = match_groups(saved["param_groups"], own_groups, warn)
+    _warn_of_momentum(groups, own_groups, saved["state"], warn)
     groups = [_adapt_group(group, own) for group, own in zip(groups, own_groups, strict=True)]
     check_groups(groups)
     for saved_id, p in pair_params(groups, own_groups):
@@ -115,17 +110,19 @@ def _is_foreign(saved: Mapping[str, Any]) -> bool:
 
 
 def _warn_of_momentum(
-    groups: Sequence[Mapping[str, Any]], own_groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]
+    groups: Sequence[Mapping[str, Any]],
+    own_groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Any, Any],
+    warn: Callable[[str], None],
 ) -> None:
     for group, own in zip(groups, own_groups, strict=True):
         scales_momentum = own["layer_adaptation"] and own.get("denominator") not in (None, "momentum")
         buffers = [state.get(saved_id, {}).get("momentum_buffer") for saved_id in group["params"]]
         if _is_foreign(group) and scales_momentum and any(buffer is not None for buffer in buffers):
-            warnings.warn(
+            warn(
                 "The state dict is SGD's, with its learning rate, and a momentum that no trust ratio has "
                 "scaled: under a rate for LARS it would throw the weights far off until it has faded. Raise "
                 'lr in small steps, or leave the momentum behind with state_dict["state"] = {}',
-                stacklevel=5,
             )
             return
 
@@ -140,4 +137,4 @@ def _adapt_group(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, 
                 )
         saved = {key: value for key, value in saved.items() if key in own and key not in _FOREIGN_KEYS}
     kept = {key: value for key, value in own.items() if key not in ("params", "param_names")}
-    return {**kept, **saved, "fused": own["fused"]}
+    return {**kept, **saved}

@@ -1,6 +1,7 @@
 """What LARS and LAMB do alike: the walk over groups and layers, clipping, state, trust ratios."""
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -466,16 +467,20 @@ class LayerwiseOptimizer(Optimizer, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer, or of ``torch.optim.SGD`` (LARS) or ``AdamW`` (LAMB).
 
-        Hyperparameters that the state dict does not name keep the value they have here, and ``fused``
-        always does. The state of half-precision parameters stays in float32.
+        Where both sides have names, state and hyperparameters follow them, whatever the order, the groups and
+        the wrappers (``module.``); otherwise they are matched by position, as in ``torch.optim``. Names,
+        ``fused``, and hyperparameters that the state dict does not name, stay as they are here. The state of
+        half-precision parameters stays in float32.
 
         Raises:
-            ValueError: If groups, hyperparameters or state do not fit. Nothing has been loaded then.
+            ValueError: If parameters, hyperparameters or state do not fit. Nothing has been loaded then.
         """
         adapted: dict[str, Any] = {}
+        caveats: list[str] = []
 
         def adapt(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            adapted.update(adapt_state_dict(saved, self.param_groups, self.state_keys, self._check_groups))
+            groups, keys = self.param_groups, self.state_keys
+            adapted.update(adapt_state_dict(saved, groups, keys, self._check_groups, caveats.append))
             return adapted
 
         def fit(_: Optimizer) -> None:
@@ -491,6 +496,8 @@ class LayerwiseOptimizer(Optimizer, ABC):
         before = self.__dict__.copy()
         try:
             super().load_state_dict(state_dict)
+            for caveat in caveats:
+                warnings.warn(caveat, stacklevel=2)
         except BaseException:
             self.__dict__.update(before)
             raise
