@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_lars import LAMB, LARS, recipes
 from lightning_lars.cli import LargeBatchCLI
-from tests.support.boring import Boring, boring, trainer
+from tests.support.boring import Plain, boring, trainer
 
 FOLDER = Path(__file__).parents[1] / "examples/recipes"
 EPOCH = 312  # steps of ImageNet at batch 4096, as loaders that drop the last batch have
@@ -172,7 +172,7 @@ def test_yaml_and_function_build_the_same(name, tmp_path, monkeypatch):
     if name != "mlperf_bert_4096":  # whose length is part of the recipe
         arguments.append(f"--lr_scheduler.init_args.total_steps={total_steps}")
 
-    cli = LargeBatchCLI(Net, args=arguments, run=False)
+    cli = LargeBatchCLI(Plain, args=arguments, run=False)
     cli.trainer.fit(cli.model)
     module = boring(**recipe)
     own = trainer(tmp_path, fast_dev_run=2)
@@ -194,13 +194,6 @@ def with_length(build, total_steps):
         return built
 
     return scheduler
-
-
-class Net(Boring):
-    """As a user's module for LargeBatchCLI, which says nothing of its optimizer."""
-
-    def __init__(self, width: int = 3):
-        super().__init__(width)
 
 
 def test_every_yaml_is_tested():

@@ -11,7 +11,7 @@ from torch.optim import SGD
 
 from lightning_lars import LAMB, LARS, ExcludeNormAndBias, build_optimizer
 from lightning_lars.cli import LargeBatchCLI
-from tests.support.boring import Boring, boring, trainer
+from tests.support.boring import Boring, Plain, boring, trainer
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "barebones": False}
 
@@ -50,7 +50,7 @@ def test_the_mixin_refuses_zero_and_names_the_ways_out(tmp_path, strategy, stage
 
 def test_the_cli_refuses_zero(tmp_path):
     arguments = ["--optimizer=lightning_lars.LARS", "--seed_everything=0"]
-    cli = LargeBatchCLI(Boring, trainer_defaults=QUIET, args=arguments, run=False)
+    cli = LargeBatchCLI(Plain, trainer_defaults=QUIET, args=arguments, run=False)
     attached(cli.model, ZeRO(2), tmp_path)
     with pytest.raises(MisconfigurationException, match="ZeRO stage 2"):
         cli.model.configure_optimizers()

@@ -10,12 +10,11 @@ from torch.utils.data import DataLoader
 from lightning_lars import LARS, LargeBatchMixin
 
 
-class Boring(LargeBatchMixin, LightningModule):
-    """Regression from 4 numbers to 2, in 8 batches of 4."""
+class Plain(LightningModule):
+    """Regression from 4 numbers to 2, in 8 batches of 4, which says nothing of its optimizer."""
 
-    def __init__(self, width: int = 3, **kwargs):
-        super().__init__(**kwargs)
-        self.save_hyperparameters()
+    def __init__(self, width: int = 3):
+        super().__init__()
         self.net = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
 
     def training_step(self, batch, batch_idx):
@@ -26,6 +25,14 @@ class Boring(LargeBatchMixin, LightningModule):
     def train_dataloader(self):
         generator = torch.Generator().manual_seed(1)
         return DataLoader(torch.randn(32, 4, generator=generator), batch_size=4)
+
+
+class Boring(LargeBatchMixin, Plain):
+    """With the optimizer of the mixin."""
+
+    def __init__(self, width: int = 3, **kwargs):
+        super().__init__(width=width, **kwargs)
+        self.save_hyperparameters()
 
 
 class WithoutOptimizer(Boring):
