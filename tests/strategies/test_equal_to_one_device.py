@@ -1,29 +1,44 @@
 """Every strategy takes the steps of one device: parameters, trust ratios, checkpoints; and its exchanges."""
 
-import os
 import re
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
 from lightning_lars import LAMB, LARS
-from tests.support.setups import ON_FOUR, ON_TWO, Setup, alone, ddp, ddp_zero, no_shard, sequence_parallel
-from tests.support.small_network import CASES, RESUMED, STEPS, batches, deviation, network, trained
-from tests.workers.edges import gradient_of_one_half
-from tests.workers.equal_to_one_device import IN_TRITON, IN_TRITON_CASES, RESUMED_CASES, step
+from tests.support.ranks import on_ranks, once
+from tests.support.setups import ON_FOUR, SETUPS, Setup, alone
+from tests.support.small_network import CASES, STEPS, batches, deviation, network, trained
+from tests.workers import edges, equal_to_one_device
+from tests.workers.equal_to_one_device import go_on, state_on_one_device, step
 
 PAGE = Path(__file__).parents[2] / "docs" / "strategies.md"
 
 pytestmark = pytest.mark.distributed
 
 TOLERANCE = 1e-6
-SETUPS = [(make, 2) for make in ON_TWO] + [(make, 4) for make in ON_FOUR]
-WHOLE = ddp, ddp_zero, no_shard
+ALL = [f"{name}-2" for name in SETUPS if name not in ON_FOUR] + [f"{name}-4" for name in ("fsdp2", *ON_FOUR)]
+WHOLE = "ddp-2", "ddp_zero-2", "no_shard-2"
+# A strategy changes norms, and an option what is done with norms of whole layers: every set-up has two cases,
+# and every case two set-ups, in one of which gradients must be added up first.
+CASES_OF_ALL = ["LARS nesterov", "LAMB clipping"]
+HAVE_ALL_CASES = ["fsdp2-2", "sequence_parallel-2"]
+# The optimizer refuses max_grad_norm where each process has some of the layers.
+CASES_OF_ZERO = ["LARS nesterov", "LAMB"]
+RUNS = [
+    (setup, case)
+    for setup in ALL
+    for case in (
+        CASES if setup in HAVE_ALL_CASES else CASES_OF_ZERO if setup == "ddp_zero-2" else CASES_OF_ALL
+    )
+]
+# The state of LAMB has all that of LARS has, and more. Lightning gathers that of ZeroRedundancyOptimizer.
+RESUMED = [(setup, "LAMB clipping") for setup in ALL if setup != "ddp_zero-2"]
+RESUMED += [("full_shard-2", "LARS nesterov"), ("fsdp2-2", "LARS nesterov")]
+# With parts of some layers on some processes only, and gradients that must be added up first.
+IN_TRITON = [("full_shard-2", "LARS nesterov"), ("sequence_parallel-2", "LAMB"), ("fsdp2-4", "LARS nesterov")]
 
 # What the table says: without and with max_grad_norm.
 EXCHANGES = {
@@ -35,43 +50,15 @@ EXCHANGES = {
 }
 
 
-def over(setups):
-    ids = [f"{make.__name__}-{processes}" for make, processes in setups]
-    return pytest.mark.parametrize(("make", "processes"), setups, ids=ids)
+def over(runs):
+    return pytest.mark.parametrize(("setup", "case"), runs, ids=lambda value: value.replace(" ", "_"))
 
 
-setups = over(SETUPS)
-cases = pytest.mark.parametrize("case", CASES)
-resumed_cases = pytest.mark.parametrize("case", RESUMED_CASES)
-
-
-@cache
-def run(folder, processes):
-    """Train in every set-up of so many processes, once."""
-    return subprocess.run(
-        [sys.executable, "-m", "tests.workers.equal_to_one_device", folder, str(processes)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
-        timeout=600,
-        check=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("strategies")
-
-
-@pytest.fixture
-def seen(folder, make, processes, case):
-    """What each process saw."""
-    if make is ddp_zero and "max_grad_norm" in CASES[case][1]:
-        pytest.skip("max_grad_norm is refused where each process has some of the layers")
-    finished = run(str(folder), processes)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    paths = [folder / f"{make.__name__} {processes} {rank}.pt" for rank in range(processes)]
-    return [torch.load(path, weights_only=False)[case] for path in paths]
+@once
+def seen(what, setup, case):
+    """What each process of a set-up saw."""
+    name, processes = setup.split("-")
+    return on_ranks(int(processes), getattr(equal_to_one_device, what), name, case)
 
 
 @cache
@@ -80,118 +67,100 @@ def expected(case):
 
 
 def test_the_table_has_every_setup():
-    assert sorted(EXCHANGES) == sorted(f"{make.__name__}-{processes}" for make, processes in SETUPS)
+    assert sorted(EXCHANGES) == sorted(ALL)
 
 
-@setups
-@cases
-def test_the_parameters_are_those_of_one_device_after_every_step(seen, case):
-    for process in seen:
+@over(RUNS)
+def test_the_parameters_are_those_of_one_device_after_every_step(setup, case):
+    for process in seen("train", setup, case):
         assert len(process["values"]) == STEPS
         for actual, (values, _) in zip(process["values"], expected(case), strict=True):
             assert deviation(actual, values) < TOLERANCE
 
 
-@setups
-@cases
-def test_every_process_knows_the_trust_ratio_of_every_layer(seen, case, make):
-    if make is ddp_zero:
-        pytest.skip("each process steps some of the layers")
-    for process in seen:
+# With ZeroRedundancyOptimizer each process steps some of the layers.
+@over([(setup, case) for setup, case in RUNS if setup != "ddp_zero-2"])
+def test_every_process_knows_the_trust_ratio_of_every_layer(setup, case):
+    for process in seen("train", setup, case):
         for actual, (_, ratios) in zip(process["ratios"], expected(case), strict=True):
             assert list(actual) == list(ratios)
             assert actual == pytest.approx(ratios, rel=1e-5)
         assert process["dtypes"] == {torch.float32}
 
 
-@over(IN_TRITON)
-@pytest.mark.parametrize("case", IN_TRITON_CASES)
-def test_the_kernels_for_gpus_take_the_same_steps_of_shards(seen, case):
-    pytest.importorskip("triton", reason="there is no triton for this system")
-    for process in seen:
-        in_triton = process["in triton"]
-        steps = zip(in_triton["values"], in_triton["ratios"], expected(case), strict=True)
-        for actual, ratios, (values, expected_ratios) in steps:
-            assert deviation(actual, values) < TOLERANCE
-            assert ratios == pytest.approx(expected_ratios, rel=1e-5)
-
-
-@setups
-@cases
-def test_norms_of_shards_would_have_been_noticed(seen, case, make):
-    final = expected(case)[-1][0]
-    wrong = max(deviation(process["local norms"], final) for process in seen)
-    if make in WHOLE:
-        assert wrong < TOLERANCE
-    else:
-        assert wrong > 100 * TOLERANCE
-
-
-@setups
-@cases
-def test_a_step_exchanges_as_often_as_the_documentation_says(seen, case, make, processes):
-    exchanges = EXCHANGES[f"{make.__name__}-{processes}"]["max_grad_norm" in CASES[case][1]]
-    for process in seen:
+@over(RUNS)
+def test_a_step_exchanges_as_often_as_the_documentation_says(setup, case):
+    exchanges = EXCHANGES[setup]["max_grad_norm" in CASES[case][1]]
+    for process in seen("train", setup, case):
         for collectives in process["collectives"]:
             # The gradients of norms under sequence parallelism are sums that nobody has added up yet.
-            added_up = 4 if make is sequence_parallel else 0
+            added_up = 4 if setup == "sequence_parallel-2" else 0
             expected = {"c10d.allreduce_": exchanges, "c10d_functional.all_reduce": added_up}
-            if make is ddp_zero:
+            if setup == "ddp_zero-2":
                 # Who steps a parameter tells the others.
                 expected["c10d.broadcast_"] = collectives["c10d.broadcast_"]
             assert collectives == {name: count for name, count in expected.items() if count}
 
 
-@setups
-@resumed_cases
-@pytest.mark.parametrize("kind", ["full", "sharded", "of another"])
-def test_a_resumed_run_goes_on_like_an_uninterrupted_one(seen, case, make, kind):
-    if make is ddp_zero:
-        pytest.skip("its state is gathered by consolidate_state_dict, as Lightning does")
-    if kind == "of another" and make in (ON_TWO[0], ON_FOUR[0]):
-        pytest.skip("no strategy before it left a checkpoint")
-    for process in seen:
-        uninterrupted = expected(case)[-1][0] if kind == "of another" else process["values"][-1]
-        assert deviation(process["resumed"][kind], uninterrupted) < TOLERANCE
+@pytest.mark.parametrize("setup", ALL)
+def test_norms_of_shards_would_have_been_noticed(setup):
+    case = CASES_OF_ALL[0]
+    ends = seen("train_with_local_norms", setup, case)
+    wrong = max(deviation(end, expected(case)[1][0]) for end in ends)
+    if setup in WHOLE:
+        assert wrong < TOLERANCE
+    else:
+        assert wrong > 100 * TOLERANCE
 
 
-@setups
-@resumed_cases
-def test_a_full_checkpoint_goes_on_on_one_device(seen, case, make):
-    if make is ddp_zero:
-        pytest.skip("its state is gathered by consolidate_state_dict, as Lightning does")
-    here = alone(case)
-    model, optimizer = seen[0]["full"]
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    set_state_dict(
-        here.net, here.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=options
-    )
-    for batch in batches()[RESUMED:]:
-        step(here, batch)
-    assert deviation(here.values(), expected(case)[-1][0]) < TOLERANCE
+@over(IN_TRITON)
+def test_the_kernels_for_gpus_take_the_same_steps_of_shards(setup, case):
+    pytest.importorskip("triton", reason="there is no triton for this system")
+    for process in seen("train_in_triton", setup, case):
+        steps = zip(process["values"], process["ratios"], expected(case)[:2], strict=True)
+        for actual, ratios, (values, expected_ratios) in steps:
+            assert deviation(actual, values) < TOLERANCE
+            assert ratios == pytest.approx(expected_ratios, rel=1e-5)
 
 
-@pytest.fixture
-def edges(folder):
-    """What each of two processes saw besides."""
-    finished = run(str(folder), 2)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    return [torch.load(folder / f"edges {rank}.pt", weights_only=False) for rank in range(2)]
+@over(RESUMED)
+@pytest.mark.parametrize("checkpoint", ["from shards", "from one device"])
+def test_a_resumed_run_goes_on_like_an_uninterrupted_one(setup, case, checkpoint):
+    for process in seen("resume", setup, case):
+        assert deviation(process[checkpoint], expected(case)[-1][0]) < TOLERANCE
+
+
+@over(RESUMED)
+def test_a_full_checkpoint_is_that_of_one_device(setup, case):
+    """Then whatever goes on from one of them goes on from the other."""
+    model_here, here = state_on_one_device(case)
+    for process in seen("resume", setup, case):
+        model, optimizer = process["full"]
+        assert deviation(model, model_here) < TOLERANCE
+        assert optimizer["param_groups"] == here["param_groups"]
+        assert optimizer["state"].keys() == here["state"].keys()
+        for layer, state in here["state"].items():
+            assert {type(value) for value in optimizer["state"][layer].values()} == {torch.Tensor}
+            torch.testing.assert_close(optimizer["state"][layer], state, rtol=0.0, atol=TOLERANCE)
+
+
+@over(RESUMED)
+def test_a_full_checkpoint_goes_on_on_one_device(setup, case):
+    end = go_on(alone(case), seen("resume", setup, case)[0]["full"], full=True)
+    assert deviation(end, expected(case)[-1][0]) < TOLERANCE
 
 
 @pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
-def test_a_layer_has_its_whole_weight_where_one_process_alone_has_a_gradient(edges, optimizer_class):
-    with_gradient, without = (
-        process["gradient on one process"][optimizer_class.__name__] for process in edges
-    )
-    assert with_gradient == pytest.approx(gradient_of_one_half(optimizer_class), rel=1e-6)
+def test_a_layer_has_its_whole_weight_where_one_process_alone_has_a_gradient(optimizer_class):
+    with_gradient, without = on_ranks(2, edges.gradient_on_one_process, optimizer_class)
+    assert with_gradient == pytest.approx(edges.gradient_of_one_half(optimizer_class), rel=1e-6)
     assert without == {}
 
 
-def test_an_optimizer_notices_that_fsdp_wraps_its_layers_after_the_first_steps(edges):
+def test_an_optimizer_notices_that_fsdp_wraps_its_layers_after_the_first_steps():
     net = network()
     here = Setup(net, net, LARS(net.parameters(), lr=0.2, momentum=0.0, trust_coefficient=0.1), 0, 1)
     for batch in batches():
         step(here, batch)
-    for process in edges:
-        assert deviation(process["wrapped late"], here.values()) < TOLERANCE
+    for end in on_ranks(2, edges.wrapped_late):
+        assert deviation(end, here.values()) < TOLERANCE

@@ -148,14 +148,20 @@ def fsdp2_tensor_parallel(case):
     return Setup(net, net, optimizer_of(case, net), mesh.get_local_rank("data"), 2)
 
 
-ON_TWO = [
-    ddp,
-    ddp_zero,
-    full_shard,
-    shard_grad_op,
-    no_shard,
-    fsdp2,
-    tensor_parallel,
-    sequence_parallel,
-]
-ON_FOUR = [fsdp2, hsdp, hybrid_shard, fsdp2_tensor_parallel]
+SETUPS = {
+    make.__name__: make
+    for make in (
+        ddp,
+        ddp_zero,
+        full_shard,
+        shard_grad_op,
+        no_shard,
+        fsdp2,
+        tensor_parallel,
+        sequence_parallel,
+        hsdp,
+        hybrid_shard,
+        fsdp2_tensor_parallel,
+    )
+}
+ON_FOUR = ["hsdp", "hybrid_shard", "fsdp2_tensor_parallel"]

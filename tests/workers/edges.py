@@ -8,9 +8,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from lightning_lars import LAMB, LARS
+from lightning_lars import LARS
 from tests.support.setups import Setup
 from tests.support.small_network import Block, batches, floats, network
+from tests.workers.equal_to_one_device import step
 
 WRAPPED_AFTER = 2
 
@@ -36,7 +37,7 @@ def gradient_of_one_half(optimizer_class):
     return floats(optimizer.trust_ratios())
 
 
-def wrapped_late(step):
+def wrapped_late():
     """Parameters where FSDP1 wraps the network after the first steps, of an optimizer without state."""
     net = network()
     optimizer = LARS(net.parameters(), lr=0.2, momentum=0.0, trust_coefficient=0.1)
@@ -53,11 +54,3 @@ def wrapped_late(step):
     for batch in batches()[WRAPPED_AFTER:]:
         step(there, batch)
     return there.values()
-
-
-def seen_at_edges(step):
-    """All of it."""
-    return {
-        "gradient on one process": {each.__name__: gradient_on_one_process(each) for each in (LARS, LAMB)},
-        "wrapped late": wrapped_late(step),
-    }

@@ -1,16 +1,9 @@
-"""Trains with Lightning's strategies on this process and its peers, and leaves what it saw in a folder.
+"""Trains with Lightning's strategies, on one rank or several, and resumes."""
 
-Run as ``python -m tests.workers.lightning_strategies FOLDER WORLD_SIZE``, which starts the processes.
-"""
-
-import os
-import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -140,23 +133,21 @@ def model_parallel(data, tensor, **options):
 
 
 FULL = {"save_distributed_checkpoint": False}
-# Module, strategy and other arguments of the Trainer.
+# Number of ranks, module, strategy and other arguments of the Trainer.
 RUNS = {
-    2: {
-        "ddp": (Module, ddp, {}),
-        "zero": (Module, ddp, {}),
-        "fsdp": (Module, fsdp, {}),
-        "fsdp2": (FSDP2, partial(model_parallel, 2, 1), {}),
-        "fsdp2 full": (FSDP2, partial(model_parallel, 2, 1, **FULL), {}),
-        "tensor parallel": (TensorParallel, partial(model_parallel, 1, 2), {}),
-        "ddp 64-true": (Module, ddp, {"precision": "64-true"}),
-        "ddp bf16-mixed": (Module, ddp, {"precision": "bf16-mixed"}),
-        "ddp bf16-true": (Module, ddp, {"precision": "bf16-true"}),
-        "ddp 16-mixed": (Module, ddp, {"plugins": overflowing}),
-        "fsdp2 bf16-mixed": (FSDP2, partial(model_parallel, 2, 1), {"precision": "bf16-mixed"}),
-        "fsdp2 bf16-true": (FSDP2, partial(model_parallel, 2, 1), {"precision": "bf16-true"}),
-    },
-    4: {"fsdp2 tensor parallel": (FSDP2TensorParallel, partial(model_parallel, 2, 2), {})},
+    "ddp": (2, Module, ddp, {}),
+    "zero": (2, Module, ddp, {}),
+    "fsdp": (2, Module, fsdp, {}),
+    "fsdp2": (2, FSDP2, partial(model_parallel, 2, 1), {}),
+    "fsdp2 full": (2, FSDP2, partial(model_parallel, 2, 1, **FULL), {}),
+    "tensor parallel": (2, TensorParallel, partial(model_parallel, 1, 2), {}),
+    "fsdp2 tensor parallel": (4, FSDP2TensorParallel, partial(model_parallel, 2, 2), {}),
+    "ddp 64-true": (2, Module, ddp, {"precision": "64-true"}),
+    "ddp bf16-mixed": (2, Module, ddp, {"precision": "bf16-mixed"}),
+    "ddp bf16-true": (2, Module, ddp, {"precision": "bf16-true"}),
+    "ddp 16-mixed": (2, Module, ddp, {"plugins": overflowing}),
+    "fsdp2 bf16-mixed": (2, FSDP2, partial(model_parallel, 2, 1), {"precision": "bf16-mixed"}),
+    "fsdp2 bf16-true": (2, FSDP2, partial(model_parallel, 2, 1), {"precision": "bf16-true"}),
 }
 
 
@@ -192,52 +183,16 @@ def fit(folder, module_class, optimizer, strategy, options, checkpoint=None, **m
     return seen
 
 
-def train(folder, name, module_class, strategy, options, optimizer, devices):
-    """Train, and go on from the checkpoint of the third step."""
-    folder = folder / name
+def train(folder, name, of):
+    """Train, and go on from the checkpoint of the third step, unless in half precision."""
+    devices, module_class, strategy, options = RUNS[name]
+    optimizer = over_shares if name == "zero" else OPTIMIZERS[of]
+    folder = folder / f"{name} {of}"
     seen = fit(folder, module_class, optimizer, strategy(), options, devices=devices)
     # Who resumes first must not read what others still write.
     dist.barrier()
     if "16" not in name:
-        again = fit(
-            folder / "again",
-            module_class,
-            optimizer,
-            strategy(),
-            options,
-            checkpoint=folder / "steps" / f"step={RESUMED}.ckpt",
-            devices=devices,
-        )
-        seen["resumed"] = again["values"]
+        checkpoint = folder / "steps" / f"step={RESUMED}.ckpt"
+        arguments = folder / "again", module_class, optimizer, strategy(), options, checkpoint
+        seen["resumed"] = fit(*arguments, devices=devices)["values"]
     return seen
-
-
-def work(rank, world_size, folder, port):
-    """Train with every strategy for this many processes."""
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        NODE_RANK="0",
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-    )
-    torch.set_num_threads(1)
-    seen = {}
-    for name, (module_class, strategy, options) in RUNS[world_size].items():
-        optimizers = {"LAMB": over_shares} if name == "zero" else OPTIMIZERS
-        for of, optimizer in optimizers.items():
-            seen[name, of] = train(
-                Path(folder), f"{name} {of}", module_class, strategy, options, optimizer, world_size
-            )
-    torch.save(seen, Path(folder) / f"lightning {world_size} {rank}.pt")
-
-
-def main(folder, world_size):
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port = store.port
-    del store
-    mp.spawn(work, (world_size, folder, port), nprocs=world_size)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
