@@ -59,3 +59,17 @@ def test_the_pictures_of_trust_ratios_are_drawn_by_their_script(tmp_path):
             folder.joinpath(f"trust_ratios_{case}.png").read_bytes() for folder in (tmp_path, ROOT / "docs")
         )
         assert drawn[:8] == shown[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_every_row_of_the_page_on_checkpoints_names_tests_that_exist():
+    lines = (ROOT / "docs" / "checkpoints.md").read_text().splitlines()
+    rows = [line for line in lines if re.match(r"\| (?!Saved|Optimizer)", line)]
+    defined = {
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"def (test_\w+)", file.read_text())
+    }
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row)
+        assert named, row
+        assert set(named) <= defined, row

@@ -160,14 +160,34 @@ def plain_state_dict(saved: dict[str, Any]) -> dict[str, Any]:
     return _map_state(saved, _to_plain)
 
 
-def eight_bit_state_dict(saved: dict[str, Any]) -> dict[str, Any]:
-    """Undo :func:`plain_state_dict`."""
-    return _map_state(saved, _from_plain)
+def eight_bit_state_dict(saved: Mapping[str, Any], *, in_floats: bool = False) -> dict[str, Any]:
+    """Undo :func:`plain_state_dict`.
+
+    Args:
+        saved: A state dict, in which other mappings than those from there may be.
+        in_floats: Whether to dequantize what was in 8 bits, which does not need torchao.
+    """
+    return _map_state(saved, _to_floats if in_floats else _from_plain)
 
 
-def _map_state(saved: dict[str, Any], function: Callable[[Any], Any]) -> dict[str, Any]:
+def dequantize(codes: Tensor, qmap: Tensor, scale: Tensor, block_size: int) -> Tensor:
+    """Return the values of codes, each a share of the scale of its block.
+
+    Args:
+        codes: Indices in ``qmap``, of any shape.
+        qmap: Shares, shape ``(256,)``.
+        scale: The largest of each block of codes, one after the other in memory; the last may be shorter.
+        block_size: Codes in a block.
+    """
+    scales = scale.repeat_interleave(block_size)[: codes.numel()]
+    return (qmap[codes.reshape(-1).long()] * scales).view(codes.shape)
+
+
+def _map_state(saved: Mapping[str, Any], function: Callable[[Any], Any]) -> dict[str, Any]:
     state = {
         number: {key: function(value) for key, value in of_param.items()}
+        if isinstance(of_param, Mapping)
+        else of_param
         for number, of_param in saved["state"].items()
     }
     return {**saved, "state": state}
@@ -179,7 +199,16 @@ def _to_plain(value: Any) -> Any:
     return {"codes": value.codes, "scale": value.scale, "qmap": value.qmap, "signed": value.signed}
 
 
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Mapping) and value.keys() == {"codes", "scale", "qmap", "signed"}
+
+
 def _from_plain(value: Any) -> Any:
-    if not isinstance(value, Mapping):
+    return import_eight_bit_tensor()(**value, dtype=torch.float32) if _is_plain(value) else value
+
+
+def _to_floats(value: Any) -> Any:
+    if not _is_plain(value):
         return value
-    return import_eight_bit_tensor()(**value, dtype=torch.float32)
+    codes, scale = value["codes"], value["scale"]
+    return dequantize(codes, value["qmap"], scale, codes.numel() // scale.numel())

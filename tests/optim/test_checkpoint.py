@@ -157,7 +157,8 @@ def from_adamw(options):
     walk(adamw, range(3))
     params = {name: Parameter(value) for name, value in values(other).items()}
     lamb = LAMB(groups(params), **options)
-    lamb.load_state_dict(saved_and_read_again(adamw.state_dict()))
+    with pytest.warns(UserWarning, match=r"without trust ratios, 0\.0333333 in the place of 0\.001"):
+        lamb.load_state_dict(saved_and_read_again(adamw.state_dict()))
     return (params, lamb), (other, adamw)
 
 
@@ -178,6 +179,28 @@ def test_a_checkpoint_of_adamw_keeps_what_adamw_does_not_know_or_means_otherwise
     assert [group["decoupled_weight_decay"] for group in lamb.param_groups] == [decoupled, decoupled]
     assert [group["trust_eps"] for group in lamb.param_groups] == [0.1, 0.1]
     assert [group["betas"] for group in lamb.param_groups] == [(0.8, 0.95), (0.8, 0.95)]
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_excluded_layers_of_lamb_go_on_from_adam_without_decay(amsgrad):
+    """From AMSGrad without its largest second moments, as Adam from there."""
+    other = layers(torch.float64)
+    undecayed = [{**group, "weight_decay": 0.0} for group in torch_groups(other)]
+    adam = torch.optim.Adam(undecayed, lr=0.1, amsgrad=amsgrad)
+    walk(adam, range(3))
+    saved = saved_and_read_again(adam.state_dict())
+    for state in saved["state"].values():
+        state.pop("max_exp_avg_sq", None)
+    params = {name: Parameter(value) for name, value in values(other).items()}
+    lamb = LAMB(groups(params))
+    with pytest.warns(UserWarning, match="The state dict names no option of LAMB"):
+        lamb.load_state_dict(saved)
+    for group in adam.param_groups:
+        group["amsgrad"] = False
+    walk(lamb, range(3, 6))
+    walk(adam, range(3, 6))
+    for name in EXCLUDED:
+        torch.testing.assert_close(params[name], other[name], rtol=1e-12, atol=1e-13)
 
 
 def adamw_state():
@@ -229,6 +252,16 @@ def with_a_bad_option(state_dict):
     return {**state_dict, "param_groups": [first, {**second, "weight_decay": -1.0}]}
 
 
+def with_a_list_for_a_tensor(state_dict):
+    state = {i: {key: value.tolist() for key, value in own.items()} for i, own in state_dict["state"].items()}
+    return {**state_dict, "state": state}
+
+
+def with_other_names(state_dict):
+    first, second = state_dict["param_groups"]
+    return {**state_dict, "param_groups": [{**first, "param_names": ["x", "y", "z"]}, second]}
+
+
 FOREIGN = [
     (LARS, adamw_state, "'momentum' in its groups, .*another optimizer"),
     (LAMB, sgd_state, "'betas' in its groups, .*another optimizer"),
@@ -240,6 +273,8 @@ FOREIGN = [
             (with_one_group, r"groups of the optimizer, with \[3, 1\] parameters, got groups of \[4\]"),
             (with_a_parameter_less, r"with \[3, 1\] parameters, got groups of \[2, 1\]"),
             (with_another_shape, r"\(5, 7\), got \(2, 2\)"),
+            (with_a_list_for_a_tensor, r"must hold a tensor for '\w+' of parameter 'conv.weight', got \[\["),
+            (with_other_names, "none for 'conv.weight', 'linear.weight', 'scale', and has 'x', 'y', 'z'"),
             (with_a_bad_option, "weight_decay must be at least 0.*, got -1.0"),
         )
     ),
@@ -250,14 +285,26 @@ FOREIGN = [
 def test_a_state_dict_that_does_not_fit_is_refused_and_changes_nothing(optimizer_class, foreign, match):
     params, other = layers(), layers()
     optimizer, twin = optimizer_class(groups(params)), optimizer_class(groups(other))
-    for own in (optimizer, twin):
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(own, 0.9) for own in (optimizer, twin)]
+    for own, scheduler in zip((optimizer, twin), schedulers, strict=True):
         walk(own, range(2))
-    before = copy.deepcopy(optimizer.state_dict())
+        scheduler.step()
+    before, schedule = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(schedulers[0].state_dict())
+    held, param_groups = list(optimizer.state.values()), list(optimizer.param_groups)
     ratios = optimizer.trust_ratios()
+    saved = foreign()
+    kept = copy.deepcopy(saved)
     with pytest.raises(ValueError, match=match):
-        optimizer.load_state_dict(foreign())
+        optimizer.load_state_dict(saved)
+    assert_same_state_dict(saved, kept)
     assert_same_state_dict(optimizer.state_dict(), before)
+    assert all(actual is old for actual, old in zip(optimizer.state.values(), held, strict=True))
+    assert all(actual is old for actual, old in zip(optimizer.param_groups, param_groups, strict=True))
     assert_equal(optimizer.trust_ratios(), ratios)
+    assert schedulers[0].state_dict() == schedule
+    for scheduler in schedulers:
+        scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [group["lr"] for group in twin.param_groups]
     walk(optimizer, range(2, 4))
     walk(twin, range(2, 4))
     assert_equal(values(params), values(other))

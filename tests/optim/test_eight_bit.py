@@ -444,6 +444,21 @@ def test_a_size_that_is_no_whole_number_is_refused(eight_bit_class, optimizer_cl
 
 
 @both
+def test_a_checkpoint_of_8_bits_loads_into_32_without_torchao(eight_bit_class, optimizer_class, monkeypatch):
+    params = layers()
+    optimizer = build(eight_bit_class, params)
+    give_gradients(params.values(), 0)
+    optimizer.step()
+    expected = list(floats(optimizer.state).values())
+    saved = optimizer.state_dict()
+    fresh = build(optimizer_class, layers())
+    monkeypatch.setitem(sys.modules, "torchao.optim.subclass_8bit", None)
+    fresh.load_state_dict(saved)
+    torch.testing.assert_close(list(map(dict, fresh.state.values())), expected, rtol=0.0, atol=0.0)
+    assert "min_8bit_size" not in fresh.param_groups[0]
+
+
+@both
 def test_without_torchao_the_error_says_what_to_install(eight_bit_class, optimizer_class, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.optim.subclass_8bit", None)
     with pytest.raises(ImportError, match=r"pip install 'lightning-lars\[8bit\]'"):

@@ -1,0 +1,161 @@
+"""State dicts of torch.optim and of other packages' LARS and LAMB, in the terms of those here."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lightning_lars.optim.eight_bit_state import dequantize
+
+# In the groups of torch.optim, a choice of implementation or (AdamW's decoupled decay) a name that means
+# something else here: they must not switch anything.
+_NOT_TAKEN = ("foreach", "fused", "capturable", "differentiable", "amsgrad", "decoupled_weight_decay")
+
+_RENAMED_OPTIONS = {
+    "trust_coeff": "trust_coefficient",  # timm
+    "eta": "trust_coefficient",  # minerva, solo-learn, Barlow Twins
+    "epsilon": "eps",  # minerva
+    "decoupled_decay": "decoupled_weight_decay",  # timm
+    "weight_decouple": "decoupled_weight_decay",  # pytorch_optimizer
+}
+
+_RENAMED_STATE = {"mu": "momentum_buffer"}  # Barlow Twins, MoCo v3, MAE
+
+# What others keep of the last step to look at.
+_TRACES = ("weight_norm", "adam_norm", "trust_ratio", "unorm_vec")
+
+# Options of LAMB in timm and pytorch_optimizer for which there is none here.
+_NO_COUNTERPART = ("caution", "corrected_weight_decay", "rectify", "fixed_decay", "adanorm")
+
+# The groups of lightly, torch_optimizer and lightning-bolts, which have one LARS.
+_BOLTS = {"lr", "momentum", "dampening", "weight_decay", "nesterov", "trust_coefficient", "eps"}
+
+_BITSANDBYTES = "__bnb_optimizer_quant_state__"
+_BLOCK_SIZES = (256, 2048)  # of bitsandbytes, now and once
+
+
+# In every group of torch.optim.
+_TORCH = {"foreach", "maximize", "differentiable", "fused"}
+
+
+class Translation(NamedTuple):
+    """A state dict in the terms of LARS and LAMB, and what its groups tell of where it is from."""
+
+    saved: dict[str, Any]
+
+    unscaled: dict[Any, str]
+    """By the number of a parameter, how it is known that no trust ratio scaled its momentum or its rate."""
+
+    without_counterpart: list[str]
+    """Options that are switched on, and have no counterpart."""
+
+
+def translate(saved: Mapping[str, Any]) -> Translation:
+    """Rename what others call otherwise; what is from here, or not known, stays as it is."""
+    groups, state = [], dict(saved["state"])
+    unscaled: dict[Any, str] = {}
+    without_counterpart: list[str] = []
+    for group in saved["param_groups"]:
+        if is_own(group):
+            groups.append(group)
+            continue
+        of_group = {number: _flat(state[number]) for number in group["params"] if state.get(number)}
+        reason = _why_unscaled(group, list(of_group.values()))
+        if reason is not None:
+            unscaled.update(dict.fromkeys(group["params"], reason))
+        without_counterpart += [key for key in _NO_COUNTERPART if group.get(key)]
+        for number, of_param in of_group.items():
+            state[number] = _translate_state(of_param, group)
+        groups.append(_translate_group(group, list(of_group.values())))
+    return Translation({**saved, "state": state, "param_groups": groups}, unscaled, without_counterpart)
+
+
+def is_own(group: Mapping[str, Any]) -> bool:
+    """Tell whether a group is of a LARS or LAMB from here."""
+    return "layer_adaptation" in group
+
+
+def _translate_group(group: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    options = {_RENAMED_OPTIONS.get(key, key): value for key, value in group.items() if key not in _NOT_TAKEN}
+    if any(map(_is_lars_of_bitsandbytes, states)):
+        options["momentum"] = options.pop("betas")[0]  # beside a dampening that it does not apply
+    if isinstance(options.get("trust_clip"), bool):  # timm's
+        clip: object = "larc" if "momentum" in options else 1.0
+        options["trust_clip"] = clip if options["trust_clip"] else None
+    if options.get("max_grad_norm") == 0:  # apex' way to have none
+        options["max_grad_norm"] = None
+    if (
+        "weight_decouple" in group
+    ):  # pytorch_optimizer's bound acts with pre_norm=True, which groups do not tell
+        options.pop("max_grad_norm", None)
+    return options
+
+
+def _translate_state(state: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    if _is_lars_of_bitsandbytes(state):
+        state = _of_bitsandbytes(state, "momentum_buffer")
+    elif {"state1", "state2"} <= state.keys():
+        state = _of_bitsandbytes(state, "exp_avg", "exp_avg_sq")
+    translated = {_RENAMED_STATE.get(key, key): value for key, value in state.items() if key not in _TRACES}
+    if "exp_avg" in translated and "step" in group:  # timm, apex and pytorch_optimizer count for the group
+        translated.setdefault("step", group["step"])
+    return translated
+
+
+def _flat(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a state without the level that bitsandbytes puts in between."""
+    nested = state.get(_BITSANDBYTES)
+    if not isinstance(nested, Mapping):
+        return state
+    return {**{key: value for key, value in state.items() if key != _BITSANDBYTES}, **nested}
+
+
+def _is_lars_of_bitsandbytes(state: Mapping[str, Any]) -> bool:
+    # Its other optimizers with one tensor a layer have squares in it, or a momentum, and do not tell which.
+    return {"state1", "unorm_vec"} <= state.keys() and "state2" not in state
+
+
+def _of_bitsandbytes(state: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    counted = "step" in state and "exp_avg" in names
+    translated: dict[str, Any] = {"step": state["step"]} if counted else {}
+    keys = ("state", "qmap", "absmax")
+    for number, name in enumerate(names, 1):
+        translated[name] = _dequantize(*(state.get(f"{key}{number}") for key in keys))
+    known = {"step", *(f"{key}{number}" for key in keys for number in (1, 2))}
+    return {**translated, **{key: value for key, value in state.items() if key not in known}}
+
+
+def _dequantize(codes: Any, qmap: Any, absmax: Any) -> Any:
+    """Return the values of blocks of codes, each code a share of the largest in its block."""
+    if qmap is None or absmax is None:
+        return codes
+    sizes = [size for size in _BLOCK_SIZES if -(-codes.numel() // size) == absmax.numel()]
+    if not sizes:
+        raise ValueError(
+            f"state_dict must hold a scale for each block of {' or '.join(map(str, _BLOCK_SIZES))} codes, as "
+            f"bitsandbytes' do, got {absmax.numel()} for {codes.numel()}"
+        )
+    return dequantize(codes, qmap, absmax, sizes[0])
+
+
+def _why_unscaled(group: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return how it is known that no trust ratio scaled the momentum (of LARS) or the rate (of LAMB)."""
+    if any(map(_is_lars_of_bitsandbytes, states)) or "max_unorm" in group:
+        return (
+            "The state dict is of bitsandbytes' LARS, which bounds the step by a ratio, not what enters the "
+            'momentum (as denominator="momentum" here does)'
+        )
+    if "betas" in group:
+        is_lamb = {"grad_averaging", "always_adapt"} & group.keys() or any(
+            {"trust_ratio", "unorm_vec"} & {**state, **state.get(_BITSANDBYTES, {})}.keys()
+            for state in states
+        )
+        named = "is AdamW's" if group.get("decoupled_weight_decay") else "names no option of LAMB"
+        return None if is_lamb else f"The state dict {named}"
+    options = {_RENAMED_OPTIONS.get(key, key) for key in group}
+    if "trust_coefficient" not in options:
+        named = "is SGD's" if group.keys() >= _TORCH else "names no trust coefficient, as SGD's"
+        return f"The state dict {named}"
+    copies = group.keys() - {"params", "param_names", "name", "initial_lr"} == _BOLTS
+    if group.get("weight_decay") == 0 and (copies or group.get("always_adapt") is False):
+        peers = "lightly, torch_optimizer and lightning-bolts do" if copies else "timm does"
+        return f"The state dict has a group with weight_decay=0, which {peers} not adapt"
+    return None
