@@ -308,6 +308,34 @@ def test_a_wrapped_optimizer(tmp_path, kind, accumulated):
     assert set(module.seen) == set(RATES)
 
 
+class MovesOn(torch.optim.Optimizer):
+    """Moves by its own rate, once more, after the step of the optimizer inside."""
+
+    def __init__(self, groups):
+        super().__init__(groups, {"lr": 1.0})
+        self.inner = SGD(self.param_groups)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = self.inner.step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p -= group["lr"]
+        return loss
+
+
+@pytest.mark.parametrize("own_groups", [False, True])
+def test_an_optimizer_around_another_keeps_the_rates_to_the_end_of_its_step(tmp_path, own_groups):
+    def build(groups):
+        optimizer = MovesOn(groups)
+        if own_groups:
+            optimizer.inner.param_groups = [dict(group) for group in optimizer.param_groups]
+        return optimizer
+
+    expected = warmed(2 * BATCHES, scaled([RATES], [2])[0])
+    assert train(tmp_path, Walk(build)).rates() == expected
+
+
 class Checkpointed(Callback):
     """Lets torch.distributed.checkpoint look at the optimizer where it has no gradients."""
 
