@@ -1,5 +1,6 @@
 """Every test starts from the same random numbers, and the same console; the end says what was left out."""
 
+import gc
 import os
 import random
 import sys
@@ -66,6 +67,12 @@ def process_group():
     dist.destroy_process_group()
 
 
+def pytest_collection_finish():
+    """Keep what imports made from the garbage collector, and from whoever looks for objects by it."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_deselected(items):
     """Count the slow tests that no marker asked for."""
     if all(item.get_closest_marker("slow") for item in items):
@@ -74,7 +81,8 @@ def pytest_deselected(items):
 
 
 def pytest_sessionfinish(session):
-    """Tell it to the process that the workers work for."""
+    """Tell it to the process that the workers work for, and leave it to the end what imports made."""
+    gc.unfreeze()
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["slow_left_out"] = session.config.stash.get(SLOW_LEFT_OUT, 0)
 

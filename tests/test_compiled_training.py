@@ -7,6 +7,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from lightning_lars import LAMB, LARS, LearningRateWarmup, build_optimizer
+from tests.support.slow import slow_unless
 
 
 class Classifier(LightningModule):
@@ -62,8 +63,10 @@ def weights_after_training(module, tmp_path, callbacks):
     return [p.detach().clone() for p in module.parameters()]
 
 
-@pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
-@pytest.mark.parametrize("warms_up", [False, True])
+@pytest.mark.parametrize(
+    ("optimizer_class", "warms_up"),
+    [slow_unless(warms_up == (each is LARS), each, warms_up) for each in (LARS, LAMB) for warms_up in (0, 1)],
+)
 def test_a_compiled_training_has_no_graph_breaks_and_ends_where_the_eager_one_does(
     optimizer_class, warms_up, tmp_path
 ):

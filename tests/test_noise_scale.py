@@ -41,7 +41,7 @@ def test_averages_are_weighted_by_age(decay):
 
 def test_the_standard_error_is_that_of_many_repetitions():
     random = np.random.default_rng(2)
-    values = random.multivariate_normal([10.0, 2.0], [[9.0, -0.3], [-0.3, 0.2]], (300, 400))
+    values = random.multivariate_normal([10.0, 2.0], [[9.0, -0.3], [-0.3, 0.2]], (150, 150))
     moving = [measured(run.tolist(), decay=0.98).read() for run in values]
     spread = np.std([each.b_simple for each in moving])
     assert np.mean([each.standard_error for each in moving]) == pytest.approx(spread, rel=0.15)
