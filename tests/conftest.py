@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -31,7 +32,12 @@ SLOW_LEFT_OUT = pytest.StashKey[int]()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items) -> None:
-    """Leave what starts several processes to one worker of pytest-xdist, as that fills the cores alone."""
+    """Leave what starts several processes to one worker of pytest-xdist, as that fills the cores alone.
+
+    Its workers must agree on the names of tests, so none may hold an address.
+    """
+    if addresses := [item.nodeid for item in items if re.search(r" at 0x[0-9a-f]{6}", item.nodeid)]:
+        raise pytest.UsageError(f"give these tests an id, as theirs holds an address: {addresses}")
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             if item.get_closest_marker("distributed"):

@@ -52,7 +52,11 @@ class Endless(IterableDataset):
         ({"max_steps": 5}, 5),
         ({"limit_train_batches": 5}, 5),
         ({"limit_train_batches": 5, "accumulate_grad_batches": 2, "max_epochs": 2}, 6),
-        ({"callbacks": [GradientAccumulationScheduler({1: 4})], "max_epochs": 2}, 10),
+        pytest.param(
+            {"callbacks": [GradientAccumulationScheduler({1: 4})], "max_epochs": 2},
+            10,
+            id="an accumulation that changes",
+        ),
     ],
     ids=str,
 )
