@@ -144,6 +144,7 @@ def test_a_layer_scale_grows_where_gains_are_excluded_and_not_where_they_are_ada
     assert excluded > 1e-3
 
 
+@pytest.mark.slow
 def test_simclr_learns_features_that_a_few_labels_suffice_for(tmp_path):
     result = run(tmp_path, "simclr.py", "--dataset", "digits", "--epochs", "15", "--labels", "60")
     assert result.returncode == 0, result.stderr
@@ -152,7 +153,8 @@ def test_simclr_learns_features_that_a_few_labels_suffice_for(tmp_path):
     assert "PreciseBatchNorm" not in result.stderr  # no layer is left out
 
 
-@pytest.mark.parametrize("seeds", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [1, 2])
 def test_the_recipe_for_a_gpu_runs_at_toy_size(tmp_path, seeds):
     result = run(tmp_path, "gpu_recipe.py", "--toy", "--seeds", str(seeds), "--output-dir", "found")
     assert result.returncode == 0, result.stderr
