@@ -75,7 +75,7 @@ def test_all_that_is_measured_on_a_gpu_can_be_tried_without_one(tmp_path):
     assert ends == dict.fromkeys(LIMITS, 0)
     assert not [fact for fact in read(facts) if "error" in fact and "timm" not in fact["optimizer"]]
     printed = run("benchmarks.on_gpu", "--report", facts)
-    for expected in ("CPU, Python", "| smallest | float32 | LAMB |", "LAMB8bit`()", "compute-sanitizer"):
+    for expected in ("CPU, Python", "| smallest | float32 | LAMB |", "`LAMB8bit()`", "compute-sanitizer"):
         assert expected in printed
 
 
