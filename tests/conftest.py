@@ -1,6 +1,7 @@
 """Every test starts from the same random numbers, and the same console; the end says what was left out."""
 
 import gc
+import logging
 import os
 import random
 import re
@@ -55,6 +56,13 @@ def _seed() -> None:
 def _console() -> None:
     # Lightning's RichProgressBar configures that of the whole process.
     rich.reconfigure()
+
+
+@pytest.fixture(autouse=True)
+def _loggers() -> None:
+    # Examples that train many times keep those of Lightning from speaking, in the process of the tests too.
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 @pytest.fixture(autouse=True)
