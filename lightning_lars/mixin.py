@@ -1,30 +1,20 @@
 """The door for those who subclass: a LightningModule's ``configure_optimizers``."""
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from inspect import isclass, isfunction
 from typing import Any, Literal, cast
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.serialization import add_safe_globals
 
 from lightning_lars.excluded_rate import check_excluded_rate, keep_excluded_rate
-from lightning_lars.optim import LAMB, LARS
+from lightning_lars.optim import LARS
 from lightning_lars.optim.arguments import require
 from lightning_lars.param_groups import build_optimizer
-from lightning_lars.schedules import WarmupDecayLR
+from lightning_lars.safe_globals import LoadFromCheckpoint, trust_globals_of
 from lightning_lars.strategy_checks import check_strategy
 from lightning_lars.training_length import scheduler_config
-
-# What saved hyperparameters hold, so that checkpoints of a mixin load with weights_only=True: optimizers and
-# schedulers, bare or with arguments.
-_BUILDERS = (*vars(torch.optim).values(), *vars(torch.optim.lr_scheduler).values())
-add_safe_globals([partial, LARS, LAMB, WarmupDecayLR])
-add_safe_globals([each for each in _BUILDERS if isclass(each) and issubclass(each, Optimizer | LRScheduler)])
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 """Builds an optimizer from parameter groups: ``LARS``, or ``functools.partial(LARS, lr=3.2)``."""
@@ -135,8 +125,17 @@ class LargeBatchMixin:
         self._exclude_gain = exclude_gain
         self._excluded_lr = excluded_lr
         self._excluded_lr_scale = excluded_lr_scale
-        used = [each.func if isinstance(each, partial) else each for each in (optimizer, lr_scheduler)]
-        add_safe_globals([each for each in used if isclass(each) or isfunction(each)])
+        self._trust_what_was_given()
+
+    def _trust_what_was_given(self) -> None:
+        """Let ``ckpt_path`` of the Trainer load what saved hyperparameters of this module name."""
+        trust_globals_of(self._build_optimizer, self._build_lr_scheduler)
+
+    load_from_checkpoint = LoadFromCheckpoint(_trust_what_was_given)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        cast(Any, super()).__setstate__(state)
+        self._trust_what_was_given()  # in the process that a strategy has sent the module to
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

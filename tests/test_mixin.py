@@ -1,9 +1,6 @@
 """Subclass the mixin, get an optimizer that knows norms and biases."""
 
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import lightning.pytorch
 import pytest
@@ -175,23 +172,6 @@ def test_the_closure_of_lightning_sees_the_trust_ratio(tmp_path):
 def test_an_excluded_lr_scale_out_of_range_raises_before_the_training():
     with pytest.raises(ValueError, match="excluded_lr_scale must be above 0 and finite, got -1"):
         Boring(excluded_lr_scale=-1)
-
-
-def test_checkpoints_with_optimizers_of_torch_load_in_a_new_process(tmp_path):
-    names = ["SGD", "AdamW"]
-    for name in names:
-        fit = trainer(tmp_path)
-        fit.fit(boring(partial(getattr(torch.optim, name), lr=0.1)))
-        fit.save_checkpoint(tmp_path / name)
-    code = (
-        "from tests.support.boring import Boring\n"
-        f"for name in {names}:\n"
-        f"    module = Boring.load_from_checkpoint({str(tmp_path)!r} + '/' + name, weights_only=True)\n"
-        "    print(type(module.configure_optimizers()).__name__)"
-    )
-    root = Path(__file__).parents[1]
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
-    assert result.stdout.split() == names, result.stderr
 
 
 class Backbone(Boring):

@@ -1,0 +1,91 @@
+"""What ``torch.load(weights_only=True)`` may build where hyperparameters name optimizers and schedulers."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial, reduce, wraps
+from inspect import isclass, isfunction
+from typing import Any, TypeVar, cast
+
+import torch
+from torch.optim import Optimizer, lr_scheduler, swa_utils
+from torch.serialization import add_safe_globals, get_safe_globals, safe_globals
+
+from lightning_lars.optim import LAMB, LARS, LAMB8bit, LARS8bit
+from lightning_lars.schedules import WarmupDecayLR
+
+_Module = TypeVar("_Module")
+
+
+def known_globals() -> list[Any]:
+    """Return optimizers and schedulers of this package and of torch, and what holds their arguments."""
+    of_torch = (*vars(torch.optim).values(), *vars(lr_scheduler).values(), *vars(swa_utils).values())
+    rules = (Optimizer, lr_scheduler.LRScheduler)
+    of_torch = tuple(each for each in of_torch if isclass(each) and issubclass(each, rules))
+    return list(dict.fromkeys([partial, LARS, LAMB, LARS8bit, LAMB8bit, WarmupDecayLR, *of_torch]))
+
+
+def globals_of(value: Any) -> Iterator[Any]:
+    """Yield the classes and functions that a pickle of this names, through ``functools.partial`` too.
+
+    Example:
+        >>> from functools import partial
+        >>> from torch.optim import SGD
+        >>> from lightning_lars.safe_globals import globals_of
+        >>> [each.__name__ for each in globals_of([partial(SGD, lr=0.1), lambda groups: SGD(groups)])]
+        ['partial', 'SGD']
+    """
+    if isinstance(value, partial):
+        yield from globals_of(type(value))
+        yield from globals_of([value.func, *value.args, *value.keywords.values()])
+    elif isinstance(value, Mapping):
+        yield from globals_of([*value.values()])
+    elif isinstance(value, list | tuple | set | frozenset):
+        for each in value:
+            yield from globals_of(each)
+    elif (isclass(value) or isfunction(value)) and _is_found_by_name(value):
+        yield value
+
+
+def trust_globals_of(*values: Any) -> None:
+    """Let this process load checkpoints that name what these are made of."""
+    add_safe_globals(list(globals_of(values)))
+
+
+class LoadFromCheckpoint:
+    """A module's ``load_from_checkpoint``, to which optimizers and schedulers are no strangers.
+
+    While it loads, torch takes those of :func:`known_globals` too; afterwards it is as it was. Torch's error
+    about any other class says how to allow it.
+
+    Args:
+        afterwards: Called with the module that was loaded.
+    """
+
+    def __init__(self, afterwards: Callable[[Any], None]) -> None:
+        self._afterwards = afterwards
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._owner, self._name = owner, name
+
+    def __get__(self, instance: _Module | None, owner: type[_Module]) -> Callable[..., _Module]:
+        # What Lightning makes of a call on an instance, which is an error, is its own.
+        load = getattr(super(self._owner, owner if instance is None else instance), self._name)
+
+        @wraps(load)
+        def load_from_checkpoint(*args: Any, **kwargs: Any) -> _Module:
+            allowed = get_safe_globals()  # which torch would take away at the end
+            with safe_globals([each for each in known_globals() if each not in allowed]):
+                module = load(*args, **kwargs)
+            self._afterwards(module)
+            return cast(_Module, module)
+
+        return load_from_checkpoint
+
+
+def _is_found_by_name(value: Any) -> bool:
+    """Whether a pickle can name this, which it cannot where a function made it."""
+    try:
+        found = reduce(getattr, value.__qualname__.split("."), sys.modules[value.__module__])
+    except (AttributeError, KeyError):
+        return False
+    return found is value

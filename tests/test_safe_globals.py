@@ -1,0 +1,204 @@
+"""Which classes and functions a process may load from checkpoints of modules with LargeBatchMixin."""
+
+import pickle
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import pytorch_lightning
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals, safe_globals
+
+from lightning_lars import LAMB, LARS, LAMB8bit, LargeBatchMixin, LARS8bit, WarmupDecayLR, recipes
+from tests.support.boring import Boring, boring, trainer
+
+
+class OwnLARS(LARS):
+    pass
+
+
+class OwnScheduler(lr_scheduler.LRScheduler):
+    def get_lr(self):
+        return self.base_lrs
+
+
+def own_function(groups):
+    return LARS(groups, lr=0.5)
+
+
+def half(step):
+    return 0.5
+
+
+class Wider(Boring):
+    """A subclass of a subclass, with a load_from_checkpoint around that of its base."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.save_hyperparameters()
+
+    @classmethod
+    def load_from_checkpoint(cls, *args, **kwargs):
+        return super().load_from_checkpoint(*args, **kwargs)
+
+
+class OfOtherRoot(LargeBatchMixin, pytorch_lightning.LightningModule):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.save_hyperparameters()
+        self.layer = nn.Linear(2, 2)
+
+
+# What hyperparameters name, and whether a process that has only imported the package loads them.
+KNOWN = {
+    "the four": [LARS, LAMB, LARS8bit, LAMB8bit],
+    "with arguments": [partial(each, lr=0.5) for each in (LARS, LAMB, LARS8bit, LAMB8bit)],
+    "of torch": [torch.optim.SGD, partial(torch.optim.AdamW, betas=(0.8, 0.9))],
+    "a partial of a partial": [partial(partial(LARS, lr=0.5), momentum=0.8)],
+}
+SCHEDULERS = [
+    partial(WarmupDecayLR, warmup_steps=2, total_steps=10),
+    partial(lr_scheduler.StepLR, step_size=3),
+    lr_scheduler.ExponentialLR,
+    partial(torch.optim.swa_utils.SWALR, swa_lr=0.1),
+]
+OWN = {
+    "OwnLARS": {"optimizer": OwnLARS},
+    "own_function": {"optimizer": own_function},
+    "OwnScheduler": {"lr_scheduler": partial(OwnScheduler, last_epoch=-1)},
+    "half": {"lr_scheduler": partial(lr_scheduler.LambdaLR, lr_lambda=[half, half])},
+}
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_new_process():
+    before = get_safe_globals()
+    clear_safe_globals()
+    yield
+    clear_safe_globals()
+    add_safe_globals(before)
+
+
+def saved(path, module):
+    """Save a module as a Trainer does, and forget what the process was given."""
+    fit = trainer(path.parent)
+    fit.strategy.connect(module)
+    fit.save_checkpoint(path)
+    clear_safe_globals()
+    return path
+
+
+def flat(builders):
+    """Return what partials are of, innermost first, as partials of equal content are not equal."""
+    return [[*flat([each.func]), each.keywords] if isinstance(each, partial) else each for each in builders]
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_optimizers_that_hyperparameters_name_load(tmp_path, kind):
+    for optimizer in KNOWN[kind]:
+        path = saved(tmp_path / "a.ckpt", boring(optimizer))
+        loaded = Boring.load_from_checkpoint(path, weights_only=True)
+        assert flat([loaded.hparams["optimizer"]]) == flat([optimizer])
+
+
+@pytest.mark.parametrize("lr_scheduler", SCHEDULERS)
+def test_schedulers_that_hyperparameters_name_load(tmp_path, lr_scheduler):
+    path = saved(tmp_path / "a.ckpt", boring(lr_scheduler=lr_scheduler))
+    loaded = Boring.load_from_checkpoint(path, weights_only=True)
+    assert flat([loaded.hparams["lr_scheduler"]]) == flat([lr_scheduler])
+
+
+def test_recipes_a_subclass_of_a_subclass_and_the_other_root_load(tmp_path):
+    path = saved(tmp_path / "recipe.ckpt", Boring(**recipes.lars(batch_size=256)))
+    assert Boring.load_from_checkpoint(path, weights_only=True).hparams["optimizer"].func is LARS
+    path = saved(tmp_path / "wider.ckpt", Wider(optimizer=partial(LAMB8bit, lr=0.1)))
+    assert Wider.load_from_checkpoint(path, weights_only=True).hparams["optimizer"].func is LAMB8bit
+    module = OfOtherRoot(optimizer=partial(LAMB, lr=0.1))
+    fit = pytorch_lightning.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    fit.strategy.connect(module)
+    fit.save_checkpoint(tmp_path / "other.ckpt")
+    clear_safe_globals()
+    loaded = OfOtherRoot.load_from_checkpoint(tmp_path / "other.ckpt", weights_only=True)
+    assert loaded.hparams["optimizer"].func is LAMB
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_a_user_wrote_is_refused_in_words_that_name_the_class_and_the_way_out(tmp_path, name):
+    path = saved(tmp_path / "a.ckpt", Boring(**OWN[name]))
+    with pytest.raises(pickle.UnpicklingError, match=rf"torch\.serialization\.safe_globals.*{name}"):
+        Boring.load_from_checkpoint(path, weights_only=True)
+    assert get_safe_globals() == []
+    with safe_globals([globals()[name]]):  # as the error says
+        Boring.load_from_checkpoint(path, weights_only=True)
+
+
+def test_a_load_leaves_what_was_allowed_before_and_what_the_module_was_given(tmp_path):
+    path = saved(tmp_path / "a.ckpt", boring(partial(LAMB, lr=0.1)))
+    add_safe_globals([partial, OwnLARS])
+    Boring.load_from_checkpoint(path, weights_only=True)
+    assert set(get_safe_globals()) == {partial, OwnLARS, LAMB}
+    with pytest.raises(FileNotFoundError):
+        Boring.load_from_checkpoint(tmp_path / "none.ckpt", weights_only=True)
+    assert set(get_safe_globals()) == {partial, OwnLARS, LAMB}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_process_that_gave_a_module_its_classes_loads_them_by_ckpt_path(tmp_path, name):
+    module = Boring(**OWN[name])
+    fit = trainer(tmp_path)
+    fit.fit(module)
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    clear_safe_globals()
+    fresh = Boring(**OWN[name])
+    trainer(tmp_path, max_epochs=3).fit(fresh, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert fresh.trainer.current_epoch == 3
+
+
+def test_a_module_tells_the_process_that_it_was_sent_to(tmp_path):
+    sent = pickle.dumps(boring(partial(OwnLARS, lr=0.1), lr_scheduler=OwnScheduler))
+    clear_safe_globals()
+    pickle.loads(sent)
+    assert set(get_safe_globals()) == {partial, OwnLARS, OwnScheduler}
+
+
+def test_only_what_can_be_found_by_its_name_is_allowed():
+    class Inside(LARS):
+        pass
+
+    big = torch.zeros(1)
+    boring(lambda groups: LARS(groups, lr=float(big)))
+    boring(Inside)
+    boring(partial(Inside, lr=0.1))
+    assert get_safe_globals() == [partial]
+
+
+def test_load_from_checkpoint_is_refused_on_an_instance(tmp_path):
+    with pytest.raises(TypeError, match="cannot be called on an instance"):
+        boring().load_from_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_a_new_process_is_allowed_nothing_by_the_import_and_loads(tmp_path):
+    for name, optimizer in {"a.ckpt": partial(LARS8bit, lr=0.1), "b.ckpt": torch.optim.SGD}.items():
+        scheduler = partial(WarmupDecayLR, warmup_steps=2, total_steps=9)
+        saved(tmp_path / name, boring(optimizer, lr_scheduler=scheduler))
+    saved(tmp_path / "c.ckpt", boring(OwnLARS))
+    code = f"""
+import torch, lightning.pytorch, pytorch_lightning
+before = torch.serialization.get_safe_globals()
+import lightning_lars, lightning_lars.cli, lightning_lars.recipes
+from tests.support.boring import Boring
+assert set(torch.serialization.get_safe_globals()) == set(before)
+for name in ("a", "b", "c"):
+    try:
+        module = Boring.load_from_checkpoint({str(tmp_path)!r} + f"/{{name}}.ckpt", weights_only=True)
+        print(type(module.configure_optimizers()["optimizer"]).__name__)
+    except Exception as error:
+        print("torch.serialization.safe_globals" in str(error) and "OwnLARS" in str(error))
+"""
+    root = Path(__file__).parents[1]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert result.stdout.split() == ["LARS8bit", "SGD", "True"], result.stderr
