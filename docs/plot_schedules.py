@@ -11,8 +11,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from lightning_lars import LARS
-from lightning_lars.schedules import WarmupDecayLR
+from lightning_lars import LARS, WarmupDecayLR
 
 PICTURE = Path(__file__).with_name("schedules.png")
 WARMUP_STEPS, TOTAL_STEPS = 20, 100

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_lars.gradient_norms import values_of
-from lightning_lars.optim.norms import layer_norms, widest_float
+from lightning_lars.sharding.norms import layer_norms, widest_float
 
 
 class BackwardNorms:

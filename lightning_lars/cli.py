@@ -174,7 +174,7 @@ class LargeBatchCLI(_LateOptimizer, lightning.pytorch.cli.LightningCLI):
     Takes the arguments of ``LightningCLI``, and on the command line or in YAML ``lr_scheduler_interval``
     (``step`` or ``epoch``) and ``param_groups`` (``exclude``, ``exclude_bias``, ``exclude_norm``,
     ``exclude_gain``, ``excluded_lr``, ``excluded_lr_scale``). A
-    :class:`~lightning_lars.schedules.WarmupDecayLR` without ``total_steps`` gets those of the training.
+    :class:`~lightning_lars.WarmupDecayLR` without ``total_steps`` gets those of the training.
     Import this module, or ``lightning_lars``, to use the short names ``LARS``, ``LAMB``, ``WarmupDecayLR``.
 
     Example:

@@ -92,8 +92,8 @@ def keep_excluded_rate(
     Args:
         scheduler: A scheduler that has not stepped yet.
         groups: All groups of its optimizer.
-        excluded_lr: As in :func:`~lightning_lars.param_groups.build_optimizer`.
-        excluded_lr_scale: As in :func:`~lightning_lars.param_groups.build_optimizer`.
+        excluded_lr: As in :func:`~lightning_lars.build_optimizer`.
+        excluded_lr_scale: As in :func:`~lightning_lars.build_optimizer`.
 
     Raises:
         ValueError: If the scheduler has rates for each group that say otherwise, or ends above the rate, or

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_lars.optim.norms import norm_of_each, whole_norms, widest_float
-from lightning_lars.optim.shards import Shard, local, local_gradient
+from lightning_lars.sharding.norms import norm_of_each, whole_norms, widest_float
+from lightning_lars.sharding.shards import Shard, local, local_gradient
 
 
 @torch.no_grad()
@@ -17,7 +17,7 @@ def gradient_norms(params: Sequence[Tensor], shards: Mapping[Tensor, Shard], dev
 
     Args:
         params: Parameters, on any devices.
-        shards: What :func:`~lightning_lars.optim.shards.find_shards` says of them.
+        shards: What :func:`~lightning_lars.sharding.shards.find_shards` says of them.
         device: Where the norms are wanted.
 
     Returns:

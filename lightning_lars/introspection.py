@@ -50,7 +50,7 @@ def classify(
 ) -> list[Layer]:
     """Say of every parameter, frozen ones too, whether it is ``"adapted"`` or ``"excluded"``, and why.
 
-    The arguments are those of :func:`~lightning_lars.param_groups.param_groups`. Where it is not ``strict``,
+    The arguments are those of :func:`~lightning_lars.param_groups`. Where it is not ``strict``,
     what cannot be known leaves a parameter adapted.
 
     Raises:

@@ -27,7 +27,7 @@ class LargeBatchMixin:
     """Gives a LightningModule a ``configure_optimizers`` that knows its norms and biases.
 
     Stands before ``LightningModule`` in the bases. The optimizer is built over
-    :func:`~lightning_lars.param_groups.param_groups` of the module, after ``configure_model``. Works without
+    :func:`~lightning_lars.param_groups` of the module, after ``configure_model``. Works without
     a Trainer too, under Fabric or in a loop of its own, where a schedule has to be given its length.
 
     The rate is in ``optimizer``: ``Tuner.lr_find`` finds no attribute to write it to, and needs
@@ -39,13 +39,13 @@ class LargeBatchMixin:
             ``LAMB``, any ``torch.optim`` class, or one with arguments, as
             ``functools.partial(LARS, lr=3.2)``.
         lr_scheduler: Takes the optimizer and returns a scheduler. A
-            :class:`~lightning_lars.schedules.WarmupDecayLR` without ``total_steps`` gets those of the
+            :class:`~lightning_lars.WarmupDecayLR` without ``total_steps`` gets those of the
             training, accumulation, ``max_steps`` and all.
         lr_scheduler_interval: When the scheduler steps. None stands for every optimizer step with
             ``WarmupDecayLR``, else every epoch.
         exclude: fnmatch patterns over parameter names, to be excluded beside norms, biases and gains. For
             module types and predicates, write a ``configure_optimizers`` that calls
-            :func:`~lightning_lars.param_groups.build_optimizer`.
+            :func:`~lightning_lars.build_optimizer`.
         exclude_bias: Whether biases are excluded.
         exclude_norm: Whether normalization layers are excluded (apex LARC adapts them, as SwAV does).
         exclude_gain: Whether gains are excluded, and what is broadcast over the batch, as tokens are.

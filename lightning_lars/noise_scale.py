@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_lars.optim.norms import widest_float
+from lightning_lars.sharding.norms import widest_float
 
 Number = TypeVar("Number", float, Tensor)
 

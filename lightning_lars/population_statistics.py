@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lars.optim.norms import widest_float
+from lightning_lars.sharding.norms import widest_float
 
 
 class PopulationStatistics:

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lars.layer_statistics import LayerStatistics
-from lightning_lars.optim.norms import norm_of_each, whole_norms, widest_float
 from lightning_lars.optim.parameters import named_params
-from lightning_lars.optim.shards import Shard, find_shards, local
 from lightning_lars.peak_rate import Peak, PeakRate, largest
+from lightning_lars.sharding.norms import norm_of_each, whole_norms, widest_float
+from lightning_lars.sharding.shards import Shard, find_shards, local
 
 FLAGS = ("at_trust_clip", "at_zero_rule", "by_decay_alone")
 """What LARS and LAMB tell of each layer of their last step, by methods of these names."""

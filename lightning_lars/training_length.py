@@ -59,7 +59,7 @@ def scheduler_config(
 
     Args:
         module: The module that configures its optimizers, for a Trainer, Fabric, or a loop of its own.
-        scheduler: Any scheduler. A :class:`~lightning_lars.schedules.WarmupDecayLR` without
+        scheduler: Any scheduler. A :class:`~lightning_lars.WarmupDecayLR` without
             ``total_steps`` gets those of the training.
         interval: When the scheduler steps. None stands for what it counts: optimizer steps for
             ``WarmupDecayLR``, else epochs, as Lightning does.

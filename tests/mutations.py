@@ -50,10 +50,10 @@ MUTATIONS = (
     ),
     # Norms of long layers on the CPU, and the clip over all gradients.
     Mutation(
-        "optim/norms.py",
+        "sharding/norms.py",
         "torch.linalg.vector_norm(flat[-rest:], dtype=dtype)",
         "torch.linalg.vector_norm(flat[:rest], dtype=dtype)",
-        "tests/optim/test_norms.py",
+        "tests/sharding/test_norms.py",
     ),
     Mutation(
         "optim/layerwise.py",

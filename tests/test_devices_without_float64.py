@@ -10,10 +10,10 @@ from lightning_lars import LAMB, LARS
 from lightning_lars.backward_norms import BackwardNorms
 from lightning_lars.gradient_norms import gradient_norms
 from lightning_lars.noise_scale import MovingNoiseScale
-from lightning_lars.optim import norms
-from lightning_lars.optim.shards import Shard
 from lightning_lars.percentile_clipping import PercentileClipping
 from lightning_lars.population_statistics import PopulationStatistics
+from lightning_lars.sharding import norms
+from lightning_lars.sharding.shards import Shard
 from lightning_lars.step_statistics import StepStatistics
 
 # Tensors of this device have no values, which is as well: nothing here may read one.

@@ -39,7 +39,7 @@ class BatchSizeScaling(Callback):
     Follows a ``GradientAccumulationScheduler``. Says in the log what it found and did.
 
     Groups with ``batch_size_scaling=False`` are left alone: those that
-    :func:`~lightning_lars.param_groups.build_optimizer` gives an ``excluded_lr``, and any that you mark so.
+    :func:`~lightning_lars.build_optimizer` gives an ``excluded_lr``, and any that you mark so.
 
     Args:
         base_batch_size: Effective batch size that the learning rate belongs to, above 0.

@@ -41,7 +41,7 @@ class ExcludeNormAndBias(Callback):
     """Takes norms, biases and gains out of the adaptation and the weight decay of the Trainer's optimizers.
 
     For optimizers that were built over bare ``parameters()``, as by ``LightningCLI --optimizer LARS``. Splits
-    every group into what :func:`~lightning_lars.param_groups.param_groups` calls adapted and excluded, and
+    every group into what :func:`~lightning_lars.param_groups` calls adapted and excluded, and
     leaves the learning rates and their schedulers as they are, or gives what is excluded a rate of its own.
     Where that fails, optimizers and schedulers stay as they were.
 

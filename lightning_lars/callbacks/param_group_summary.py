@@ -31,7 +31,7 @@ class ParamGroupSummary(Callback):
     the factors that ``LearningRateWarmup`` and ``BatchSizeScaling`` apply inside the step. Shapes are those
     of whole layers, also where these are sharded.
 
-    Why a parameter is excluded is the rule of :func:`~lightning_lars.param_groups.param_groups`, for groups
+    Why a parameter is excluded is the rule of :func:`~lightning_lars.param_groups`, for groups
     that have its names; ``own rule`` stands where its defaults would have decided otherwise, and ``-`` for
     other groups. Parameters that require a gradient but are in no optimizer come first, with a warning.
 

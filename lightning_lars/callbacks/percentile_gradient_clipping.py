@@ -17,9 +17,9 @@ from lightning_lars.gradient_norms import gradient_norms, scale_gradients
 from lightning_lars.optim.arguments import is_number, require
 from lightning_lars.optim.checkpoint import is_trial_of_checkpoint
 from lightning_lars.optim.parameters import named_params
-from lightning_lars.optim.shards import Shard, find_shards
 from lightning_lars.optimizer_names import by_name
 from lightning_lars.percentile_clipping import PercentileClipping
+from lightning_lars.sharding.shards import Shard, find_shards
 
 
 class PercentileGradientClipping(Callback):

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_lars.optim.shards import laid_out_as, local
+from lightning_lars.sharding.shards import laid_out_as, local
 
 BLOCK_SIZE = 256
 """Elements that share a scale."""

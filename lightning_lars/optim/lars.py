@@ -12,9 +12,9 @@ from lightning_lars.optim.kernels.cpu import adapted_sgd, can_adapt, sgd, subtra
 from lightning_lars.optim.kernels.layer_table import LayerTable
 from lightning_lars.optim.layers import Layers
 from lightning_lars.optim.layerwise import LayerwiseOptimizer, subtract
-from lightning_lars.optim.norms import Tensors
-from lightning_lars.optim.shards import laid_out_as, local
 from lightning_lars.optim.trust_ratio import ROUNDING, Number, TrustRatios, clip, over_lr, trust_ratio
+from lightning_lars.sharding.norms import Tensors
+from lightning_lars.sharding.shards import laid_out_as, local
 
 DENOMINATORS = ("gradient", "decayed_gradient", "momentum")
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightning_lars.optim.kernels.choice import takes_triton, triton_can_do
 from lightning_lars.optim.kernels.layer_table import LayerTable
-from lightning_lars.optim.norms import Tensors, layer_norms, whole_norms
-from lightning_lars.optim.shards import Shard, local, local_gradient
+from lightning_lars.sharding.norms import Tensors, layer_norms, whole_norms
+from lightning_lars.sharding.shards import Shard, local, local_gradient
 
 # How many elements are worked on at once. Their updates exist at the same time, for weights of half precision
 # beside a float32 copy: 256 MiB of scratch for four tensors of this size.

@@ -37,11 +37,9 @@ from lightning_lars.optim.layers import (
     sort_layers,
     stack_norms,
 )
-from lightning_lars.optim.norms import Tensors, layer_norms
 from lightning_lars.optim.parameters import check_held_params, check_params, named_params
 from lightning_lars.optim.partitions import check_not_flattened, check_sees_all_gradients, dimensions
 from lightning_lars.optim.scratch import Scratch
-from lightning_lars.optim.shards import Shard, find_shards, is_laid_out, laid_out_as, local
 from lightning_lars.optim.trust_ratio import (
     Number,
     TrustRatios,
@@ -51,6 +49,8 @@ from lightning_lars.optim.trust_ratio import (
     from_zero,
     stack_ratios,
 )
+from lightning_lars.sharding.norms import Tensors, layer_norms
+from lightning_lars.sharding.shards import Shard, find_shards, is_laid_out, laid_out_as, local
 
 
 class LayerwiseOptimizer(Optimizer, ABC):

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lightning_lars.optim.norms import Tensors
+from lightning_lars.sharding.norms import Tensors
 
 # Elements up to which memory is kept for the next step: 16 MiB of float32.
 _KEPT = 2**22

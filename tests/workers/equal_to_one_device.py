@@ -82,7 +82,7 @@ def go_on(setup, saved, full):
 def train_with_local_norms(name, case):
     """Take two steps as an optimizer that takes the norm of a shard for that of its layer."""
     setup = SETUPS[name](case)
-    with patch("lightning_lars.optim.norms.add_up", lambda squares, _: squares):
+    with patch("lightning_lars.sharding.norms.add_up", lambda squares, _: squares):
         for batch in batches()[:2]:
             step(setup, batch)
     return setup.values()

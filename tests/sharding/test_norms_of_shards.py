@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from lightning_lars.optim.norms import whole_norms
-from lightning_lars.optim.shards import find_shards, local
+from lightning_lars.sharding.norms import whole_norms
+from lightning_lars.sharding.shards import find_shards, local
 
 simulation = pytest.importorskip(
     "torch.distributed._local_tensor", reason="this torch cannot simulate processes"

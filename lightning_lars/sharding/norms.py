@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_lars.optim.shards import Shard, add_up
+from lightning_lars.sharding.shards import Shard, add_up
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 """One tensor per layer."""
@@ -34,7 +34,7 @@ def layer_norms(tensors: Tensors) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from lightning_lars.optim.norms import layer_norms
+        >>> from lightning_lars.sharding.norms import layer_norms
         >>> layer_norms([torch.tensor([[3.0, 4.0]]), torch.tensor(2.0)])
         tensor([5., 2.], dtype=torch.float64)
     """

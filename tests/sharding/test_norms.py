@@ -5,7 +5,7 @@ import torch
 from torch.nn import Parameter
 
 from lightning_lars import LAMB, LARS
-from lightning_lars.optim.norms import layer_norms
+from lightning_lars.sharding.norms import layer_norms
 
 
 def test_the_norm_of_a_float16_layer_may_exceed_what_float16_can_hold():
