@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_lars.optim.arguments import is_number, require
+from lightning_lars.rules import is_number, require
 
 # What torch's schedulers keep of rates: in each group, and in lists with an entry for each group.
 _IN_GROUP = ("lr", "initial_lr", "max_lr", "min_lr")

@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from lightning_lars.optim.arguments import is_number, require
 from lightning_lars.optimizer_steps import steps_since_asked
+from lightning_lars.rules import is_number, require
 
 
 def constant_warmup(step: int, warmup_steps: int, start_factor: float) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_lars.optim.arguments import require
+from lightning_lars.rules import require
 from lightning_lars.step_statistics import OverSteps
 
 _DRAWN = ("trust_ratio", "effective_lr")

@@ -8,7 +8,7 @@ from itertools import accumulate, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lightning_lars.optim.arguments import require
+from lightning_lars.rules import require
 from lightning_lars.trust_ratio_history import TrustRatioHistory
 
 if TYPE_CHECKING:

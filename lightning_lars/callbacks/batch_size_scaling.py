@@ -23,7 +23,7 @@ from lightning_lars.batch_size import (
 )
 from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.callbacks.learning_rate_owner import LearningRateOwner
-from lightning_lars.optim.arguments import require
+from lightning_lars.rules import require
 
 
 class BatchSizeScaling(Callback):

@@ -24,7 +24,6 @@ from lightning_lars.excluded_rate import (
     unknown,
 )
 from lightning_lars.introspection import classify
-from lightning_lars.optim.arguments import require
 from lightning_lars.param_groups import check_holds_parameters
 from lightning_lars.regrouping import (
     all_or_nothing,
@@ -34,6 +33,7 @@ from lightning_lars.regrouping import (
     schedulers_in,
     split_groups,
 )
+from lightning_lars.rules import require
 from lightning_lars.strategy_checks import check_strategy
 
 

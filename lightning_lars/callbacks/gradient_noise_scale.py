@@ -16,7 +16,7 @@ from lightning_lars.batch_size import check_batch_size, effective_batch_size
 from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.callbacks.micro_batches import MicroBatches
 from lightning_lars.noise_scale import MovingNoiseScale, NoiseScale, in_words, two_batch_estimates
-from lightning_lars.optim.arguments import is_number, require
+from lightning_lars.rules import is_number, require
 
 
 class GradientNoiseScale(Callback):

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.callbacks.learning_rate_owner import LearningRateOwner
-from lightning_lars.optim.arguments import is_number, require
+from lightning_lars.rules import is_number, require
 from lightning_lars.schedules import constant_warmup, cosine_warmup, exponential_warmup, linear_warmup
 from lightning_lars.training_length import Beginning, steps_of_epochs, total_steps
 

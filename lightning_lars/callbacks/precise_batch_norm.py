@@ -17,8 +17,8 @@ from typing_extensions import override
 
 from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.callbacks.training_passes import left_as_it_was, training_batches
-from lightning_lars.optim.arguments import require
 from lightning_lars.population_statistics import PopulationStatistics, pool
+from lightning_lars.rules import require
 
 
 @runtime_checkable

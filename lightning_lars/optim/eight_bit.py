@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_lars.optim.arguments import require
 from lightning_lars.optim.eight_bit_state import (
     Maps,
     fits_eight_bit,
@@ -22,6 +21,7 @@ from lightning_lars.optim.lamb import LAMB
 from lightning_lars.optim.lars import LARS
 from lightning_lars.optim.layers import Layers
 from lightning_lars.optim.layerwise import LayerwiseOptimizer
+from lightning_lars.rules import require
 
 
 class EightBitOptimizer(LayerwiseOptimizer):

@@ -7,17 +7,17 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor
 
-from lightning_lars.optim.arguments import (
-    check_non_negative,
-    check_none_or_positive,
-    is_number,
-    require,
-)
 from lightning_lars.optim.kernels.cpu import adam_direction, subtract_scaled
 from lightning_lars.optim.kernels.layer_table import LayerTable
 from lightning_lars.optim.layers import Layers
 from lightning_lars.optim.layerwise import LayerwiseOptimizer, subtract
 from lightning_lars.optim.trust_ratio import ROUNDING, Number, TrustRatios, clip, trust_ratio
+from lightning_lars.rules import (
+    check_non_negative,
+    check_none_or_positive,
+    is_number,
+    require,
+)
 from lightning_lars.sharding.norms import Tensors, accumulation_dtype
 from lightning_lars.sharding.shards import laid_out_as, local
 

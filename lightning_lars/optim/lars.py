@@ -7,12 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_lars.optim.arguments import check_non_negative, is_number, require
 from lightning_lars.optim.kernels.cpu import adapted_sgd, can_adapt, sgd, subtract_scaled
 from lightning_lars.optim.kernels.layer_table import LayerTable
 from lightning_lars.optim.layers import Layers
 from lightning_lars.optim.layerwise import LayerwiseOptimizer, subtract
 from lightning_lars.optim.trust_ratio import ROUNDING, Number, TrustRatios, clip, over_lr, trust_ratio
+from lightning_lars.rules import check_non_negative, is_number, require
 from lightning_lars.sharding.norms import Tensors
 from lightning_lars.sharding.shards import laid_out_as, local
 

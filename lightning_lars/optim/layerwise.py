@@ -13,12 +13,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_lars.optim.absent_state import AbsentState
-from lightning_lars.optim.arguments import (
-    check_non_negative,
-    check_none_or_positive,
-    is_number,
-    require,
-)
 from lightning_lars.optim.checkpoint import adapt_state_dict, is_trial_of_checkpoint, restore_dtypes
 from lightning_lars.optim.eight_bit_state import to_float
 from lightning_lars.optim.kernels.choice import (
@@ -48,6 +42,12 @@ from lightning_lars.optim.trust_ratio import (
     by_decay_alone,
     from_zero,
     stack_ratios,
+)
+from lightning_lars.rules import (
+    check_non_negative,
+    check_none_or_positive,
+    is_number,
+    require,
 )
 from lightning_lars.sharding.norms import Tensors, layer_norms
 from lightning_lars.sharding.shards import Shard, find_shards, is_laid_out, laid_out_as, local
