@@ -5,8 +5,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 
-from lightning_lars.name_folding import fold
 from lightning_lars.peak_rate import Peak
+from lightning_lars.printing.name_folding import fold
 from lightning_lars.step_statistics import OverSteps
 
 PATIENCE = 3

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_lars.rich_tables import is_too_wide, print_table
+from lightning_lars.printing.tables import is_too_wide, print_table
 from lightning_lars.trust_ratio_history import TrustRatioHistory
 
 _LEFT_OUT_FIRST = ("last", "Effective\nlr", "min", "max")

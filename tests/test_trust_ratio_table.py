@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from lightning_lars.rich_tables import is_too_wide, print_table
+from lightning_lars.printing.tables import is_too_wide, print_table
 from lightning_lars.step_statistics import OverSteps
 from lightning_lars.trust_ratio_history import TrustRatioHistory
 from lightning_lars.trust_ratio_table import print_trust_ratios, trust_ratio_table

@@ -25,7 +25,7 @@ def fold(names: Iterable[tuple[str, Same]]) -> list[tuple[str, int, Same]]:
         Folded names in order of their first, each with how many it stands for, and what is the same.
 
     Example:
-        >>> from lightning_lars.name_folding import fold
+        >>> from lightning_lars.printing.name_folding import fold
         >>> fold([("conv1.weight", "a"), ("bn1.weight", "b"), ("bn1.bias", "b"), ("bn2.weight", "b"),
         ...       ("bn2.bias", "b")])
         [('conv1.weight', 1, 'a'), ('bn[1-2].{weight,bias}', 4, 'b')]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_lars.name_folding import fold
+from lightning_lars.printing.name_folding import fold
 
 
 def unfolded(name):
