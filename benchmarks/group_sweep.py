@@ -34,7 +34,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from lightning_lars.introspection import Layer, classify
+from lightning_lars.groups.introspection import Layer, classify
 
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.MultiheadAttention, nn.RNNBase, nn.Bilinear)
 

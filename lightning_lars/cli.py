@@ -10,8 +10,8 @@ from lightning.pytorch import LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_lars.excluded_rate import keep_excluded_rate
-from lightning_lars.param_groups import build_optimizer
+from lightning_lars.groups.excluded_rate import keep_excluded_rate
+from lightning_lars.groups.param_groups import build_optimizer
 from lightning_lars.strategy_checks import check_strategy
 from lightning_lars.training_length import scheduler_config
 

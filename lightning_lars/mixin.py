@@ -8,9 +8,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_lars.excluded_rate import check_excluded_rate, keep_excluded_rate
+from lightning_lars.groups.excluded_rate import check_excluded_rate, keep_excluded_rate
+from lightning_lars.groups.param_groups import build_optimizer
 from lightning_lars.optim import LARS
-from lightning_lars.param_groups import build_optimizer
 from lightning_lars.rules import require
 from lightning_lars.safe_globals import LoadFromCheckpoint, trust_globals_of
 from lightning_lars.strategy_checks import check_strategy

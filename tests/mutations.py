@@ -144,16 +144,16 @@ MUTATIONS = (
     ),
     # Groups.
     Mutation(
-        "param_groups.py",
+        "groups/param_groups.py",
         'EXCLUDED = {"layer_adaptation": False, "weight_decay": 0.0}',
         'EXCLUDED = {"layer_adaptation": False}',
-        "tests/test_param_groups.py",
+        "tests/groups/test_param_groups.py",
     ),
     Mutation(
-        "introspection.py",
+        "groups/introspection.py",
         "elif is_bias and exclude_bias:",
         "elif is_bias:",
-        "tests/test_param_groups.py",
+        "tests/groups/test_param_groups.py",
     ),
     # The batch size, what a rate makes of it, and the counting of steps.
     Mutation(

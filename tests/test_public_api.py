@@ -1,6 +1,7 @@
 """The public names, and the arrows between the rooms."""
 
 import ast
+import importlib
 import importlib.metadata
 import inspect
 import pickle
@@ -15,6 +16,9 @@ import lightning_lars
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_lars"
+OLD_PATHS = {
+    "lightning_lars.param_groups": "lightning_lars.groups.param_groups",
+}
 
 
 def imports(path):
@@ -48,17 +52,36 @@ def test_a_tree_that_was_copied_and_not_installed_imports(monkeypatch):
     assert lightning_lars.__version__ == importlib.metadata.version("lightning-lars")
 
 
-def test_the_function_that_has_the_name_of_its_module_leads_to_the_module():
-    import lightning_lars.param_groups as imported
-    from lightning_lars import param_groups
+@pytest.fixture
+def _as_at_first():
+    """Forget the old paths after a test, so that the next one imports them anew."""
+    yield
+    for name in set(OLD_PATHS) & set(sys.modules):
+        del sys.modules[name]
+    lightning_lars.param_groups = lightning_lars.groups.param_groups.param_groups
 
+
+@pytest.mark.usefixtures("_as_at_first")
+@pytest.mark.parametrize(("old", "new"), OLD_PATHS.items())
+def test_old_paths_of_modules_still_lead_to_what_they_had_and_say_where_it_is(old, new):
+    with pytest.warns(DeprecationWarning, match=f"{old} is deprecated.*{new}") as caught:
+        module = importlib.import_module(old)
+    assert len(caught) == 1
+    for name in module.__all__:
+        assert getattr(module, name) is getattr(importlib.import_module(new), name)
+
+
+@pytest.mark.usefixtures("_as_at_first")
+def test_a_module_that_has_the_name_of_a_function_is_called_as_the_function():
+    with pytest.warns(DeprecationWarning, match="param_groups is deprecated as a module"):
+        import lightning_lars.param_groups as module
+    function = lightning_lars.groups.param_groups.param_groups
+    assert inspect.ismodule(module)
+    assert module.param_groups is function
     net = torch.nn.Linear(2, 2)
-    assert imported is param_groups is lightning_lars.param_groups
-    for name in ("param_groups", "build_optimizer", "explain_param_groups"):
-        assert getattr(imported, name) is getattr(lightning_lars, name)
-        assert getattr(sys.modules["lightning_lars.param_groups"], name) is getattr(lightning_lars, name)
-    assert [group["name"] for group in imported(net)] == ["adapted", "excluded"]
-    assert pickle.loads(pickle.dumps(imported)) is param_groups
+    assert [group["name"] for group in module(net, exclude=("weight",))] == ["excluded"]
+    assert [group["name"] for group in lightning_lars.param_groups(net)] == ["adapted", "excluded"]
+    assert pickle.loads(pickle.dumps(function)) is function
 
 
 @pytest.mark.parametrize("name", [n for n in lightning_lars.__all__ if callable(getattr(lightning_lars, n))])
@@ -68,7 +91,7 @@ def test_every_public_name_has_an_example(name):
 
 @pytest.mark.parametrize(
     ("path", "refused"),
-    [("optim/lars.py", 1), ("param_groups.py", 1), ("mixin.py", 0), ("callbacks/a.py", 0)],
+    [("optim/lars.py", 1), ("groups/param_groups.py", 1), ("mixin.py", 0), ("callbacks/a.py", 0)],
 )
 def test_the_linter_refuses_lightning_below_the_doors(path, refused):
     run = subprocess.run(

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lars.callbacks.both_roots import Callback
-from lightning_lars.excluded_rate import (
+from lightning_lars.groups.excluded_rate import (
     check_end,
     check_excluded_rate,
     is_excluded,
@@ -23,9 +23,9 @@ from lightning_lars.excluded_rate import (
     share,
     unknown,
 )
-from lightning_lars.introspection import classify
-from lightning_lars.param_groups import check_holds_parameters
-from lightning_lars.regrouping import (
+from lightning_lars.groups.introspection import classify
+from lightning_lars.groups.param_groups import check_holds_parameters
+from lightning_lars.groups.regrouping import (
     all_or_nothing,
     are_apart,
     follow,

@@ -19,10 +19,10 @@ from typing_extensions import override
 
 from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.excluded_rate_peak import ExcludedRatePeak, excluded_as
+from lightning_lars.groups.param_groups import check_holds_parameters
+from lightning_lars.groups.parameter_names import names_of
 from lightning_lars.optim.parameters import named_params
 from lightning_lars.optimizer_names import by_name, kinds
-from lightning_lars.param_groups import check_holds_parameters
-from lightning_lars.parameter_names import names_of
 from lightning_lars.rules import require
 from lightning_lars.step_statistics import (
     FOR_ALERTS,

@@ -8,11 +8,11 @@ from typing import NamedTuple
 from torch import Size, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_lars.module_kinds import UNKNOWN, kinds_of
-from lightning_lars.no_weight_decay import listed_in
-from lightning_lars.original_shapes import is_flat, original_shape, sharded_shapes
-from lightning_lars.parameter_names import aliases_of
-from lightning_lars.parameter_roles import NORMS, Place, named_norm, running_statistics
+from lightning_lars.groups.module_kinds import UNKNOWN, kinds_of
+from lightning_lars.groups.no_weight_decay import listed_in
+from lightning_lars.groups.original_shapes import is_flat, original_shape, sharded_shapes
+from lightning_lars.groups.parameter_names import aliases_of
+from lightning_lars.groups.parameter_roles import NORMS, Place, named_norm, running_statistics
 
 Predicate = Callable[[str, nn.Parameter, nn.Module], bool]
 """Called with the name of a parameter, the parameter, and the module that owns it."""

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_lars.excluded_rate import part_of
-from lightning_lars.introspection import Layer, classify
+from lightning_lars.groups.excluded_rate import part_of
+from lightning_lars.groups.introspection import Layer, classify
 
 # In parentheses, as the groups have names of the user's choice.
 LOST, FROZEN = "(in no optimizer)", "(frozen)"

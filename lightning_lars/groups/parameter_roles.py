@@ -8,8 +8,8 @@ from torch import Size, Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_lars.module_kinds import Kind, kinds_of
-from lightning_lars.parameter_names import Alias
+from lightning_lars.groups.module_kinds import Kind, kinds_of
+from lightning_lars.groups.parameter_names import Alias
 
 # _NormBase is the one ancestor of the batch, sync-batch and instance norms and their lazy forms.
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)

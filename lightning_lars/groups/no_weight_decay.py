@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from lightning_lars.parameter_names import clean_path, without_wrappers
+from lightning_lars.groups.parameter_names import clean_path, without_wrappers
 
 
 class Listed(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lars.param_groups import EXCLUDED
+from lightning_lars.groups.param_groups import EXCLUDED
 
 # What the schedulers of torch and timm keep for each group, beside what they keep in it.
 _PER_GROUP = {
