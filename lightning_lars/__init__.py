@@ -15,9 +15,9 @@ from lightning_lars.callbacks import (
 )
 from lightning_lars.groups.introspection import DEFAULT_EXCLUDED
 from lightning_lars.groups.param_groups import build_optimizer, explain_param_groups, param_groups
+from lightning_lars.learning_rate.schedules import WarmupDecayLR
 from lightning_lars.mixin import LargeBatchMixin
 from lightning_lars.optim import LAMB, LARS, LAMB8bit, LARS8bit
-from lightning_lars.schedules import WarmupDecayLR
 
 try:
     __version__ = importlib.metadata.version("lightning-lars")

@@ -169,16 +169,16 @@ MUTATIONS = (
         "tests/test_batch_size.py",
     ),
     Mutation(
-        "optimizer_steps.py",
+        "learning_rate/optimizer_steps.py",
         "if self._has_gradients and not self._is_skipped and not self._is_counted:",
         "if not self._is_skipped and not self._is_counted:",
-        "tests/test_optimizer_steps.py",
+        "tests/learning_rate/test_optimizer_steps.py",
     ),
     Mutation(
-        "schedules.py",
+        "learning_rate/schedules.py",
         "math.sqrt(warmup_steps / max(step, warmup_steps))",
         "math.sqrt(warmup_steps / (1 + max(step, warmup_steps)))",
-        "tests/test_schedules.py -k inverse",
+        "tests/learning_rate/test_schedules.py -k inverse",
     ),
     # What is measured and clipped while training.
     Mutation(

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.groups.param_groups import check_holds_parameters
-from lightning_lars.learning_rate_factors import LearningRateFactors
+from lightning_lars.learning_rate.step_factors import LearningRateFactors
 from lightning_lars.optimizer_names import by_name
 from lightning_lars.training_length import Beginning
 

@@ -10,8 +10,13 @@ from typing_extensions import override
 
 from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.callbacks.learning_rate_owner import LearningRateOwner
+from lightning_lars.learning_rate.schedules import (
+    constant_warmup,
+    cosine_warmup,
+    exponential_warmup,
+    linear_warmup,
+)
 from lightning_lars.rules import is_number, require
-from lightning_lars.schedules import constant_warmup, cosine_warmup, exponential_warmup, linear_warmup
 from lightning_lars.training_length import Beginning, steps_of_epochs, total_steps
 
 _SHAPES = {
@@ -28,15 +33,15 @@ class LearningRateWarmup(Callback):
     Works with any optimizer and any scheduler, or none. ``group["lr"]`` is what the scheduler says
     throughout, except inside the step and where ``LearningRateMonitor`` looks. What counts are the steps of
     each optimizer that happened, from 1: not batches, nor steps that a gradient scaler skipped, nor batches
-    without a loss (:class:`~lightning_lars.optimizer_steps.OptimizerSteps`). A resumed run goes on where it
-    stopped; a second ``fit`` warms its new optimizers up in what is left to train.
+    without a loss (:class:`~lightning_lars.learning_rate.optimizer_steps.OptimizerSteps`). A resumed run goes
+    on where it stopped; a second ``fit`` warms its new optimizers up in what is left to train.
 
     Args:
         warmup_steps: Optimizer steps until the factor is 1, at least 1. One of the three is to be given;
             under manual optimization, this one.
         warmup_epochs: The same in epochs, above 0; parts of an epoch are fine.
         warmup_fraction: The same as a share of all steps of the training, in (0, 1].
-        shape: The curve, as in :mod:`lightning_lars.schedules`.
+        shape: The curve, as in :mod:`lightning_lars.learning_rate.schedules`.
         start_factor: Where the curve comes from, in [0, 1]. None stands for 0 where the shape leaves 0 by
             itself (linear, cosine).
 

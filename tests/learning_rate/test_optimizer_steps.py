@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from lightning_lars import LAMB, LARS
-from lightning_lars.optimizer_steps import OptimizerSteps
+from lightning_lars.learning_rate.optimizer_steps import OptimizerSteps
 from tests.support.wrappers import SAM, Bare, HookedLookahead, Lookahead, OwnStep
 
 OPTIMIZERS = [torch.optim.SGD, torch.optim.AdamW, LARS, LAMB]

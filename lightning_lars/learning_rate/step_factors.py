@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lars.optimizer_steps import OptimizerSteps
+from lightning_lars.learning_rate.optimizer_steps import OptimizerSteps
 
 Adjustment = Callable[[Mapping[str, Any], int], Mapping[str, Any]]
 """Maps a group and the number of a step, from 1, to what it has in it: ``{"lr": 0.1 * group["lr"]}``."""

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch.nn import Parameter
 from torch.optim import SGD, Adagrad, lr_scheduler
 
-from lightning_lars import LAMB, LARS, schedules
-from lightning_lars.schedules import WarmupDecayLR
+from lightning_lars import LAMB, LARS
+from lightning_lars.learning_rate import schedules
+from lightning_lars.learning_rate.schedules import WarmupDecayLR
 
 W, T = 6, 20  # warmup_steps and total_steps
 STEPS = range(1, T + 1)

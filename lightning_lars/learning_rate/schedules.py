@@ -1,0 +1,393 @@
+"""Warmup and decay of the learning rate: curves as pure functions, and the scheduler on them.
+
+Every curve maps an optimizer step to a factor on the base learning rate, its peak. Steps count from 1, so the
+first step already moves the weights, also where a curve starts at ``start_factor=0``. A warmup is 1 from step
+``warmup_steps`` on, a decay is 1 until then. With
+
+    progress = (step - 1 - warmup_steps) / (total_steps - warmup_steps)        kept in [0, 1]
+
+the first step after the warmup is at the peak, the last one is short of ``end_factor`` and still moves the
+weights, and whatever comes after ``total_steps`` stays at ``end_factor``.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from typing_extensions import override
+
+from lightning_lars.learning_rate.optimizer_steps import steps_since_asked
+from lightning_lars.rules import is_number, require
+
+
+def constant_warmup(step: int, warmup_steps: int, start_factor: float) -> float:
+    """Return ``start_factor`` before step ``warmup_steps``, then 1."""
+    return 1.0 if step >= warmup_steps else start_factor
+
+
+def linear_warmup(step: int, warmup_steps: int, start_factor: float) -> float:
+    """Return ``start_factor + (1 - start_factor) * step / warmup_steps``, then 1 (Goyal et al. 2017).
+
+    Example:
+        >>> [linear_warmup(step, warmup_steps=4, start_factor=0.0) for step in range(1, 7)]
+        [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    """
+    return 1.0 if step >= warmup_steps else start_factor + (1 - start_factor) * step / warmup_steps
+
+
+def exponential_warmup(step: int, warmup_steps: int, start_factor: float) -> float:
+    """Return ``start_factor ** (1 - step / warmup_steps)``, then 1.
+
+    Raises:
+        ValueError: If ``start_factor`` is 0, from which no power leads to 1.
+    """
+    require("start_factor", "above 0", start_factor, start_factor > 0)
+    return 1.0 if step >= warmup_steps else float(start_factor ** (1 - step / warmup_steps))
+
+
+def cosine_warmup(step: int, warmup_steps: int, start_factor: float) -> float:
+    """Return ``start_factor + (1 - start_factor) * (1 - cos(pi * step / warmup_steps)) / 2``, then 1."""
+    return 1.0 if step >= warmup_steps else _anneal(start_factor, 1.0, step / warmup_steps)
+
+
+def constant_decay(step: int) -> float:
+    """Return 1 at every step: no decay."""
+    return 1.0
+
+
+def cosine_decay(step: int, warmup_steps: int, total_steps: int, end_factor: float = 0.0) -> float:
+    """Return ``end_factor + (1 - end_factor) * (1 + cos(pi * progress)) / 2`` (Loshchilov & Hutter 2017)."""
+    return _anneal(1.0, end_factor, _progress(step, warmup_steps, total_steps))
+
+
+def polynomial_decay(
+    step: int, warmup_steps: int, total_steps: int, power: float = 2.0, end_factor: float = 0.0
+) -> float:
+    """Return ``end_factor + (1 - end_factor) * (1 - progress) ** power`` (power 2: You et al. 2017)."""
+    remaining = 1 - _progress(step, warmup_steps, total_steps)
+    return float(end_factor + (1 - end_factor) * remaining**power)
+
+
+def inverse_sqrt_decay(step: int, warmup_steps: int) -> float:
+    """Return ``sqrt(warmup_steps / step)`` after step ``warmup_steps`` (Vaswani et al. 2017).
+
+    Raises:
+        ValueError: If ``warmup_steps`` is below 1, where the rate would be 0 throughout.
+    """
+    require("warmup_steps", "at least 1", warmup_steps, warmup_steps >= 1)
+    return math.sqrt(warmup_steps / max(step, warmup_steps))
+
+
+def step_decay(step: int, milestones: Sequence[int], gamma: float = 0.1) -> float:
+    """Return ``gamma`` to the power of how many ``milestones`` lie before ``step`` (Goyal et al. 2017)."""
+    return float(gamma ** sum(milestone < step for milestone in milestones))
+
+
+def one_cycle(
+    step: int,
+    warmup_steps: int,
+    total_steps: int,
+    start_factor: float = 1 / 25,
+    end_factor: float = 1 / 250_000,
+) -> float:
+    """Return a cosine from ``start_factor`` at step 1 to 1 at ``warmup_steps`` to ``end_factor`` at the last.
+
+    A schedule of its own (Smith & Topin 2018), equal to ``OneCycleLR`` of torch.
+    """
+    return _cycle(step, warmup_steps, total_steps, start_factor, 1.0, end_factor)
+
+
+def one_cycle_momentum(
+    step: int, warmup_steps: int, total_steps: int, low: float = 0.85, high: float = 0.95
+) -> float:
+    """Return the momentum for :func:`one_cycle`: ``high`` at both ends, ``low`` where the rate is highest."""
+    return _cycle(step, warmup_steps, total_steps, high, low, high)
+
+
+def _progress(step: int, warmup_steps: int, total_steps: int) -> float:
+    return min(max(step - 1 - warmup_steps, 0) / (total_steps - warmup_steps), 1.0)
+
+
+def _anneal(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _cycle(step: int, warmup_steps: int, total_steps: int, start: float, peak: float, end: float) -> float:
+    if step < warmup_steps:
+        return _anneal(start, peak, (step - 1) / (warmup_steps - 1))
+    return _anneal(peak, end, min((step - warmup_steps) / (total_steps - warmup_steps), 1.0))
+
+
+_WARMUPS = {
+    "constant": constant_warmup,
+    "linear": linear_warmup,
+    "exponential": exponential_warmup,
+    "cosine": cosine_warmup,
+}
+_DECAYS = ("constant", "cosine", "polynomial", "inverse_sqrt", "step", "one_cycle")
+
+
+class WarmupDecayLR(LRScheduler):
+    """Warm the learning rate of every group up to the group's own peak, then let it decay.
+
+    ``lr = peak * warmup(step)`` before step ``warmup_steps``, ``lr = peak * decay(step)`` from there on, in
+    closed form, at the coming optimizer step. Call ``step()`` once per optimizer step. A group that is added
+    later follows from the next call on, with the ``lr`` it was given as its peak.
+
+    Args:
+        optimizer: The optimizer, with the peaks as its learning rates.
+        warmup_steps: Optimizer steps until the rate is at its peak, from 0 to below ``total_steps``.
+        total_steps: Optimizer steps of the whole training, at least 1. None leaves them to
+            :meth:`set_total_steps`, which LargeBatchMixin and LargeBatchCLI call.
+        warmup: Shape of the warmup; ``"cosine"`` for ``decay="one_cycle"``.
+        decay: Shape of what follows; ``"one_cycle"`` is a whole schedule and moves the momentum too.
+        start_factor: Share of the peak at the start, in [0, 1]. Default: 1/25 for ``"one_cycle"``, else 0.
+            ``"one_cycle"`` and the warmups ``"constant"`` and ``"exponential"`` need more than 0.
+        end_factor: Share of the peak at the end of ``"cosine"``, ``"polynomial"`` and ``"one_cycle"``, in
+            [0, 1]. Default: 1/250000 for ``"one_cycle"``, else 0.
+        power: Exponent of ``"polynomial"``, above 0. Default: 2.
+        milestones: Optimizer steps after which ``"step"`` multiplies by ``gamma``, ascending.
+        gamma: Factor of ``"step"``, in (0, 1]. Default: 0.1.
+        momentum_range: Lowest and highest momentum, or first beta, of ``"one_cycle"``, in [0, 1).
+            Default: (0.85, 0.95).
+        last_epoch: Optimizer steps that were taken before, less 1, as in torch.
+
+    Raises:
+        ValueError: If an argument breaks its rule or has no effect. The optimizer is unchanged then.
+        TypeError: If ``optimizer`` is no optimizer.
+        KeyError: If ``last_epoch`` is not -1 and a group has no ``initial_lr``.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lars import LARS
+        >>> from lightning_lars.learning_rate.schedules import WarmupDecayLR
+        >>> optimizer = LARS([torch.nn.Parameter(torch.ones(2))], lr=10.0)
+        >>> scheduler = WarmupDecayLR(optimizer, warmup_steps=2, total_steps=6, decay="polynomial")
+        >>> for step in range(1, 8):
+        ...     print(f"step {step}: {optimizer.param_groups[0]['lr']}")
+        ...     optimizer.step()
+        ...     scheduler.step()
+        step 1: 5.0
+        step 2: 10.0
+        step 3: 10.0
+        step 4: 5.625
+        step 5: 2.5
+        step 6: 0.625
+        step 7: 0.0
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int,
+        total_steps: int | None = None,
+        warmup: Literal["constant", "linear", "exponential", "cosine"] = "linear",
+        decay: Literal["constant", "cosine", "polynomial", "inverse_sqrt", "step", "one_cycle"] = "cosine",
+        *,
+        start_factor: float | None = None,
+        end_factor: float | None = None,
+        power: float | None = None,
+        milestones: Sequence[int] | None = None,
+        gamma: float | None = None,
+        momentum_range: tuple[float, float] | None = None,
+        last_epoch: int = -1,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}: build it first")
+        for group in optimizer.param_groups:
+            lr = group.get("lr")
+            rule = "one with a number or a tensor as lr of every group (Adafactor: relative_step=False)"
+            held = f"{type(optimizer).__name__} with lr={lr!r}"
+            require("optimizer", rule, held, is_number(lr) or isinstance(lr, Tensor))
+        _check_steps(warmup_steps, total_steps)
+        require("warmup", f"one of {tuple(_WARMUPS)}", warmup, warmup in tuple(_WARMUPS))
+        require("decay", f"one of {_DECAYS}", decay, decay in _DECAYS)
+        has_end = decay in ("cosine", "polynomial", "one_cycle")
+        is_cycle = decay == "one_cycle"
+        for argument, value, has_effect in (
+            ("start_factor", start_factor, warmup_steps > 0),
+            ("end_factor", end_factor, has_end),
+            ("power", power, decay == "polynomial"),
+            ("milestones", milestones, decay == "step"),
+            ("gamma", gamma, decay == "step"),
+            ("momentum_range", momentum_range, is_cycle),
+        ):
+            rule = f"left out with warmup_steps={warmup_steps} and decay={decay!r}, where it has no effect"
+            require(argument, rule, value, value is None or has_effect)
+        self.warmup_steps, self.total_steps = warmup_steps, total_steps
+        self.warmup, self.decay = warmup, decay
+        start, end = (1 / 25, 1 / 250_000) if is_cycle else (0.0, 0.0)
+        self.start_factor = start if start_factor is None else start_factor
+        self.end_factor = end if end_factor is None else end_factor
+        self.power = 2.0 if power is None else power
+        self.milestones = tuple(milestones or ())
+        self.gamma = 0.1 if gamma is None else gamma
+        self.momentum_range = tuple((0.85, 0.95) if momentum_range is None else momentum_range)
+        self._check_shapes(optimizer)
+        self.steps_before = 0
+        self._steps_seen = steps_since_asked(optimizer)
+        self._has_warned = False
+        super().__init__(optimizer, last_epoch)
+
+    def set_total_steps(self, total_steps: int, steps_before: int = 0) -> None:
+        """Say how long the training is.
+
+        Args:
+            total_steps: Optimizer steps of the whole training, at least 1.
+            steps_before: Those that were taken before this schedule began, and do not count as its own: a
+                second fit of a Trainer has a schedule of its own.
+
+        Raises:
+            ValueError: If ``warmup_steps`` or ``milestones`` do not fit in. The old length stays then.
+        """
+        _check_steps(self.warmup_steps, total_steps)
+        self._check_milestones(total_steps)
+        self.total_steps, self.steps_before = total_steps, steps_before
+
+    @override
+    def step(self, epoch: int | None = None) -> None:
+        """Go on to the coming optimizer step. To be called once per optimizer step.
+
+        Warns, once, if the optimizer took several since the last call: the curves count optimizer steps.
+        """
+        steps = steps_since_asked(self.optimizer) - self._steps_seen
+        super().step(epoch)
+        if steps > 1 and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"WarmupDecayLR counts optimizer steps, and {type(self.optimizer).__name__} took {steps} "
+                "since the scheduler's last step: call step() once per optimizer step. In Lightning, return "
+                '{"scheduler": scheduler, "interval": "step"} from configure_optimizers, whose default is '
+                '"epoch", or use LargeBatchMixin or LargeBatchCLI, which do so',
+                stacklevel=2,
+            )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the scheduler, without what it knows of this optimizer."""
+        own = ("_steps_seen", "_has_warned")
+        return {key: value for key, value in super().state_dict().items() if key not in own}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state, and with it, as torch's schedulers do, the length that it was saved with.
+
+        Warns if that is another length than this scheduler has. A state that was saved without a length
+        keeps this scheduler's.
+        """
+        own, before = self.total_steps, self.steps_before
+        super().load_state_dict(state_dict)
+        self._steps_seen = steps_since_asked(self.optimizer)
+        if own is not None:
+            own += before - self.steps_before  # as long as the state's, if it ends with the same step
+        if self.total_steps is None:
+            self.total_steps = own
+        elif own not in (None, self.total_steps):
+            warnings.warn(
+                f"The state has total_steps={self.total_steps}, which replaces {own}: the learning rate "
+                f"stays at its end from there on. Call set_total_steps({own}) on the scheduler to stretch it",
+                stacklevel=2,
+            )
+
+    @override
+    def get_lr(self) -> list[float | Tensor]:
+        return self._get_closed_form_lr()
+
+    def _get_closed_form_lr(self) -> list[float | Tensor]:
+        step = self.last_epoch + 1
+        # SequentialLR comes here without a step(), to put a scheduler to its start.
+        self._steps_seen = steps_since_asked(self.optimizer)
+        for group in self.optimizer.param_groups[len(self.base_lrs) :]:  # added since the last call
+            lr = group["lr"]
+            peak = group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr)
+            self.base_lrs = [*self.base_lrs, peak]  # a new list, as a state dict may hold the old one
+        if self.decay == "one_cycle":
+            momentum = one_cycle_momentum(*self._span(step), *self.momentum_range)
+            for group in self.optimizer.param_groups:
+                if "betas" in group:
+                    group["betas"] = (momentum, *group["betas"][1:])
+                else:
+                    group["momentum"] = momentum
+        factor = self._factor(step)
+        return [peak * factor for peak in self.base_lrs]
+
+    def _factor(self, step: int) -> float:
+        span = self._span(step)
+        if self.decay == "one_cycle":
+            return one_cycle(*span, self.start_factor, self.end_factor)
+        if step < self.warmup_steps:
+            return _WARMUPS[self.warmup](step, self.warmup_steps, self.start_factor)
+        match self.decay:
+            case "cosine":
+                return cosine_decay(*span, self.end_factor)
+            case "polynomial":
+                return polynomial_decay(*span, self.power, self.end_factor)
+            case "inverse_sqrt":
+                return inverse_sqrt_decay(step, self.warmup_steps)
+            case "step":
+                return step_decay(step, self.milestones, self.gamma)
+        return constant_decay(step)
+
+    def _span(self, step: int) -> tuple[int, int, int]:
+        total_steps = self.total_steps
+        if total_steps is None:
+            # Up to the peak, and in the first step, no curve depends on its end.
+            if step > max(1, self.warmup_steps):
+                raise RuntimeError(
+                    "total_steps must be known after the warmup, got None: pass it, or call set_total_steps"
+                )
+            total_steps = max(step, self.warmup_steps) + 1
+        return step, self.warmup_steps, total_steps
+
+    def _check_milestones(self, total_steps: int | None) -> None:
+        bounds = f"above warmup_steps={self.warmup_steps} and below total_steps={total_steps}"
+        steps = [self.warmup_steps, *self.milestones] + ([] if total_steps is None else [total_steps])
+        holds = bool(self.milestones) and all(map(_is_int, steps)) and all(a < b for a, b in pairwise(steps))
+        if self.decay == "step":
+            require("milestones", f"ascending optimizer steps {bounds}", self.milestones, holds)
+
+    def _check_shapes(self, optimizer: Optimizer) -> None:
+        """Raise ValueError if what bends the chosen shapes breaks its rule."""
+        warmup, start, end, power = self.warmup, self.start_factor, self.end_factor, self.power
+        is_cycle = self.decay == "one_cycle"
+        rule = "a share of the peak in [0, 1]"
+        require("start_factor", rule, start, is_number(start) and 0 <= start <= 1)
+        require("end_factor", rule, end, is_number(end) and 0 <= end <= 1)
+        first_step_has_it = self.warmup_steps > 0 and (is_cycle or warmup in ("constant", "exponential"))
+        rule = f"above 0 with {(self.decay if is_cycle else warmup)!r}, to move the weights (pass 0.1, say)"
+        require("start_factor", rule, start, start > 0 or not first_step_has_it)
+        rule = "above 0 and finite (1 is a straight line)"
+        require("power", rule, power, is_number(power) and 0 < power < math.inf)
+        require("gamma", "in (0, 1] to decay", self.gamma, is_number(self.gamma) and 0 < self.gamma <= 1)
+        if self.decay == "inverse_sqrt":
+            rule = "at least 1 with decay='inverse_sqrt' (or take another decay)"
+            require("warmup_steps", rule, self.warmup_steps, self.warmup_steps > 0)
+        self._check_milestones(self.total_steps)
+        if is_cycle:
+            require("warmup", "'cosine' with decay='one_cycle', which starts so", warmup, warmup == "cosine")
+            ends = self.momentum_range
+            holds = len(ends) == 2 and all(map(is_number, ends)) and 0 <= ends[0] <= ends[1] < 1
+            require("momentum_range", "(low, high) with 0 <= low <= high < 1", ends, holds)
+            rule = "one with momentum or betas for decay='one_cycle' (LARS, LAMB, SGD, AdamW)"
+            has_momentum = all("momentum" in group or "betas" in group for group in optimizer.param_groups)
+            require("optimizer", rule, type(optimizer).__name__, has_momentum)
+
+
+def _check_steps(warmup_steps: int, total_steps: int | None) -> None:
+    rule = "an int of at least 0 (0 is no warmup)"
+    require("warmup_steps", rule, warmup_steps, _is_int(warmup_steps) and warmup_steps >= 0)
+    if total_steps is None:
+        return
+    rule = "an int of at least 1, the optimizer steps of the whole training"
+    require("total_steps", rule, total_steps, _is_int(total_steps) and total_steps >= 1)
+    rule = f"below total_steps={total_steps} (warm up for fewer steps or train for more)"
+    require("warmup_steps", rule, warmup_steps, warmup_steps < total_steps)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
