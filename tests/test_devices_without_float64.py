@@ -14,7 +14,7 @@ from lightning_lars.percentile_clipping import PercentileClipping
 from lightning_lars.population_statistics import PopulationStatistics
 from lightning_lars.sharding import norms
 from lightning_lars.sharding.shards import Shard
-from lightning_lars.step_statistics import StepStatistics
+from lightning_lars.trust_ratios.step_statistics import StepStatistics
 
 # Tensors of this device have no values, which is as well: nothing here may read one.
 DEVICE = torch.device("meta")

@@ -18,25 +18,25 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lars.callbacks.both_roots import Callback
-from lightning_lars.excluded_rate_peak import ExcludedRatePeak, excluded_as
 from lightning_lars.groups.param_groups import check_holds_parameters
 from lightning_lars.groups.parameter_names import names_of
 from lightning_lars.optim.parameters import named_params
 from lightning_lars.optimizer_names import by_name, kinds
 from lightning_lars.rules import require
-from lightning_lars.step_statistics import (
+from lightning_lars.training_length import total_steps
+from lightning_lars.trust_ratios.alerts import TrustRatioAlerts
+from lightning_lars.trust_ratios.excluded_rate_peak import ExcludedRatePeak, excluded_as
+from lightning_lars.trust_ratios.history import TrustRatioHistory
+from lightning_lars.trust_ratios.metrics import log_histograms, per_layer_metrics, summary_metrics
+from lightning_lars.trust_ratios.plot import check_picture, plot_history, plot_trust_ratios, save_picture
+from lightning_lars.trust_ratios.step_statistics import (
     FOR_ALERTS,
     HasTrustRatios,
     OverSteps,
     StepStatistics,
     names_by_number,
 )
-from lightning_lars.training_length import total_steps
-from lightning_lars.trust_ratio_alerts import TrustRatioAlerts
-from lightning_lars.trust_ratio_history import TrustRatioHistory
-from lightning_lars.trust_ratio_metrics import log_histograms, per_layer_metrics, summary_metrics
-from lightning_lars.trust_ratio_plot import check_picture, plot_history, plot_trust_ratios, save_picture
-from lightning_lars.trust_ratio_table import print_trust_ratios
+from lightning_lars.trust_ratios.table import print_trust_ratios
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,9 +5,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 
-from lightning_lars.peak_rate import Peak
 from lightning_lars.printing.name_folding import fold
-from lightning_lars.step_statistics import OverSteps
+from lightning_lars.trust_ratios.peak_rate import Peak
+from lightning_lars.trust_ratios.step_statistics import OverSteps
 
 PATIENCE = 3
 """Looks in a row at which something must hold that a single step may do by chance."""
@@ -86,7 +86,7 @@ class TrustRatioAlerts:
         """Return new messages about layers.
 
         Args:
-            quantities: What :meth:`~lightning_lars.step_statistics.StepStatistics.take` returned.
+            quantities: What ``StepStatistics.take`` returned.
         """
         ratios = {layer: ratio.mean for layer, ratio in quantities.get("trust_ratio", {}).items()}
         finite = [ratio for ratio in ratios.values() if math.isfinite(ratio)]

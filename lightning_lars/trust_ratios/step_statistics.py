@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lars.layer_statistics import LayerStatistics
 from lightning_lars.optim.parameters import named_params
-from lightning_lars.peak_rate import Peak, PeakRate, largest
 from lightning_lars.sharding.norms import norm_of_each, whole_norms, widest_float
 from lightning_lars.sharding.shards import Shard, find_shards, local
+from lightning_lars.trust_ratios.layer_statistics import LayerStatistics
+from lightning_lars.trust_ratios.peak_rate import Peak, PeakRate, largest
 
 FLAGS = ("at_trust_clip", "at_zero_rule", "by_decay_alone")
 """What LARS and LAMB tell of each layer of their last step, by methods of these names."""
@@ -75,7 +75,7 @@ def names_by_number(named: Mapping[str, Tensor], names: Mapping[Tensor, str]) ->
 
     Example:
         >>> import torch
-        >>> from lightning_lars.step_statistics import names_by_number
+        >>> from lightning_lars.trust_ratios.step_statistics import names_by_number
         >>> w = torch.nn.Parameter(torch.ones(2))
         >>> names_by_number({"0": w}, {w: "head.weight"})
         {'0': 'head.weight'}

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.text import Text
 
 from lightning_lars.printing.tables import is_too_wide, print_table
-from lightning_lars.step_statistics import OverSteps
-from lightning_lars.trust_ratio_history import TrustRatioHistory
-from lightning_lars.trust_ratio_table import print_trust_ratios, trust_ratio_table
+from lightning_lars.trust_ratios.history import TrustRatioHistory
+from lightning_lars.trust_ratios.step_statistics import OverSteps
+from lightning_lars.trust_ratios.table import print_trust_ratios, trust_ratio_table
 
 
 def history(**quantities):

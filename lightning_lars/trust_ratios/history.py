@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_lars.rules import require
-from lightning_lars.step_statistics import OverSteps
+from lightning_lars.trust_ratios.step_statistics import OverSteps
 
 _DRAWN = ("trust_ratio", "effective_lr")
 
@@ -41,8 +41,8 @@ class TrustRatioHistory:
         max_records: Records to keep at most, an even number above 0.
 
     Example:
-        >>> from lightning_lars.step_statistics import OverSteps
-        >>> from lightning_lars.trust_ratio_history import TrustRatioHistory
+        >>> from lightning_lars.trust_ratios.step_statistics import OverSteps
+        >>> from lightning_lars.trust_ratios.history import TrustRatioHistory
         >>> history = TrustRatioHistory(max_records=2)
         >>> for step in range(5):
         ...     history.record(step, {"trust_ratio": {"conv.weight": OverSteps(step, step, step)}})

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from lightning_lars.peak_rate import PeakRate
-from lightning_lars.step_statistics import OverSteps
-from lightning_lars.trust_ratio_alerts import PATIENCE, TrustRatioAlerts
+from lightning_lars.trust_ratios.alerts import PATIENCE, TrustRatioAlerts
+from lightning_lars.trust_ratios.peak_rate import PeakRate
+from lightning_lars.trust_ratios.step_statistics import OverSteps
 
 
 def over_steps(values):

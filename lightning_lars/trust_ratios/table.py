@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_lars.printing.tables import is_too_wide, print_table
-from lightning_lars.trust_ratio_history import TrustRatioHistory
+from lightning_lars.trust_ratios.history import TrustRatioHistory
 
 _LEFT_OUT_FIRST = ("last", "Effective\nlr", "min", "max")
 _SHORTEST_NAME = 24
@@ -37,9 +37,9 @@ def trust_ratio_table(
 
     Example:
         >>> import rich
-        >>> from lightning_lars.step_statistics import OverSteps
-        >>> from lightning_lars.trust_ratio_history import TrustRatioHistory
-        >>> from lightning_lars.trust_ratio_table import trust_ratio_table
+        >>> from lightning_lars.trust_ratios.step_statistics import OverSteps
+        >>> from lightning_lars.trust_ratios.history import TrustRatioHistory
+        >>> from lightning_lars.trust_ratios.table import trust_ratio_table
         >>> history = TrustRatioHistory()
         >>> history.record(10, {"trust_ratio": {"conv.weight": OverSteps(0.02, 0.01, 0.03)}})
         >>> rich.print(trust_ratio_table(history))

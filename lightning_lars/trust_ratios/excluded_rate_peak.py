@@ -6,7 +6,7 @@ from weakref import WeakSet
 
 from torch.optim import Optimizer
 
-from lightning_lars.peak_rate import PeakRate, largest
+from lightning_lars.trust_ratios.peak_rate import PeakRate, largest
 
 SELDOM_ABOVE = {"SGD": 1.0, "Adam": 0.05}
 """Learning rates above which these rarely train."""
@@ -36,7 +36,7 @@ class ExcludedRatePeak:
     Example:
         >>> import torch
         >>> from lightning_lars import LARS
-        >>> from lightning_lars.excluded_rate_peak import ExcludedRatePeak
+        >>> from lightning_lars.trust_ratios.excluded_rate_peak import ExcludedRatePeak
         >>> w, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
         >>> optimizer = LARS([{"params": [w]}, {"params": [b], "layer_adaptation": False}], lr=3.0)
         >>> peak = ExcludedRatePeak(optimizer)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_lars.peak_rate import Peak, PeakRate, largest
+from lightning_lars.trust_ratios.peak_rate import Peak, PeakRate, largest
 
 CASES = {
     "still rising": ([1, 2, 3, 4], 100, False),

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lightning_lars.step_statistics import OverSteps
-from lightning_lars.trust_ratio_history import TrustRatioHistory
+from lightning_lars.trust_ratios.history import TrustRatioHistory
+from lightning_lars.trust_ratios.step_statistics import OverSteps
 
 
 def same(*values):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_lars.step_statistics import FLAGS, OverSteps
+from lightning_lars.trust_ratios.step_statistics import FLAGS, OverSteps
 
 Quantities = Mapping[str, Mapping[str, OverSteps]]
 """By quantity and layer, what ``StepStatistics.take`` returns."""
@@ -24,8 +24,8 @@ def summary_metrics(quantities: Quantities, optimizer: str) -> dict[str, float]:
         optimizer: What stands before the last part of its keys, ``""`` or ``"LARS-1/"``.
 
     Example:
-        >>> from lightning_lars.step_statistics import OverSteps
-        >>> from lightning_lars.trust_ratio_metrics import summary_metrics
+        >>> from lightning_lars.trust_ratios.step_statistics import OverSteps
+        >>> from lightning_lars.trust_ratios.metrics import summary_metrics
         >>> ratios = {"conv.weight": OverSteps(0.5, 0.25, 1.0), "fc.weight": OverSteps(0.75, 0.5, 2.0)}
         >>> summary_metrics({"trust_ratio": ratios}, "")
         {'trust_ratio/min': 0.25, 'trust_ratio/median': 0.625, 'trust_ratio/max': 2.0}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_lars.layer_statistics import LayerStatistics
+from lightning_lars.trust_ratios.layer_statistics import LayerStatistics
 
 
 def test_each_layer_counts_its_own_steps():

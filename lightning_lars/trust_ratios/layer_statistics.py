@@ -14,7 +14,7 @@ class LayerStatistics(Metric):
 
     Example:
         >>> import torch
-        >>> from lightning_lars.layer_statistics import LayerStatistics
+        >>> from lightning_lars.trust_ratios.layer_statistics import LayerStatistics
         >>> statistics = LayerStatistics()
         >>> statistics.update(["first", "second"], torch.tensor([1.0, 5.0]))
         >>> statistics.update(["first"], torch.tensor([2.0]))

@@ -48,7 +48,7 @@ class PeakRate:
     """Follows a rate on the device that it lies on, and reads nothing back until asked.
 
     Example:
-        >>> from lightning_lars.peak_rate import PeakRate
+        >>> from lightning_lars.trust_ratios.peak_rate import PeakRate
         >>> rate = PeakRate()
         >>> for value in (0.25, 0.5, 1.0, 0.75, 0.5):
         ...     rate.update(value)

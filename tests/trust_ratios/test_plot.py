@@ -12,15 +12,15 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from lightning_lars import TrustRatioMonitor
-from lightning_lars.step_statistics import OverSteps
-from lightning_lars.trust_ratio_history import TrustRatioHistory
-from lightning_lars.trust_ratio_plot import (
+from lightning_lars.trust_ratios.history import TrustRatioHistory
+from lightning_lars.trust_ratios.plot import (
     layer_labels,
     plot_effective_lr,
     plot_history,
     plot_trust_ratios,
     save_picture,
 )
+from lightning_lars.trust_ratios.step_statistics import OverSteps
 
 RESNET = [f"layer{i}.{j}.conv{k}.weight" for i in range(1, 5) for j in range(5) for k in (1, 2, 3)]
 TRANSFORMER = [

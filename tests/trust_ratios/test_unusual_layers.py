@@ -9,7 +9,7 @@ from benchmarks import unusual_layers
 from benchmarks.unusual_layers import FROM_ZERO, UNUSED, fine_tune, left_without_gradient
 
 PAPERS = ["MLPerf's LARS (lr=10, weight_decay=2e-4)", "LAMB(lr=0.01, weight_decay=0.01)"]
-PAGE = (Path(__file__).parents[1] / "docs/trust_ratios.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/trust_ratios.md").read_text()
 
 
 def test_the_page_tells_what_is_left_of_a_layer_without_a_gradient():

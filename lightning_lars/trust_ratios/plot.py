@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_lars.rules import require
-from lightning_lars.trust_ratio_history import TrustRatioHistory
+from lightning_lars.trust_ratios.history import TrustRatioHistory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -212,7 +212,7 @@ def layer_labels(layers: list[str]) -> list[Label]:
     """Return labels for rows of layers: every layer's name, or, where they are many, that of their module.
 
     Example:
-        >>> from lightning_lars.trust_ratio_plot import layer_labels
+        >>> from lightning_lars.trust_ratios.plot import layer_labels
         >>> layer_labels(["conv.weight", "head.weight"])
         [Label(text='conv', first=0, rows=1), Label(text='head', first=1, rows=1)]
         >>> blocks = [f"blocks.{i}.{part}.weight" for i in range(12) for part in "abcdef"]
