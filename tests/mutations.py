@@ -182,19 +182,19 @@ MUTATIONS = (
     ),
     # What is measured and clipped while training.
     Mutation(
-        "percentile_clipping.py",
+        "gradients/percentile_clipping.py",
         "return torch.where(is_clipped, thresholds / norms, 1.0)",
         "return torch.where(is_clipped, norms / thresholds, 1.0)",
         "tests/callbacks/test_percentile_gradient_clipping.py -k 'not processes'",
     ),
     Mutation(
-        "noise_scale.py",
+        "gradients/noise_scale.py",
         "(1 / small_batch - 1 / big_batch)\n    squared_gradient",
         "(1 / small_batch + 1 / big_batch)\n    squared_gradient",
-        "tests/test_noise_scale.py",
+        "tests/gradients/test_noise_scale.py",
     ),
     Mutation(
-        "population_statistics.py",
+        "batch_norm.py",
         "variance = add_up(squares + count * (mean - pooled).square()) / (total - 1)",
         "variance = add_up(squares + count * (mean - pooled).square()) / total",
         "tests/callbacks/test_precise_batch_norm.py -k 'not process'",

@@ -7,11 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_lars import LAMB, LARS
-from lightning_lars.backward_norms import BackwardNorms
-from lightning_lars.gradient_norms import gradient_norms
-from lightning_lars.noise_scale import MovingNoiseScale
-from lightning_lars.percentile_clipping import PercentileClipping
-from lightning_lars.population_statistics import PopulationStatistics
+from lightning_lars.batch_norm import PopulationStatistics
+from lightning_lars.gradients.backward_norms import BackwardNorms
+from lightning_lars.gradients.noise_scale import MovingNoiseScale
+from lightning_lars.gradients.norms import gradient_norms
+from lightning_lars.gradients.percentile_clipping import PercentileClipping
 from lightning_lars.sharding import norms
 from lightning_lars.sharding.shards import Shard
 from lightning_lars.trust_ratios.step_statistics import StepStatistics

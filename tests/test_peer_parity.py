@@ -20,7 +20,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.testing import assert_close
 
 from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit, PercentileGradientClipping
-from lightning_lars.percentile_clipping import PercentileClipping
+from lightning_lars.gradients.percentile_clipping import PercentileClipping
 from tests.support.peers import PEERS, peer
 from tests.support.reference import autoclip, percentile_clipping
 from tests.workers.bitsandbytes_steps import CASES as BITSANDBYTES_CASES

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lars.backward_norms import BackwardNorms
 from lightning_lars.batch_size import check_batch_size, effective_batch_size
 from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.callbacks.micro_batches import MicroBatches
-from lightning_lars.noise_scale import MovingNoiseScale, NoiseScale, in_words, two_batch_estimates
+from lightning_lars.gradients.backward_norms import BackwardNorms
+from lightning_lars.gradients.noise_scale import MovingNoiseScale, NoiseScale, in_words, two_batch_estimates
 from lightning_lars.rules import is_number, require
 
 
@@ -32,9 +32,9 @@ class GradientNoiseScale(Callback):
     grows as training goes on. What it means for the batch at hand is said when training ends.
 
     It is estimated from the gradient of a micro-batch and that of the whole step, by
-    :func:`~lightning_lars.noise_scale.two_batch_estimates`. A micro-batch is what one process sees in one
-    backward pass: with accumulation, under DDP, or with both, a step has several. The loss must be a mean
-    over samples. All that differs between micro-batches is noise: dropout, the statistics of batch
+    :func:`~lightning_lars.gradients.noise_scale.two_batch_estimates`. A micro-batch is what one process sees
+    in one backward pass: with accumulation, under DDP, or with both, a step has several. The loss must be a
+    mean over samples. All that differs between micro-batches is noise: dropout, the statistics of batch
     normalization, the negatives of contrastive losses.
 
     Not measured are steps with a gradient that is not finite, with a single micro-batch, or with

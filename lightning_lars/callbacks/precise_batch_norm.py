@@ -15,9 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 from typing_extensions import override
 
+from lightning_lars.batch_norm import PopulationStatistics, pool
 from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.callbacks.training_passes import left_as_it_was, training_batches
-from lightning_lars.population_statistics import PopulationStatistics, pool
 from lightning_lars.rules import require
 
 

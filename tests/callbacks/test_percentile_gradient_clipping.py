@@ -20,8 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 
 from lightning_lars import LARS, GradientNoiseScale, PercentileGradientClipping
-from lightning_lars.gradient_norms import gradient_norms, scale_gradients
-from lightning_lars.percentile_clipping import PercentileClipping
+from lightning_lars.gradients.norms import gradient_norms, scale_gradients
+from lightning_lars.gradients.percentile_clipping import PercentileClipping
 from tests.support.boring import Boring, WithoutOptimizer, boring, trainer
 from tests.support.ranks import on_ranks, once
 from tests.support.reference import autoclip

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_lars.noise_scale import MovingNoiseScale, NoiseScale, in_words, two_batch_estimates
+from lightning_lars.gradients.noise_scale import MovingNoiseScale, NoiseScale, in_words, two_batch_estimates
 
 
 def measured(values, decay=0.9):

@@ -19,7 +19,7 @@ class BeforeSteps:
 
     Example:
         >>> import torch
-        >>> from lightning_lars.before_steps import BeforeSteps
+        >>> from lightning_lars.gradients.before_steps import BeforeSteps
         >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])
         >>> steps = BeforeSteps(optimizer, lambda: print("before a step"))
         >>> optimizer.step()

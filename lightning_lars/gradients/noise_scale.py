@@ -32,7 +32,7 @@ def two_batch_estimates(
         big_batch: Samples, above ``small_batch``.
 
     Example:
-        >>> from lightning_lars.noise_scale import two_batch_estimates
+        >>> from lightning_lars.gradients.noise_scale import two_batch_estimates
         >>> squared_gradient, tr_sigma = 2.0, 10.0
         >>> small, big = squared_gradient + tr_sigma / 4, squared_gradient + tr_sigma / 16
         >>> two_batch_estimates(small, big, small_batch=4, big_batch=16)
@@ -72,7 +72,7 @@ class MovingNoiseScale:
 
     Example:
         >>> import torch
-        >>> from lightning_lars.noise_scale import MovingNoiseScale
+        >>> from lightning_lars.gradients.noise_scale import MovingNoiseScale
         >>> moving = MovingNoiseScale(decay=0.9)
         >>> for tr_sigma, squared_gradient in [(9.0, 1.0), (11.0, 3.0), (10.0, -1.0)]:
         ...     moving.update(torch.tensor(tr_sigma), torch.tensor(squared_gradient))
@@ -145,7 +145,7 @@ def in_words(measured: NoiseScale, batch_size: float) -> str:
         batch_size: Samples of a step.
 
     Example:
-        >>> from lightning_lars.noise_scale import NoiseScale, in_words
+        >>> from lightning_lars.gradients.noise_scale import NoiseScale, in_words
         >>> print(in_words(NoiseScale(800.0, 2.0, 400.0, 31.0), batch_size=8).split(": ")[0])
         the effective batch size 8 is far below the critical one, about 400 +- 31
     """

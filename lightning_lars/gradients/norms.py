@@ -25,7 +25,7 @@ def gradient_norms(params: Sequence[Tensor], shards: Mapping[Tensor, Shard], dev
 
     Example:
         >>> import torch
-        >>> from lightning_lars.gradient_norms import gradient_norms
+        >>> from lightning_lars.gradients.norms import gradient_norms
         >>> w, b = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3))
         >>> w.grad = torch.tensor([3.0, 4.0])
         >>> gradient_norms([w, b], {}, w.device)

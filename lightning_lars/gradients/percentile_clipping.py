@@ -35,7 +35,7 @@ class PercentileClipping:
 
     Example:
         >>> import torch
-        >>> from lightning_lars.percentile_clipping import PercentileClipping
+        >>> from lightning_lars.gradients.percentile_clipping import PercentileClipping
         >>> clipping = PercentileClipping(percentile=50.0, history=3)
         >>> for norm in (1.0, 1.0, 4.0, 3.0, 3.0):
         ...     print(clipping.scales(torch.tensor([norm])).item())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_lars.gradient_norms import values_of
+from lightning_lars.gradients.norms import values_of
 from lightning_lars.sharding.norms import layer_norms, widest_float
 
 
@@ -23,7 +23,7 @@ class BackwardNorms:
 
     Example:
         >>> import torch
-        >>> from lightning_lars.backward_norms import BackwardNorms
+        >>> from lightning_lars.gradients.backward_norms import BackwardNorms
         >>> w = torch.nn.Parameter(torch.ones(2))
         >>> norms = BackwardNorms([w])
         >>> for slope in (3.0, 4.0):
