@@ -2,7 +2,6 @@
 
 import importlib.metadata
 
-from lightning_lars.batch_size import effective_batch_size
 from lightning_lars.callbacks import (
     BatchSizeScaling,
     ExcludeNormAndBias,
@@ -18,6 +17,7 @@ from lightning_lars.groups.param_groups import build_optimizer, explain_param_gr
 from lightning_lars.learning_rate.schedules import WarmupDecayLR
 from lightning_lars.mixin import LargeBatchMixin
 from lightning_lars.optim import LAMB, LARS, LAMB8bit, LARS8bit
+from lightning_lars.trainer.batch_size import effective_batch_size
 
 try:
     __version__ = importlib.metadata.version("lightning-lars")

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from lightning_lars.groups.excluded_rate import keep_excluded_rate
 from lightning_lars.groups.param_groups import build_optimizer
-from lightning_lars.strategy_checks import check_strategy
-from lightning_lars.training_length import scheduler_config
+from lightning_lars.trainer.strategy_checks import check_strategy
+from lightning_lars.trainer.training_length import scheduler_config
 
 _EitherCLI: Any = object
 

@@ -13,8 +13,8 @@ from lightning_lars.groups.param_groups import build_optimizer
 from lightning_lars.optim import LARS
 from lightning_lars.rules import require
 from lightning_lars.safe_globals import LoadFromCheckpoint, trust_globals_of
-from lightning_lars.strategy_checks import check_strategy
-from lightning_lars.training_length import scheduler_config
+from lightning_lars.trainer.strategy_checks import check_strategy
+from lightning_lars.trainer.training_length import scheduler_config
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 """Builds an optimizer from parameter groups: ``LARS``, or ``functools.partial(LARS, lr=3.2)``."""

@@ -157,16 +157,16 @@ MUTATIONS = (
     ),
     # The batch size, what a rate makes of it, and the counting of steps.
     Mutation(
-        "batch_size.py",
+        "trainer/batch_size.py",
         '"sqrt": 0.5, "adam_sqrt"',
         '"sqrt": 0.25, "adam_sqrt"',
-        "tests/test_batch_size.py tests/callbacks/test_batch_size_scaling.py",
+        "tests/trainer/test_batch_size.py tests/callbacks/test_batch_size_scaling.py",
     ),
     Mutation(
-        "batch_size.py",
+        "trainer/batch_size.py",
         "return per_device * data_parallel_replicas(trainer) * accumulated_batches(trainer)",
         "return per_device * data_parallel_replicas(trainer)",
-        "tests/test_batch_size.py",
+        "tests/trainer/test_batch_size.py",
     ),
     Mutation(
         "learning_rate/optimizer_steps.py",

@@ -17,6 +17,7 @@ import lightning_lars
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_lars"
 OLD_PATHS = {
+    "lightning_lars.batch_size": "lightning_lars.trainer.batch_size",
     "lightning_lars.schedules": "lightning_lars.learning_rate.schedules",
     "lightning_lars.param_groups": "lightning_lars.groups.param_groups",
 }

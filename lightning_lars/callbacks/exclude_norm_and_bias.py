@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.groups.excluded_rate import (
     check_end,
     check_excluded_rate,
@@ -34,7 +33,8 @@ from lightning_lars.groups.regrouping import (
     split_groups,
 )
 from lightning_lars.rules import require
-from lightning_lars.strategy_checks import check_strategy
+from lightning_lars.trainer.callback import Callback
+from lightning_lars.trainer.strategy_checks import check_strategy
 
 
 class ExcludeNormAndBias(Callback):

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lars.batch_size import check_batch_size, effective_batch_size
-from lightning_lars.callbacks.both_roots import Callback
-from lightning_lars.callbacks.micro_batches import MicroBatches
 from lightning_lars.gradients.backward_norms import BackwardNorms
 from lightning_lars.gradients.noise_scale import MovingNoiseScale, NoiseScale, in_words, two_batch_estimates
 from lightning_lars.rules import is_number, require
+from lightning_lars.trainer.batch_size import check_batch_size, effective_batch_size
+from lightning_lars.trainer.callback import Callback
+from lightning_lars.trainer.micro_batches import MicroBatches
 
 
 class GradientNoiseScale(Callback):

@@ -8,8 +8,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_lars.callbacks.both_roots import Callback
-from lightning_lars.callbacks.learning_rate_owner import LearningRateOwner
 from lightning_lars.learning_rate.schedules import (
     constant_warmup,
     cosine_warmup,
@@ -17,7 +15,9 @@ from lightning_lars.learning_rate.schedules import (
     linear_warmup,
 )
 from lightning_lars.rules import is_number, require
-from lightning_lars.training_length import Beginning, steps_of_epochs, total_steps
+from lightning_lars.trainer.callback import Callback
+from lightning_lars.trainer.learning_rate_owner import LearningRateOwner
+from lightning_lars.trainer.training_length import Beginning, steps_of_epochs, total_steps
 
 _SHAPES = {
     "constant": constant_warmup,

@@ -12,13 +12,13 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
-from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.groups.contents import FROZEN, LOST, Entry, entries_of, groups_by_name
 from lightning_lars.groups.excluded_rate import part_of
-from lightning_lars.optimizer_names import kinds
 from lightning_lars.printing.name_folding import fold
 from lightning_lars.printing.tables import is_too_wide, print_table
 from lightning_lars.rules import require
+from lightning_lars.trainer.callback import Callback
+from lightning_lars.trainer.optimizer_names import kinds
 from lightning_lars.trust_ratios.excluded_rate_peak import ExcludedRatePeak
 from lightning_lars.trust_ratios.step_statistics import HasTrustRatios
 

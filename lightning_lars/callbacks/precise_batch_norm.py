@@ -16,9 +16,9 @@ from torch.optim.swa_utils import update_bn
 from typing_extensions import override
 
 from lightning_lars.batch_norm import PopulationStatistics, pool
-from lightning_lars.callbacks.both_roots import Callback
-from lightning_lars.callbacks.training_passes import left_as_it_was, training_batches
 from lightning_lars.rules import require
+from lightning_lars.trainer.callback import Callback
+from lightning_lars.trainer.extra_passes import left_as_it_was, training_batches
 
 
 @runtime_checkable

@@ -17,13 +17,13 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.groups.param_groups import check_holds_parameters
 from lightning_lars.groups.parameter_names import names_of
 from lightning_lars.optim.parameters import named_params
-from lightning_lars.optimizer_names import by_name, kinds
 from lightning_lars.rules import require
-from lightning_lars.training_length import total_steps
+from lightning_lars.trainer.callback import Callback
+from lightning_lars.trainer.optimizer_names import by_name, kinds
+from lightning_lars.trainer.training_length import total_steps
 from lightning_lars.trust_ratios.alerts import TrustRatioAlerts
 from lightning_lars.trust_ratios.excluded_rate_peak import ExcludedRatePeak, excluded_as
 from lightning_lars.trust_ratios.history import TrustRatioHistory

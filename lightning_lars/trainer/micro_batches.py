@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 
-from lightning_lars.batch_size import per_device_batch_size
+from lightning_lars.trainer.batch_size import per_device_batch_size
 
 
 class MicroBatches:

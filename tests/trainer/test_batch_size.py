@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from lightning_lars import effective_batch_size
-from lightning_lars.batch_size import scale_adam, scaling_factor
+from lightning_lars.trainer.batch_size import scale_adam, scaling_factor
 from tests.support.walk import BATCHES, Walk, walk
 
 DATA = torch.zeros(24, 1)

@@ -33,5 +33,5 @@ def test_a_callback_raises_where_the_stock_cli_would_train_nothing():
 @pytest.mark.slow
 def test_the_first_process_starts_the_second_by_the_same_command():
     command = [sys.executable, "-m", "tests.workers.late_optimizer", *FIT.split()]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
     assert done.stdout.count("6 of 6 moved") == 2, done.stderr

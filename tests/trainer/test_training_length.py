@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_lars.training_length import Beginning, steps_of_epochs, total_steps
+from lightning_lars.trainer.training_length import Beginning, steps_of_epochs, total_steps
 from tests.support.walk import BATCHES, Walk, walk, walker
 
 

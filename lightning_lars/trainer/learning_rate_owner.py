@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lars.callbacks.both_roots import Callback
 from lightning_lars.groups.param_groups import check_holds_parameters
 from lightning_lars.learning_rate.step_factors import LearningRateFactors
-from lightning_lars.optimizer_names import by_name
-from lightning_lars.training_length import Beginning
+from lightning_lars.trainer.callback import Callback
+from lightning_lars.trainer.optimizer_names import by_name
+from lightning_lars.trainer.training_length import Beginning
 
 Factor = Callable[[Mapping[str, Any], int], Mapping[str, Any]]
 """Maps a group and the number of the step about to be taken, from 1, to the values it has in that step."""
