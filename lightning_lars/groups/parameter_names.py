@@ -43,7 +43,8 @@ def aliases_of(module: nn.Module) -> dict[nn.Parameter, list[Alias]]:
             owner = holder
             if isinstance(holder, ParametrizationList):
                 # `fc.parametrizations.weight` holds what the `weight` of `fc` is computed from.
-                *outer, _, attribute = path.split(".")
+                *outer, _, of = path.split(".")
+                attribute = f"{of}_g" if is_length(holder, attribute) else of
                 owner = holder = modules[".".join(outer)]
             elif isinstance(holder, nn.ParameterList | nn.ParameterDict) and path:
                 *outer, called = path.split(".")
@@ -51,6 +52,12 @@ def aliases_of(module: nn.Module) -> dict[nn.Parameter, list[Alias]]:
                 attribute = called if isinstance(holder, nn.ParameterList) else attribute
             aliases.setdefault(parameter, []).append(Alias(name, attribute, owner, holder))
     return aliases
+
+
+def is_length(parametrized: ParametrizationList, attribute: str) -> bool:
+    """Tell whether this is what weight normalization scales with, which it calls ``weight_g`` elsewhere."""
+    # By name, as torch has no public one.
+    return attribute == "original0" and type(parametrized[0]).__name__ == "_WeightNorm"
 
 
 def names_of(module: nn.Module) -> dict[Tensor, str]:

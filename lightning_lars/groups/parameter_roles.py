@@ -34,8 +34,10 @@ _WEIGHTED_WORD = re.compile(
     r"MLP|Mlp|Proj|RNN|Router"
 )
 
-# The weights of these layers in torch, also as weight_norm and spectral_norm split them.
-_WEIGHT = re.compile(r"((in|[qkv])_proj_)?weight(_(ih|hh|hr)(_l\d+)?(_reverse)?)?(_g|_v|_orig)?")
+# The weights of these layers in torch, also as weight_norm and spectral_norm split them, but for the lengths
+# of rows, which scale them as gains do.
+_WEIGHT = re.compile(r"((in|[qkv])_proj_)?weight(_(ih|hh|hr)(_l\d+)?(_reverse)?)?(_v|_orig)?")
+_LENGTH = re.compile(r".*weight.*_g")
 _WEIGHT_WORD = re.compile(r"(.*_)?weights?")
 # A table of biases to look up is none, nor is what computes or scales one.
 _NO_BIAS = {
@@ -107,6 +109,8 @@ class Place(NamedTuple):
         """
         attribute, weighted = self.alias.attribute, self.kind.is_a(*_WEIGHTED)
         words = _words(attribute)
+        if weighted and _LENGTH.fullmatch(attribute):
+            return True
         is_table = bool(_TABLE_WORDS & set(words) and _POSITION_WORDS & set(words))
         if is_table or (weighted and _WEIGHT.fullmatch(attribute)):
             return False

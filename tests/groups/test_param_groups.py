@@ -181,12 +181,12 @@ def test_a_parametrized_layer_counts_as_what_it_is():
     )
     assert names(module) == {
         "adapted": [
-            "0.parametrizations.weight.original0",
             "0.parametrizations.weight.original1",
             "2.parametrizations.weight.original",
         ],
         "excluded": [
             "0.bias",
+            "0.parametrizations.weight.original0",
             "1.weight",
             "1.parametrizations.bias.original0",
             "1.parametrizations.bias.original1",

@@ -1,9 +1,11 @@
 """Norms, biases, gains, tokens and weights of the kinds that published models are made of."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize, weight_norm
+from torch.nn.utils import parametrizations, parametrize, weight_norm
 
 from lightning_lars import explain_param_groups, param_groups
 
@@ -192,11 +194,28 @@ def test_a_norm_is_known_where_it_is_parametrized():
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-def test_the_length_of_a_weight_is_a_weight():
-    module = nn.Sequential(
-        weight_norm(nn.Linear(4, 4, bias=False)), weight_norm(nn.Conv1d(4, 4, 3, bias=False))
-    )
-    own_parameters_are("adapted", module)
+@pytest.mark.parametrize("split", [weight_norm, parametrizations.weight_norm])
+@pytest.mark.parametrize(
+    ("layer", "attribute", "dim"),
+    [
+        (nn.Linear(4, 3, bias=False), "weight", 0),
+        (nn.Linear(1, 3, bias=False), "weight", 0),
+        (nn.Linear(4, 1, bias=False), "weight", None),
+        (nn.Conv1d(4, 4, 3, bias=False), "weight", 2),
+        (nn.Embedding(5, 4), "weight", 1),
+        (nn.LSTM(4, 2, bias=False), "weight_hh_l0", 0),
+        (nn.MultiheadAttention(4, 2, bias=False), "in_proj_weight", 0),
+        (holding("Projection", kernel=(4, 4)), "kernel", 0),
+    ],
+)
+def test_the_lengths_of_weight_normalization_are_gains_and_the_directions_are_weights(
+    split, layer, attribute, dim
+):
+    layer = split(copy.deepcopy(layer), attribute, dim)
+    lengths = {f"{attribute}_g", f"parametrizations.{attribute}.original0"}
+    groups = {name: group for group, listed in names(layer).items() for name in listed}
+    assert {name for name, group in groups.items() if group == "excluded"} == lengths & set(groups)
+    assert len(lengths & set(groups)) == 1
 
 
 def test_what_a_list_holds_is_part_of_the_module_with_the_list():
