@@ -12,7 +12,7 @@ from lightning_lars.groups.excluded_rate import check_excluded_rate, keep_exclud
 from lightning_lars.groups.param_groups import build_optimizer
 from lightning_lars.optim import LARS
 from lightning_lars.rules import require
-from lightning_lars.safe_globals import LoadFromCheckpoint, trust_globals_of
+from lightning_lars.trainer.safe_globals import LoadFromCheckpoint, trust_globals_of
 from lightning_lars.trainer.strategy_checks import check_strategy
 from lightning_lars.trainer.training_length import scheduler_config
 

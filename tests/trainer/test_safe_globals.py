@@ -112,6 +112,18 @@ def test_schedulers_that_hyperparameters_name_load(tmp_path, lr_scheduler):
     assert flat([loaded.hparams["lr_scheduler"]]) == flat([lr_scheduler])
 
 
+@pytest.mark.filterwarnings("ignore:lightning_lars.schedules is deprecated")
+def test_a_scheduler_loads_from_where_it_was_in_the_first_release(tmp_path, monkeypatch):
+    scheduler = partial(WarmupDecayLR, warmup_steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(WarmupDecayLR, "__module__", "lightning_lars.schedules")
+        path = saved(tmp_path / "a.ckpt", boring(lr_scheduler=scheduler))
+    loaded = Boring.load_from_checkpoint(path, weights_only=True)
+    assert loaded.hparams["lr_scheduler"].func is WarmupDecayLR
+    # From now on by `ckpt_path` of a Trainer too, as the module has been given it.
+    assert torch.load(path, weights_only=True)["hyper_parameters"]["lr_scheduler"].func is WarmupDecayLR
+
+
 def test_recipes_a_subclass_of_a_subclass_and_the_other_root_load(tmp_path):
     path = saved(tmp_path / "recipe.ckpt", Boring(**recipes.lars(batch_size=256)))
     assert Boring.load_from_checkpoint(path, weights_only=True).hparams["optimizer"].func is LARS
@@ -199,6 +211,6 @@ for name in ("a", "b", "c"):
     except Exception as error:
         print("torch.serialization.safe_globals" in str(error) and "OwnLARS" in str(error))
 """
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert result.stdout.split() == ["LARS8bit", "SGD", "True"], result.stderr

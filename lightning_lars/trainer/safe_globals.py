@@ -15,22 +15,33 @@ from lightning_lars.optim import LAMB, LARS, LAMB8bit, LARS8bit
 
 _Module = TypeVar("_Module")
 
+# Where checkpoints of 0.1.0 say that a class is.
+_EARLIER_NAMES: dict[Any, str] = {
+    LARS: "lightning_lars.optim.lars.LARS",
+    LAMB: "lightning_lars.optim.lamb.LAMB",
+    LARS8bit: "lightning_lars.optim.eight_bit.LARS8bit",
+    LAMB8bit: "lightning_lars.optim.eight_bit.LAMB8bit",
+    WarmupDecayLR: "lightning_lars.schedules.WarmupDecayLR",
+}
+
 
 def known_globals() -> list[Any]:
     """Return optimizers and schedulers of this package and of torch, and what holds their arguments."""
     of_torch = (*vars(torch.optim).values(), *vars(lr_scheduler).values(), *vars(swa_utils).values())
     rules = (Optimizer, lr_scheduler.LRScheduler)
     of_torch = tuple(each for each in of_torch if isclass(each) and issubclass(each, rules))
-    return list(dict.fromkeys([partial, LARS, LAMB, LARS8bit, LAMB8bit, WarmupDecayLR, *of_torch]))
+    return list(dict.fromkeys([partial, *globals_of([*_EARLIER_NAMES, *of_torch])]))
 
 
 def globals_of(value: Any) -> Iterator[Any]:
     """Yield the classes and functions that a pickle of this names, through ``functools.partial`` too.
 
+    A class that had another name is yielded with that too, as torch asks for it, as ``(class, name)``.
+
     Example:
         >>> from functools import partial
         >>> from torch.optim import SGD
-        >>> from lightning_lars.safe_globals import globals_of
+        >>> from lightning_lars.trainer.safe_globals import globals_of
         >>> [each.__name__ for each in globals_of([partial(SGD, lr=0.1), lambda groups: SGD(groups)])]
         ['partial', 'SGD']
     """
@@ -44,6 +55,9 @@ def globals_of(value: Any) -> Iterator[Any]:
             yield from globals_of(each)
     elif (isclass(value) or isfunction(value)) and _is_found_by_name(value):
         yield value
+        earlier = _EARLIER_NAMES.get(value)
+        if earlier not in (None, f"{value.__module__}.{value.__qualname__}"):
+            yield value, earlier
 
 
 def trust_globals_of(*values: Any) -> None:
