@@ -29,7 +29,7 @@ from study_report import (
 from study_runs import Settings, Trainings
 from study_training import Choice, Run
 
-from lightning_lars.trainer.batch_size import ScalingRule
+from lightning_lars.learning_rate.batch_scaling import ScalingRule
 
 # What every optimizer starts from, and the rates to begin with, a factor of 2 apart. Weight decay is what is
 # customary, and so is the rate of norms and biases for LARS and LAMB: one that plain SGD and Adam have.

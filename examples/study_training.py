@@ -23,7 +23,7 @@ from lightning_lars import (
     PreciseBatchNorm,
     WarmupDecayLR,
 )
-from lightning_lars.trainer.batch_size import ScalingRule, scaling_exponent, scaling_factor
+from lightning_lars.learning_rate.batch_scaling import ScalingRule, scaling_exponent, scaling_factor
 
 OPTIMIZERS = {
     "SGD": partial(torch.optim.SGD, momentum=0.9),

@@ -1,18 +1,23 @@
-"""Deprecated path of :mod:`lightning_lars.trainer.batch_size`; goes in the release after the next."""
+"""Deprecated path of what :mod:`lightning_lars.learning_rate` and :mod:`lightning_lars.trainer` hold.
+
+Goes in the release after the next.
+"""
 
 import warnings
 
-from lightning_lars.trainer.batch_size import (
+from lightning_lars.learning_rate.batch_scaling import (
     SCALING_RULES,
     ScalingRule,
-    accumulated_batches,
     check_batch_size,
-    data_parallel_replicas,
-    effective_batch_size,
-    per_device_batch_size,
     scale_adam,
     scaling_exponent,
     scaling_factor,
+)
+from lightning_lars.trainer.batch_size import (
+    accumulated_batches,
+    data_parallel_replicas,
+    effective_batch_size,
+    per_device_batch_size,
     takes_steps,
 )
 
@@ -31,8 +36,8 @@ __all__ = [
 ]
 
 warnings.warn(
-    "lightning_lars.batch_size is deprecated: import effective_batch_size from lightning_lars, and the rest "
-    "from lightning_lars.trainer.batch_size",
+    "lightning_lars.batch_size is deprecated: import effective_batch_size from lightning_lars, and the "
+    "rules of scaling from lightning_lars.learning_rate",
     DeprecationWarning,
     stacklevel=2,
 )

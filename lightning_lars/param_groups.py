@@ -15,8 +15,8 @@ from lightning_lars.groups.param_groups import (
 __all__ = ["build_optimizer", "check_holds_parameters", "explain_param_groups", "param_groups"]
 
 warnings.warn(
-    "lightning_lars.param_groups is deprecated as a module: import from lightning_lars, or from "
-    "lightning_lars.groups.param_groups",
+    "lightning_lars.param_groups is deprecated as a module: import build_optimizer, explain_param_groups and "
+    "param_groups from lightning_lars",
     DeprecationWarning,
     stacklevel=2,
 )

@@ -12,10 +12,10 @@ import math
 from functools import partial
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
-from lightning_lars.learning_rate.schedules import WarmupDecayLR
+from lightning_lars.learning_rate.batch_scaling import check_batch_size, scaling_factor
+from lightning_lars.learning_rate.warmup_decay import WarmupDecayLR
 from lightning_lars.optim import LAMB, LARS
 from lightning_lars.rules import require
-from lightning_lars.trainer.batch_size import check_batch_size, scaling_factor
 
 IMAGENET = 1_281_167  # images to train on
 

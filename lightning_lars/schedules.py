@@ -2,7 +2,7 @@
 
 import warnings
 
-from lightning_lars.learning_rate.schedules import (
+from lightning_lars.learning_rate import (
     WarmupDecayLR,
     constant_decay,
     constant_warmup,
@@ -33,8 +33,7 @@ __all__ = [
 ]
 
 warnings.warn(
-    "lightning_lars.schedules is deprecated: import WarmupDecayLR from lightning_lars, and the curves from "
-    "lightning_lars.learning_rate.schedules",
+    "lightning_lars.schedules is deprecated: import from lightning_lars.learning_rate",
     DeprecationWarning,
     stacklevel=2,
 )

@@ -157,10 +157,10 @@ MUTATIONS = (
     ),
     # The batch size, what a rate makes of it, and the counting of steps.
     Mutation(
-        "trainer/batch_size.py",
+        "learning_rate/batch_scaling.py",
         '"sqrt": 0.5, "adam_sqrt"',
         '"sqrt": 0.25, "adam_sqrt"',
-        "tests/trainer/test_batch_size.py tests/callbacks/test_batch_size_scaling.py",
+        "tests/learning_rate/test_batch_scaling.py tests/callbacks/test_batch_size_scaling.py",
     ),
     Mutation(
         "trainer/batch_size.py",
@@ -175,10 +175,10 @@ MUTATIONS = (
         "tests/learning_rate/test_optimizer_steps.py",
     ),
     Mutation(
-        "learning_rate/schedules.py",
+        "learning_rate/curves.py",
         "math.sqrt(warmup_steps / max(step, warmup_steps))",
         "math.sqrt(warmup_steps / (1 + max(step, warmup_steps)))",
-        "tests/learning_rate/test_schedules.py -k inverse",
+        "tests/learning_rate/test_warmup_decay.py -k inverse",
     ),
     # What is measured and clipped while training.
     Mutation(

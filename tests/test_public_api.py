@@ -17,9 +17,12 @@ import lightning_lars
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_lars"
 OLD_PATHS = {
-    "lightning_lars.batch_size": "lightning_lars.trainer.batch_size",
-    "lightning_lars.schedules": "lightning_lars.learning_rate.schedules",
-    "lightning_lars.param_groups": "lightning_lars.groups.param_groups",
+    "lightning_lars.batch_size": [
+        "lightning_lars.learning_rate.batch_scaling",
+        "lightning_lars.trainer.batch_size",
+    ],
+    "lightning_lars.schedules": ["lightning_lars.learning_rate"],
+    "lightning_lars.param_groups": ["lightning_lars.groups.param_groups"],
 }
 
 
@@ -64,18 +67,23 @@ def _as_at_first():
 
 
 @pytest.mark.usefixtures("_as_at_first")
-@pytest.mark.parametrize(("old", "new"), OLD_PATHS.items())
+@pytest.mark.parametrize(("old", "new"), OLD_PATHS.items(), ids=OLD_PATHS)
 def test_old_paths_of_modules_still_lead_to_what_they_had_and_say_where_it_is(old, new):
-    with pytest.warns(DeprecationWarning, match=f"{old} is deprecated.*{new}") as caught:
+    with pytest.warns(
+        DeprecationWarning, match=f"{old} is deprecated.*: import .*from lightning_lars"
+    ) as caught:
         module = importlib.import_module(old)
     assert len(caught) == 1
+    assert caught[0].filename == importlib.__file__
+    held = {name: value for path in new for name, value in vars(importlib.import_module(path)).items()}
+    assert module.__all__
     for name in module.__all__:
-        assert getattr(module, name) is getattr(importlib.import_module(new), name)
+        assert getattr(module, name) is held[name]
 
 
 @pytest.mark.usefixtures("_as_at_first")
 def test_a_module_that_has_the_name_of_a_function_is_called_as_the_function():
-    with pytest.warns(DeprecationWarning, match="param_groups is deprecated as a module"):
+    with pytest.warns(DeprecationWarning, match="lightning_lars.param_groups is deprecated"):
         import lightning_lars.param_groups as module
     function = lightning_lars.groups.param_groups.param_groups
     assert inspect.ismodule(module)

@@ -10,16 +10,18 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_lars.rules import require
-from lightning_lars.trainer.batch_size import (
+from lightning_lars.learning_rate.batch_scaling import (
     ScalingRule,
-    accumulated_batches,
     check_batch_size,
-    data_parallel_replicas,
-    per_device_batch_size,
     scale_adam,
     scaling_exponent,
     scaling_factor,
+)
+from lightning_lars.rules import require
+from lightning_lars.trainer.batch_size import (
+    accumulated_batches,
+    data_parallel_replicas,
+    per_device_batch_size,
     takes_steps,
 )
 from lightning_lars.trainer.callback import Callback
@@ -44,8 +46,8 @@ class BatchSizeScaling(Callback):
     Args:
         base_batch_size: Effective batch size that the learning rate belongs to, above 0.
         rule: ``"linear"``, ``"sqrt"``, ``"none"``, or an exponent, as in
-            :func:`~lightning_lars.trainer.batch_size.scaling_factor`. ``"adam_sqrt"``: the square root that
-            also moves ``betas`` and ``eps``, as in :func:`~lightning_lars.trainer.batch_size.scale_adam`.
+            :func:`~lightning_lars.learning_rate.scaling_factor`. ``"adam_sqrt"``: the square root that
+            also moves ``betas`` and ``eps``, as in :func:`~lightning_lars.learning_rate.scale_adam`.
         batch_size: Per-device batch size. None reads it from the train loader, or, where that does not tell
             it, from the first batch; before that, a ``LearningRateMonitor`` shows the plain rate.
         scale_excluded: Whether to scale groups with ``batch_size_scaling=False`` too.

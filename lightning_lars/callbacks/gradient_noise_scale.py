@@ -13,8 +13,9 @@ from typing_extensions import override
 
 from lightning_lars.gradients.backward_norms import BackwardNorms
 from lightning_lars.gradients.noise_scale import MovingNoiseScale, NoiseScale, in_words, two_batch_estimates
+from lightning_lars.learning_rate.batch_scaling import check_batch_size
 from lightning_lars.rules import is_number, require
-from lightning_lars.trainer.batch_size import check_batch_size, effective_batch_size
+from lightning_lars.trainer.batch_size import effective_batch_size
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trainer.micro_batches import MicroBatches
 

@@ -8,23 +8,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_lars.learning_rate.schedules import (
-    constant_warmup,
-    cosine_warmup,
-    exponential_warmup,
-    linear_warmup,
-)
+from lightning_lars.learning_rate.curves import WARMUPS
 from lightning_lars.rules import is_number, require
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trainer.learning_rate_owner import LearningRateOwner
 from lightning_lars.trainer.training_length import Beginning, steps_of_epochs, total_steps
-
-_SHAPES = {
-    "constant": constant_warmup,
-    "linear": linear_warmup,
-    "exponential": exponential_warmup,
-    "cosine": cosine_warmup,
-}
 
 
 class LearningRateWarmup(Callback):
@@ -41,7 +29,7 @@ class LearningRateWarmup(Callback):
             under manual optimization, this one.
         warmup_epochs: The same in epochs, above 0; parts of an epoch are fine.
         warmup_fraction: The same as a share of all steps of the training, in (0, 1].
-        shape: The curve, as in :mod:`lightning_lars.learning_rate.schedules`.
+        shape: The curve, as in :mod:`lightning_lars.learning_rate.curves`.
         start_factor: Where the curve comes from, in [0, 1]. None stands for 0 where the shape leaves 0 by
             itself (linear, cosine).
 
@@ -82,7 +70,7 @@ class LearningRateWarmup(Callback):
         if warmup_fraction is not None:
             holds = is_number(warmup_fraction) and 0 < warmup_fraction <= 1
             require("warmup_fraction", "in (0, 1]", warmup_fraction, holds)
-        require("shape", f"one of {tuple(_SHAPES)}", shape, shape in tuple(_SHAPES))
+        require("shape", f"one of {tuple(WARMUPS)}", shape, shape in tuple(WARMUPS))
         if start_factor is not None:
             holds = is_number(start_factor) and 0 <= start_factor <= 1
             require("start_factor", "in [0, 1]", start_factor, holds)
@@ -121,7 +109,7 @@ class LearningRateWarmup(Callback):
                 f"LearningRateWarmup({self._given()}) has no length in steps under manual optimization, "
                 "where only the module knows how often it steps each optimizer: pass warmup_steps"
             )
-        curve, start_factor = _SHAPES[self.shape], self.start_factor
+        curve, start_factor = WARMUPS[self.shape], self.start_factor
         owner.adjust(
             "warmup",
             lambda group, step: {"lr": group["lr"] * curve(step, warmup_steps, start_factor)},

@@ -1,4 +1,38 @@
-"""The learning rate: its curves and their scheduler, and factors that hold for the length of a step.
+"""The learning rate: its curves and their scheduler, rules of batch-size scaling, and factors for one step.
 
 Torch only: the folder `trainer` applies it to a Trainer.
 """
+
+from lightning_lars.learning_rate.batch_scaling import scale_adam, scaling_exponent, scaling_factor
+from lightning_lars.learning_rate.curves import (
+    constant_decay,
+    constant_warmup,
+    cosine_decay,
+    cosine_warmup,
+    exponential_warmup,
+    inverse_sqrt_decay,
+    linear_warmup,
+    one_cycle,
+    one_cycle_momentum,
+    polynomial_decay,
+    step_decay,
+)
+from lightning_lars.learning_rate.warmup_decay import WarmupDecayLR
+
+__all__ = [
+    "WarmupDecayLR",
+    "constant_decay",
+    "constant_warmup",
+    "cosine_decay",
+    "cosine_warmup",
+    "exponential_warmup",
+    "inverse_sqrt_decay",
+    "linear_warmup",
+    "one_cycle",
+    "one_cycle_momentum",
+    "polynomial_decay",
+    "scale_adam",
+    "scaling_exponent",
+    "scaling_factor",
+    "step_decay",
+]

@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 from torch.serialization import add_safe_globals, get_safe_globals, safe_globals
 
-from lightning_lars.learning_rate.schedules import WarmupDecayLR
+from lightning_lars.learning_rate.warmup_decay import WarmupDecayLR
 from lightning_lars.optim import LAMB, LARS, LAMB8bit, LARS8bit
 
 _Module = TypeVar("_Module")

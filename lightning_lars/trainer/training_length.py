@@ -7,7 +7,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_lars.learning_rate.schedules import WarmupDecayLR
+from lightning_lars.learning_rate.warmup_decay import WarmupDecayLR
 from lightning_lars.trainer.batch_size import accumulated_batches
 
 

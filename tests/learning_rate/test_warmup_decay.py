@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from torch.nn import Parameter
 from torch.optim import SGD, Adagrad, lr_scheduler
 
-from lightning_lars import LAMB, LARS
-from lightning_lars.learning_rate import schedules
-from lightning_lars.learning_rate.schedules import WarmupDecayLR
+from lightning_lars import LAMB, LARS, WarmupDecayLR
+from lightning_lars.learning_rate import curves
 
 W, T = 6, 20  # warmup_steps and total_steps
 STEPS = range(1, T + 1)
@@ -109,14 +108,14 @@ def close(expected):
 
 @pytest.mark.parametrize("shape", WARMUPS)
 def test_a_warmup_follows_its_formula_and_is_1_from_its_last_step_on(shape):
-    curve = getattr(schedules, f"{shape}_warmup")
+    curve = getattr(curves, f"{shape}_warmup")
     expected = [WARMUPS[shape](t) if t < W else 1.0 for t in STEPS]
     assert [curve(t, W, START) for t in STEPS] == close(expected)
 
 
 @pytest.mark.parametrize("shape", WARMUPS)
 def test_a_warmup_over_no_step_is_1(shape):
-    assert getattr(schedules, f"{shape}_warmup")(1, 0, START) == 1.0
+    assert getattr(curves, f"{shape}_warmup")(1, 0, START) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -130,7 +129,7 @@ def test_a_warmup_over_no_step_is_1(shape):
     ],
 )
 def test_a_decay_is_1_during_the_warmup_and_then_follows_its_formula(shape, arguments):
-    curve = getattr(schedules, f"{shape}_decay")
+    curve = getattr(curves, f"{shape}_decay")
     expected = [1.0 if t <= W else DECAYS[shape][0](t) for t in STEPS]
     assert [curve(t, *arguments) for t in STEPS] == close(expected)
 
@@ -209,7 +208,7 @@ def test_the_rate_stays_at_the_end_factor_after_the_training(decay):
 @settings(max_examples=50, deadline=None)
 @given(step=st.integers(1, 3 * T), warmup_steps=st.integers(1, T - 1))
 def test_a_curve_climbs_in_the_warmup_alone_and_never_above_the_peak(shape, bends, step, warmup_steps):
-    now, then = (getattr(schedules, shape)(t, warmup_steps=warmup_steps, **bends) for t in (step, step + 1))
+    now, then = (getattr(curves, shape)(t, warmup_steps=warmup_steps, **bends) for t in (step, step + 1))
     assert 0 < now <= 1 + 1e-15
     rises = step < warmup_steps and "decay" not in shape
     assert (now <= then + 1e-15) if rises else (then <= now + 1e-15)
@@ -499,9 +498,9 @@ def test_what_is_no_optimizer_is_refused():
 @pytest.mark.parametrize("start_factor", [0.0, -0.1])
 def test_the_exponential_curve_refuses_to_start_at_0(start_factor):
     with pytest.raises(ValueError, match=rf"^start_factor must be above 0, got {start_factor}"):
-        schedules.exponential_warmup(1, W, start_factor)
+        curves.exponential_warmup(1, W, start_factor)
 
 
 def test_the_inverse_sqrt_curve_refuses_to_start_without_a_warmup():
     with pytest.raises(ValueError, match=r"^warmup_steps must be at least 1, got 0"):
-        schedules.inverse_sqrt_decay(1, 0)
+        curves.inverse_sqrt_decay(1, 0)
