@@ -16,6 +16,25 @@ import lightning_lars
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_lars"
+TOPICS = {"batch_norm", "gradients", "groups", "learning_rate", "trust_ratios"}
+GROUND = {"rules", "sharding", "printing"}
+ARROWS = {
+    "cli": {"trainer", "groups"},
+    "mixin": {"trainer", "groups", "optim", "rules"},
+    "recipes": {"learning_rate", "optim", "rules"},
+    "callbacks": {"trainer", "optim", *TOPICS, *GROUND},
+    "trainer": {"groups", "learning_rate", "optim", "rules"},
+    "trust_ratios": {"optim", *GROUND},
+    "gradients": {"sharding"},
+    "batch_norm": {"sharding"},
+    "groups": {"rules"},
+    "learning_rate": {"rules"},
+    "optim": {"sharding", "rules"},
+    "sharding": set(),
+    "printing": set(),
+    "rules": set(),
+}
+"""What each folder, or module at the top, may import of the package."""
 OLD_PATHS = {
     "lightning_lars.batch_size": [
         "lightning_lars.learning_rate.batch_scaling",
@@ -136,8 +155,27 @@ def test_lars_and_lamb_do_not_know_each_other():
     assert "lightning_lars.optim.lars" not in imports(PACKAGE / "optim/lamb.py")
 
 
-def test_the_optimizers_know_nothing_above_them():
-    for path in PACKAGE.glob("optim/**/*.py"):
-        ours = [name for name in imports(path) if name.startswith("lightning")]
-        below = ("lightning_lars.optim", "lightning_lars.sharding", "lightning_lars.rules")
-        assert all(name.startswith(below) for name in ours), path
+def room(module):
+    """The folder at the top of the package, or the module there, that a dotted name is in."""
+    return module.removeprefix("lightning_lars").lstrip(".").split(".")[0] or "__init__"
+
+
+@pytest.mark.parametrize("below", ARROWS)
+def test_arrows_between_folders_point_one_way(below):
+    paths = [PACKAGE / f"{below}.py", *PACKAGE.glob(f"{below}/**/*.py")]
+    files = [path for path in paths if path.exists()]
+    assert files
+    for path in files:
+        to = {room(name) for name in imports(path) if name.split(".")[0] == "lightning_lars"} - {below}
+        assert to <= ARROWS[below], path
+
+
+def test_every_folder_and_module_has_its_arrows():
+    shims = {name.removeprefix("lightning_lars.") for name in OLD_PATHS}
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"}
+    assert {name for name in rooms if not name.startswith("__")} - shims == set(ARROWS)
+
+
+@pytest.mark.parametrize("folder", sorted(PACKAGE.glob("*/__init__.py")), ids=lambda path: path.parent.name)
+def test_every_folder_says_what_lives_there(folder):
+    assert len(ast.get_docstring(ast.parse(folder.read_text()))) > 40

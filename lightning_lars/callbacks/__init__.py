@@ -1,4 +1,7 @@
-"""What is registered on a Trainer."""
+"""The callbacks that are registered on a Trainer, one file each.
+
+They do not know each other: what several of them need is in `trainer`, or in the folder of its topic.
+"""
 
 from lightning_lars.callbacks.batch_size_scaling import BatchSizeScaling
 from lightning_lars.callbacks.exclude_norm_and_bias import ExcludeNormAndBias
