@@ -56,7 +56,7 @@ def check_held_params(named: Sequence[tuple[str, Tensor]]) -> None:
 
 def _check_param(p: Tensor, label: str, seen: set[Tensor]) -> None:
     if not p.is_floating_point():
-        way_out = "" if p.requires_grad else ". It is frozen: pass only parameters with requires_grad"
+        way_out = "" if p.requires_grad else ". It is not trained: filter by requires_grad"
         raise ValueError(f"params must be real floating-point tensors, got {label} of {p.dtype}{way_out}")
     if not p.is_leaf:
         raise ValueError(

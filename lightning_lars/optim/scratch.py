@@ -1,5 +1,8 @@
 """Memory in which some layers after others are worked on."""
 
+import threading
+
+import torch
 from torch import Tensor
 
 from lightning_lars.sharding.norms import Tensors
@@ -8,8 +11,21 @@ from lightning_lars.sharding.norms import Tensors
 _KEPT = 2**22
 
 
+class _Idle(threading.local):
+    """The memory of this thread in which nobody works, which threads therefore need not lock.
+
+    One for all optimizers, of which there may be one a layer, as where layers step in the backward pass.
+    """
+
+    def __init__(self) -> None:
+        self.memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+_idle = _Idle()
+
+
 class Scratch:
-    """Memory that is given out again and again.
+    """Memory that is given out again and again, and belongs to one step at a time.
 
     A large tensor that is new comes from the operating system page by page, which takes longer than to
     fill it.
@@ -36,9 +52,12 @@ class Scratch:
                 the caller's.
         """
         sizes = [tensor.numel() for tensor in tensors]
+        if self._memory is None or _kind(self._memory) != _kind(tensors[0]):
+            self.shrink()
+            self._memory = _idle.memory.pop(_kind(tensors[0]), None)
         memory = self._memory
-        if memory is None or memory.numel() < sum(sizes) or not _are_alike(memory, tensors[0]):
-            self._memory = None  # before there is more
+        if memory is None or memory.numel() < sum(sizes):
+            self._memory = memory = None  # before there is more
             self._memory = memory = tensors[0].new_empty(sum(sizes))
         parts = memory[: sum(sizes)].split_with_sizes(sizes)
         return [
@@ -51,10 +70,14 @@ class Scratch:
         self._memory = None
 
     def shrink(self) -> None:
-        """Keep only what is little."""
-        if self._memory is not None and self._memory.numel() > _KEPT:
-            self._memory = None
+        """Leave to the next step, of any optimizer, what is little, and keep nothing."""
+        memory, self._memory = self._memory, None
+        if memory is None or memory.numel() > _KEPT or memory.is_inference():
+            return
+        other = _idle.memory.get(_kind(memory))
+        if other is None or other.numel() < memory.numel():
+            _idle.memory[_kind(memory)] = memory
 
 
-def _are_alike(memory: Tensor, tensor: Tensor) -> bool:
-    return memory.dtype == tensor.dtype and memory.device == tensor.device
+def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
+    return tensor.dtype, tensor.device

@@ -52,6 +52,20 @@ def test_a_sparse_gradient_of_an_unnamed_parameter_is_refused_by_its_number(opti
 
 
 @both
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.bool])
+def test_quantized_weights_that_are_frozen_are_refused_with_the_way_out(optimizer_class, dtype):
+    frozen = Parameter(torch.ones(4, dtype=dtype), requires_grad=False)
+    trained = Parameter(torch.ones(4))
+    with pytest.raises(ValueError, match=rf"parameter 1 of {dtype}.* filter by requires_grad"):
+        optimizer_class([trained, frozen])
+    optimizer = optimizer_class([trained])
+    with pytest.raises(ValueError, match=r"'quantized'.*filter by requires_grad"):
+        optimizer.add_param_group({"params": [("quantized", frozen)]})
+    assert len(optimizer.param_groups) == 1
+    optimizer_class([p for p in (trained, frozen) if p.requires_grad])
+
+
+@both
 @pytest.mark.parametrize("group", [{}, {"layer_adaptation": False}], ids=str)
 def test_a_dtensor_of_partial_values_is_refused_by_name(optimizer_class, mesh, group):
     weight = Parameter(DTensor.from_local(torch.ones(4, 2), mesh, [Partial()]))
