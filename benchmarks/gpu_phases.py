@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from benchmarks.gpu_timing import capture, clear, host_time, kernels, median_time, steps
 from benchmarks.model_shapes import SHAPES, Shape, elements, grouped, parameters
 from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit
-from lightning_lars.optim.kernels import choice, layer_table
+from lightning_lars.optim.backends import choice, triton_table
 
 Say = Callable[..., None]
 Build = Callable[[list[Parameter]], Optimizer]
@@ -56,10 +56,10 @@ def shapes_of(model: str) -> list[Shape]:
 def device_of(dry: bool) -> str:
     """Return where a phase works; the kernels work there too, a program on few elements if it is dry."""
     if dry:
-        from lightning_lars.optim.kernels import triton_lamb, triton_lars
+        from lightning_lars.optim.backends import triton_lamb, triton_lars
 
         choice.TRITON_DEVICES.add("cpu")
-        _patched((layer_table, triton_lars, triton_lamb), 64, 64, None).__enter__()
+        _patched((triton_table, triton_lars, triton_lamb), 64, 64, None).__enter__()
     return "cpu" if dry else "cuda"
 
 
@@ -304,12 +304,12 @@ def tests(say: Say, dry: bool) -> None:
 
 def sweep(say: Say, dry: bool) -> None:
     """Time other sizes of chunks and blocks, and other numbers of warps, by patching the constants."""
-    from lightning_lars.optim.kernels import triton_lamb, triton_lars
+    from lightning_lars.optim.backends import triton_lamb, triton_lars
 
     device = device_of(dry)
-    modules = (layer_table, triton_lars, triton_lamb)
+    modules = (triton_table, triton_lars, triton_lamb)
     models = ["smallest"] if dry else ["resnet50", "bert-large"]
-    for chunk, block, warps in ((layer_table.CHUNK, triton_lars.BLOCK, 4), *(() if dry else _SWEPT)):
+    for chunk, block, warps in ((triton_table.CHUNK, triton_lars.BLOCK, 4), *(() if dry else _SWEPT)):
         for model in models:
             for optimizer_class in (LARS, LAMB):
                 for dtype in ("float32",) if dry else ("float32", "bfloat16"):

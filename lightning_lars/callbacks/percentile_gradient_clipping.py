@@ -14,8 +14,8 @@ from typing_extensions import override
 from lightning_lars.gradients.before_steps import BeforeSteps
 from lightning_lars.gradients.norms import gradient_norms, scale_gradients
 from lightning_lars.gradients.percentile_clipping import PercentileClipping
-from lightning_lars.optim.checkpoint import is_trial_of_checkpoint
 from lightning_lars.optim.parameters import named_params
+from lightning_lars.optim.state.checkpoint import is_trial_of_checkpoint
 from lightning_lars.rules import is_number, require
 from lightning_lars.sharding.shards import Shard, find_shards
 from lightning_lars.trainer.callback import Callback

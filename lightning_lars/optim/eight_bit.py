@@ -7,7 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_lars.optim.eight_bit_state import (
+from lightning_lars.optim.backends.choice import takes_triton
+from lightning_lars.optim.lamb import LAMB
+from lightning_lars.optim.lars import LARS
+from lightning_lars.optim.layers import Layers
+from lightning_lars.optim.layerwise import LayerwiseOptimizer
+from lightning_lars.optim.state.torchao import (
     Maps,
     fits_eight_bit,
     import_eight_bit_tensor,
@@ -16,11 +21,6 @@ from lightning_lars.optim.eight_bit_state import (
     to_eight_bit,
     to_float,
 )
-from lightning_lars.optim.kernels.choice import takes_triton
-from lightning_lars.optim.lamb import LAMB
-from lightning_lars.optim.lars import LARS
-from lightning_lars.optim.layers import Layers
-from lightning_lars.optim.layerwise import LayerwiseOptimizer
 from lightning_lars.rules import require
 
 

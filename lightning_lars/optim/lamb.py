@@ -7,8 +7,8 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor
 
-from lightning_lars.optim.kernels.cpu import adam_direction, subtract_scaled
-from lightning_lars.optim.kernels.layer_table import LayerTable
+from lightning_lars.optim.backends.cpu import adam_direction, subtract_scaled
+from lightning_lars.optim.backends.triton_table import LayerTable
 from lightning_lars.optim.layers import Layers
 from lightning_lars.optim.layerwise import LayerwiseOptimizer, subtract
 from lightning_lars.optim.trust_ratio import ROUNDING, Number, TrustRatios, clip, trust_ratio
@@ -268,7 +268,7 @@ class LAMB(LayerwiseOptimizer):
         gradient_scale: Tensor | None,
         lr: Tensor,
     ) -> tuple[Tensor, Tensor] | None:
-        from lightning_lars.optim.kernels.triton_lamb import lamb
+        from lightning_lars.optim.backends.triton_lamb import lamb
 
         group = layers.group
         beta1, beta2 = group["betas"]

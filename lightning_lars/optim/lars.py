@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_lars.optim.kernels.cpu import adapted_sgd, can_adapt, sgd, subtract_scaled
-from lightning_lars.optim.kernels.layer_table import LayerTable
+from lightning_lars.optim.backends.cpu import adapted_sgd, can_adapt, sgd, subtract_scaled
+from lightning_lars.optim.backends.triton_table import LayerTable
 from lightning_lars.optim.layers import Layers
 from lightning_lars.optim.layerwise import LayerwiseOptimizer, subtract
 from lightning_lars.optim.trust_ratio import ROUNDING, Number, TrustRatios, clip, over_lr, trust_ratio
@@ -317,7 +317,7 @@ class LARS(LayerwiseOptimizer):
     def _measure_in_triton(
         self, layers: Layers, gradient_scale: Tensor | None, lr: Tensor
     ) -> tuple[LayerTable, tuple[Tensor, Tensor] | None]:
-        from lightning_lars.optim.kernels import triton_lars
+        from lightning_lars.optim.backends import triton_lars
 
         group = layers.group
         are_first = [int(not self._has_begun(p)) for p in layers.params]
@@ -351,7 +351,7 @@ class LARS(LayerwiseOptimizer):
         gradient_scale: Tensor | None,
         lr: Tensor,
     ) -> None:
-        from lightning_lars.optim.kernels import triton_lars
+        from lightning_lars.optim.backends import triton_lars
 
         group = layers.group
         triton_lars.descend(

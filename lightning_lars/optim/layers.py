@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lars.optim.kernels.choice import takes_triton, triton_can_do
-from lightning_lars.optim.kernels.layer_table import LayerTable
+from lightning_lars.optim.backends.choice import takes_triton, triton_can_do
+from lightning_lars.optim.backends.triton_table import LayerTable
 from lightning_lars.sharding.norms import Tensors, layer_norms, whole_norms
 from lightning_lars.sharding.shards import Shard, local, local_gradient
 

@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lars.optim.absent_state import AbsentState
-from lightning_lars.optim.checkpoint import adapt_state_dict, is_trial_of_checkpoint, restore_dtypes
-from lightning_lars.optim.eight_bit_state import to_float
-from lightning_lars.optim.kernels.choice import (
+from lightning_lars.optim.backends.choice import (
     lay_out_as,
     takes_triton,
     warn_where_triton_fails,
     why_not_fused,
 )
-from lightning_lars.optim.kernels.layer_table import LayerTable, LayerTables
+from lightning_lars.optim.backends.scratch import Scratch
+from lightning_lars.optim.backends.triton_table import LayerTable, LayerTables
 from lightning_lars.optim.layers import (
     Layers,
     Moving,
@@ -32,8 +30,10 @@ from lightning_lars.optim.layers import (
     stack_norms,
 )
 from lightning_lars.optim.parameters import check_held_params, check_params, named_params
-from lightning_lars.optim.partitions import check_not_flattened, check_sees_all_gradients, dimensions
-from lightning_lars.optim.scratch import Scratch
+from lightning_lars.optim.refusals import check_not_flattened, check_sees_all_gradients, dimensions
+from lightning_lars.optim.state.absent import AbsentState
+from lightning_lars.optim.state.checkpoint import adapt_state_dict, is_trial_of_checkpoint, restore_dtypes
+from lightning_lars.optim.state.torchao import to_float
 from lightning_lars.optim.trust_ratio import (
     Number,
     TrustRatios,

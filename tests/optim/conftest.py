@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from lightning_lars.optim.kernels import layer_table
+from lightning_lars.optim.backends import triton_table
 
 
 @pytest.fixture
@@ -24,9 +24,9 @@ def small_chunks():
     if torch.cuda.is_available():
         yield
         return
-    from lightning_lars.optim.kernels import triton_lamb, triton_lars, triton_layers
+    from lightning_lars.optim.backends import triton_lamb, triton_lars, triton_layers
 
-    sizes = [(module, "CHUNK", 64) for module in (layer_table, triton_lars, triton_lamb)]
+    sizes = [(module, "CHUNK", 64) for module in (triton_table, triton_lars, triton_lamb)]
     sizes += [(module, "BLOCK", 32) for module in (triton_lars, triton_lamb)]
     patches = [patch.object(*size) for size in (*sizes, (triton_layers, "_CHUNKS_AT_ONCE", 1))]
     for each in patches:

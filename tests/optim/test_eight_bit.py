@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from benchmarks.model_shapes import resnet50
 from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit
-from lightning_lars.optim.kernels import choice
+from lightning_lars.optim.backends import choice
 from tests.support import reference
 from tests.support.layers import give_gradients
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn import Parameter
 
 from lightning_lars import LAMB, LARS
-from lightning_lars.optim.kernels import choice, cpu
+from lightning_lars.optim.backends import choice, cpu
 from tests.support.layers import EXCLUDED, give_gradients, groups, layers, values, walk
 from tests.support.slow import slow_unless
 
@@ -105,7 +105,7 @@ class Calls:
                 for name in ("_fused_sgd_", "_fused_adam_")
             ]
         else:
-            from lightning_lars.optim.kernels import triton_lamb, triton_lars
+            from lightning_lars.optim.backends import triton_lamb, triton_lars
 
             self.patches = [
                 patch.object(module, name, wraps=getattr(module, name))

@@ -5,7 +5,7 @@ import torch
 from torch.nn import Parameter
 
 from lightning_lars import LAMB, LARS
-from lightning_lars.optim.kernels import choice
+from lightning_lars.optim.backends import choice
 from tests.support.layers import give_gradients, groups, layers, values, walk
 
 both = pytest.mark.parametrize("optimizer_class", [LARS, LAMB])

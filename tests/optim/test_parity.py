@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_lars import LAMB, LARS
-from lightning_lars.optim.kernels import choice
+from lightning_lars.optim.backends import choice
 from tests.support import reference
 from tests.support.slow import slow_unless
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lars import LAMB
-from lightning_lars.optim.scratch import Scratch
+from lightning_lars.optim.backends.scratch import Scratch
 
 SIZE, DEPTH = 64, 20
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from lightning_lars import LAMB, LARS
-from lightning_lars.optim.kernels import choice, layer_table
-from lightning_lars.optim.kernels.layer_table import CHUNK, LayerTables
+from lightning_lars.optim.backends import choice, triton_table
+from lightning_lars.optim.backends.triton_table import CHUNK, LayerTables
 from tests.support.layers import groups, layers, values, walk
 
 pytest.importorskip("triton", reason="there is no triton for this system")
-triton_trial = pytest.importorskip("lightning_lars.optim.kernels.triton_trial")
+triton_trial = pytest.importorskip("lightning_lars.optim.backends.triton_trial")
 COMPILE = Path(__file__).parents[1] / "workers" / "compile_kernels.py"
 
 
@@ -96,7 +96,7 @@ class Capture:
         self.monkeypatch = monkeypatch
 
     def __enter__(self):
-        self.monkeypatch.setattr(layer_table, "is_capturing", lambda device: True)
+        self.monkeypatch.setattr(triton_table, "is_capturing", lambda device: True)
 
     def __exit__(self, *args):
         self.monkeypatch.undo()
@@ -143,7 +143,7 @@ def test_loading_a_state_dict_keeps_what_a_graph_reads(optimizer_class, monkeypa
     optimizer = optimizer_class(groups(params), fused=True)
     walk(optimizer, [0])
     with monkeypatch.context() as capture:
-        capture.setattr(layer_table, "is_capturing", lambda device: True)
+        capture.setattr(triton_table, "is_capturing", lambda device: True)
         optimizer.step()
     read = [made[0].columns for made in optimizer._tables._captured.values()]
     assert len(read) == 2
@@ -158,7 +158,7 @@ BROKEN = """
 import warnings
 import torch
 from lightning_lars import LARS
-from lightning_lars.optim.kernels import choice
+from lightning_lars.optim.backends import choice
 
 choice.TRITON_DEVICES.add("cpu")  # where Triton, without its interpreter, has no driver
 w = torch.nn.Parameter(torch.ones(3))

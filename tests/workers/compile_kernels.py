@@ -9,10 +9,10 @@ from triton import language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lightning_lars.optim.kernels.layer_table import CHUNK
-from lightning_lars.optim.kernels.triton_lamb import _lamb
-from lightning_lars.optim.kernels.triton_lars import _descend, _measure
-from lightning_lars.optim.kernels.triton_layers import BLOCK, _norms
+from lightning_lars.optim.backends.triton_lamb import _lamb
+from lightning_lars.optim.backends.triton_lars import _descend, _measure
+from lightning_lars.optim.backends.triton_layers import BLOCK, _norms
+from lightning_lars.optim.backends.triton_table import CHUNK
 
 INTEGERS = ("layers", "chunks")
 TABLES = ("columns", "sizes", "layer_of_chunk", "offset_of_chunk", "first_chunk")

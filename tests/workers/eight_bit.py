@@ -111,7 +111,7 @@ def in_triton(fused):
     """What is said where kernels would be those for GPUs, or, if nothing is, the parameters after a step."""
     net = fsdp2()
     optimizer = CLASSES["LAMB"](param_groups(net), lr=0.1, weight_decay=0.1, fused=fused)
-    with patch("lightning_lars.optim.kernels.choice.TRITON_DEVICES", {"cpu"}):
+    with patch("lightning_lars.optim.backends.choice.TRITON_DEVICES", {"cpu"}):
         try:
             step(net, optimizer, batches()[0].chunk(2)[dist.get_rank()])
         except RuntimeError as error:

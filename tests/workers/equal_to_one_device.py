@@ -94,7 +94,7 @@ def train_in_triton(name, case):
     for group in setup.optimizer.param_groups:
         group["fused"] = True  # or an error
     seen = {"values": [], "ratios": []}
-    with patch("lightning_lars.optim.kernels.choice.TRITON_DEVICES", {"cpu"}):
+    with patch("lightning_lars.optim.backends.choice.TRITON_DEVICES", {"cpu"}):
         for batch in batches()[:2]:
             step(setup, batch)
             seen["values"].append(setup.values())

@@ -16,7 +16,7 @@ class AbsentState:
 
     Example:
         >>> import torch
-        >>> from lightning_lars.optim.absent_state import AbsentState
+        >>> from lightning_lars.optim.state.absent import AbsentState
         >>> kept, pruned = torch.ones(2), torch.ones(3)
         >>> state, absent = {kept: "momentum", pruned: "another"}, AbsentState()
         >>> absent.follow(state, [kept])

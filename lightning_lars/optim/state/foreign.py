@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lightning_lars.optim.eight_bit_state import dequantize
+from lightning_lars.optim.state.torchao import dequantize
 
 # In the groups of torch.optim, a choice of implementation or (AdamW's decoupled decay) a name that means
 # something else here: they must not switch anything.

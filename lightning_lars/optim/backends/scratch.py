@@ -32,7 +32,7 @@ class Scratch:
 
     Example:
         >>> import torch
-        >>> from lightning_lars.optim.scratch import Scratch
+        >>> from lightning_lars.optim.backends.scratch import Scratch
         >>> scratch = Scratch()
         >>> first = scratch.like([torch.ones(2, 3), torch.ones(4)])
         >>> [tuple(tensor.shape) for tensor in first]

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_lars.optim.kernels.layer_table import CHUNK, LayerTable
-from lightning_lars.optim.kernels.triton_layers import (
+from lightning_lars.optim.backends.triton_layers import (
     BLOCK,
     DTYPES,
     address,
@@ -24,6 +23,7 @@ from lightning_lars.optim.kernels.triton_layers import (
     store,
     weights,
 )
+from lightning_lars.optim.backends.triton_table import CHUNK, LayerTable
 
 
 @triton.jit

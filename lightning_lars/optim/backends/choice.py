@@ -43,7 +43,7 @@ def why_triton_fails(device: torch.device, dtype: torch.dtype) -> str | None:
 def failure_of_trial(device: torch.device, dtype: torch.dtype) -> str | None:
     """Launch a kernel, once for each device and dtype; return what went wrong, None if nothing did."""
     try:
-        from lightning_lars.optim.kernels.triton_trial import launch
+        from lightning_lars.optim.backends.triton_trial import launch
 
         launch(device, dtype)
     except Exception as error:

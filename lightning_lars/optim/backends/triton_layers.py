@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_lars.optim.kernels.layer_table import LayerTable
+from lightning_lars.optim.backends.triton_table import LayerTable
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 BLOCK = 1024

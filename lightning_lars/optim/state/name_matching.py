@@ -25,7 +25,7 @@ def order_by_name(saved: Names, own: Names) -> list[int] | None:
         The places, or None where names do not tell.
 
     Example:
-        >>> from lightning_lars.optim.name_matching import order_by_name
+        >>> from lightning_lars.optim.state.name_matching import order_by_name
         >>> order_by_name(["b.weight", "a.weight"], ["module.a.weight", "module.b.weight"])
         [1, 0]
         >>> order_by_name(["weight", "bias"], ["model.weight", "model.bias"])
@@ -91,7 +91,7 @@ def quote(names: Sequence[object]) -> str:
     """Return names for a message, and of many the first few.
 
     Example:
-        >>> from lightning_lars.optim.name_matching import quote
+        >>> from lightning_lars.optim.state.name_matching import quote
         >>> quote(["a", "b"]), quote(range(9))
         ("'a', 'b'", '0, 1, 2, 3, 4 and 4 more')
     """

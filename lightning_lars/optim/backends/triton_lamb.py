@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_lars.optim.kernels.layer_table import CHUNK, LayerTable
-from lightning_lars.optim.kernels.triton_layers import (
+from lightning_lars.optim.backends.triton_layers import (
     BLOCK,
     DTYPES,
     address,
@@ -26,6 +25,7 @@ from lightning_lars.optim.kernels.triton_layers import (
     store,
     weights,
 )
+from lightning_lars.optim.backends.triton_table import CHUNK, LayerTable
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lars.optim.name_matching import (
+from lightning_lars.optim.state.name_matching import (
     Groups,
     are_names,
     how_names_differ,
@@ -24,7 +24,8 @@ def match_groups(
     """Return the groups of a state dict divided and ordered as the optimizer's.
 
     Where both sides have names, parameters are matched by them
-    (:func:`~lightning_lars.optim.name_matching.order_by_name`), otherwise by position, as in ``torch.optim``.
+    (:func:`~lightning_lars.optim.state.name_matching.order_by_name`), otherwise by position, as in
+    ``torch.optim``.
 
     Args:
         saved_groups: Of the state dict.

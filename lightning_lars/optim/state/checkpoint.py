@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lars.optim.eight_bit_state import eight_bit_state_dict
-from lightning_lars.optim.foreign_state import is_own, translate
-from lightning_lars.optim.group_matching import match_groups
-from lightning_lars.optim.name_matching import quote
 from lightning_lars.optim.parameters import named_params
+from lightning_lars.optim.state.foreign import is_own, translate
+from lightning_lars.optim.state.group_matching import match_groups
+from lightning_lars.optim.state.name_matching import quote
+from lightning_lars.optim.state.torchao import eight_bit_state_dict
 
 
 def adapt_state_dict(

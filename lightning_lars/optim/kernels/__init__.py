@@ -1,1 +1,0 @@
-"""Fused implementations of what LARS and LAMB do to a layer."""
