@@ -21,6 +21,11 @@ def check_none_or_positive(argument: str, value: float | None) -> None:
     require(argument, "None or above 0", value, value is None or (is_number(value) and value > 0))
 
 
+def is_whole(value: object) -> TypeGuard[int]:
+    """Return whether the value is an int; bools do not count."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def is_number(value: object) -> TypeGuard[float]:
-    """Tell whether the value is a real number, which True and False are not meant as."""
+    """Return whether the value is a real number; bools do not count."""
     return isinstance(value, Real) and not isinstance(value, bool)

@@ -17,22 +17,23 @@ import lightning_lars
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_lars"
 TOPICS = {"batch_norm", "gradients", "groups", "learning_rate", "trust_ratios"}
-GROUND = {"rules", "sharding", "printing"}
+GROUND = {"class_names", "rules", "sharding", "printing"}
 ARROWS = {
     "cli": {"trainer", "groups"},
     "mixin": {"trainer", "groups", "optim", "rules"},
     "recipes": {"learning_rate", "optim", "rules"},
     "callbacks": {"trainer", "optim", *TOPICS, *GROUND},
-    "trainer": {"groups", "learning_rate", "optim", "rules"},
+    "trainer": {"class_names", "groups", "learning_rate", "optim", "rules"},
     "trust_ratios": {"optim", *GROUND},
     "gradients": {"sharding"},
     "batch_norm": {"sharding"},
-    "groups": {"rules"},
+    "groups": {"class_names", "rules"},
     "learning_rate": {"rules"},
     "optim": {"sharding", "rules"},
     "sharding": set(),
     "printing": set(),
     "rules": set(),
+    "class_names": set(),
 }
 """What each folder, or module at the top, may import of the package."""
 OLD_PATHS = {

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_lars.class_names import has_class_named
 from lightning_lars.learning_rate.batch_scaling import (
     ScalingRule,
     check_batch_size,
@@ -93,7 +94,7 @@ class BatchSizeScaling(Callback):
         if stage != "fit":
             return
         for callback in cast(Any, trainer).callbacks:
-            if any(base.__name__ == "LearningRateFinder" for base in type(callback).__mro__):
+            if has_class_named(callback, "LearningRateFinder"):
                 raise MisconfigurationException(
                     "BatchSizeScaling and LearningRateFinder exclude each other: the rate that is found "
                     "belongs to the batch size at hand. Find it first, in a run with base_batch_size samples"

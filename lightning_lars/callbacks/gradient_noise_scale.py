@@ -1,6 +1,5 @@
 """Measures the critical batch size while training, and says what it means for the batch at hand."""
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -11,12 +10,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lars.class_names import has_class_named
 from lightning_lars.gradients.backward_norms import BackwardNorms
 from lightning_lars.gradients.noise_scale import MovingNoiseScale, NoiseScale, in_words, two_batch_estimates
 from lightning_lars.learning_rate.batch_scaling import check_batch_size
-from lightning_lars.rules import is_number, require
+from lightning_lars.rules import is_number, is_whole, require
 from lightning_lars.trainer.batch_size import effective_batch_size
 from lightning_lars.trainer.callback import Callback
+from lightning_lars.trainer.logging import is_logging, log, publish
 from lightning_lars.trainer.micro_batches import MicroBatches
 
 
@@ -89,8 +90,8 @@ class GradientNoiseScale(Callback):
     """
 
     def __init__(self, every_n_steps: int = 10, decay: float = 0.99, batch_size: int | None = None) -> None:
-        is_whole = isinstance(every_n_steps, int) and not isinstance(every_n_steps, bool)
-        require("every_n_steps", "a whole number above 0", every_n_steps, is_whole and every_n_steps > 0)
+        rule = "a whole number above 0"
+        require("every_n_steps", rule, every_n_steps, is_whole(every_n_steps) and every_n_steps > 0)
         require("decay", "in [0, 1)", decay, is_number(decay) and 0 <= decay < 1)
         if batch_size is not None:
             check_batch_size("batch_size", batch_size)
@@ -177,19 +178,17 @@ class GradientNoiseScale(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         # Lightning asks for logs on every batch that is accumulated for a step; the step is in the last.
         stepped, self._has_stepped = self._has_stepped, False
-        # Only the connector knows when Lightning logs its own metrics, and only the loop on which x-axis.
-        if stepped and self._has_news and trainer._logger_connector.should_update_logs:
+        if stepped and self._has_news and is_logging(trainer):
             self._has_news = False
             metrics = self._metrics(self._moving.read())
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-            _publish(trainer, metrics)
+            log(trainer, metrics)
+            publish(trainer, metrics)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         measured = self._moving.read()
         if measured is not None and self._effective_batch_size is not None:
-            _publish(trainer, self._metrics(measured))
+            publish(trainer, self._metrics(measured))
             rank_zero_info(f"GradientNoiseScale: {in_words(measured, self._effective_batch_size)}.")
         elif not cast(Any, trainer).fast_dev_run:
             rank_zero_warn(
@@ -265,10 +264,8 @@ def _check(trainer: Trainer, pl_module: LightningModule) -> None:
             f"got {type(pl_module).__name__} with automatic_optimization=False: measure with automatic "
             "optimization or leave the callback out"
         )
-    # By name, as lightning.pytorch and pytorch_lightning have strategies of their own.
-    kinds = {base.__name__ for base in type(trainer.strategy).__mro__}
-    hiding_ddp = {"DeepSpeedStrategy", "XLAStrategy"}
-    if kinds & hiding_ddp or not kinds & {"SingleDeviceStrategy", "DDPStrategy"}:
+    averages_itself = has_class_named(trainer.strategy, "DeepSpeedStrategy", "XLAStrategy")
+    if averages_itself or not has_class_named(trainer.strategy, "SingleDeviceStrategy", "DDPStrategy"):
         raise MisconfigurationException(
             "GradientNoiseScale needs the gradient of one process before it is averaged, which "
             f"{type(trainer.strategy).__name__} hides: measure in a shorter run with strategy='ddp', or on "
@@ -286,9 +283,3 @@ def _check(trainer: Trainer, pl_module: LightningModule) -> None:
             "accumulate_grad_batches=1: set accumulate_grad_batches=2, with half the batch size to take the "
             "same steps, or use strategy='ddp' on several devices"
         )
-
-
-def _publish(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    trainer.callback_metrics.update(
-        {key: torch.tensor(value, device="cpu") for key, value in metrics.items()}
-    )

@@ -14,11 +14,11 @@ from typing_extensions import override
 
 from lightning_lars.groups.contents import FROZEN, LOST, Entry, entries_of, groups_by_name
 from lightning_lars.groups.excluded_rate import part_of
+from lightning_lars.groups.optimizer_names import kinds
 from lightning_lars.printing.name_folding import fold
 from lightning_lars.printing.tables import is_too_wide, print_table
-from lightning_lars.rules import require
+from lightning_lars.rules import is_whole, require
 from lightning_lars.trainer.callback import Callback
-from lightning_lars.trainer.optimizer_names import kinds
 from lightning_lars.trust_ratios.excluded_rate_peak import ExcludedRatePeak
 from lightning_lars.trust_ratios.step_statistics import HasTrustRatios
 
@@ -74,9 +74,8 @@ class ParamGroupSummary(Callback):
     """
 
     def __init__(self, fold: bool = True, max_rows: int = 100) -> None:
-        whole = isinstance(max_rows, int) and not isinstance(max_rows, bool)
         require("fold", "True or False", fold, isinstance(fold, bool))
-        allowed = whole and (max_rows == -1 or max_rows > 0)
+        allowed = is_whole(max_rows) and (max_rows == -1 or max_rows > 0)
         require("max_rows", "a whole number above 0, or -1 for all", max_rows, allowed)
         self.fold = fold
         self.max_rows = max_rows

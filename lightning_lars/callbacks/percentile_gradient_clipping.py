@@ -11,15 +11,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lars.class_names import has_class_named
 from lightning_lars.gradients.before_steps import BeforeSteps
 from lightning_lars.gradients.norms import gradient_norms, scale_gradients
 from lightning_lars.gradients.percentile_clipping import PercentileClipping
+from lightning_lars.groups.optimizer_names import by_name
 from lightning_lars.optim.parameters import named_params
 from lightning_lars.optim.state.checkpoint import is_trial_of_checkpoint
-from lightning_lars.rules import is_number, require
+from lightning_lars.rules import is_number, is_whole, require
 from lightning_lars.sharding.shards import Shard, find_shards
 from lightning_lars.trainer.callback import Callback
-from lightning_lars.trainer.optimizer_names import by_name
+from lightning_lars.trainer.logging import is_logging, log, publish
 
 
 class PercentileGradientClipping(Callback):
@@ -90,8 +92,7 @@ class PercentileGradientClipping(Callback):
     ) -> None:
         holds = is_number(percentile) and 0 <= percentile < 100
         require("percentile", "at least 0 and below 100, where it would clip nothing", percentile, holds)
-        holds = isinstance(history, int) and not isinstance(history, bool) and history >= 2
-        require("history", "a whole number above 1", history, holds)
+        require("history", "a whole number above 1", history, is_whole(history) and history > 1)
         require("per_layer", "True or False", per_layer, isinstance(per_layer, bool))
         require("starts_full", "True or False", starts_full, isinstance(starts_full, bool))
         self.percentile = percentile
@@ -117,7 +118,7 @@ class PercentileGradientClipping(Callback):
             return
         # A checkpoint that is resumed fills them before training starts.
         self._clippings, self._states = [], []
-        if any(base.__name__ == "DeepSpeedStrategy" for base in type(trainer.strategy).__mro__):
+        if has_class_named(trainer.strategy, "DeepSpeedStrategy"):
             raise MisconfigurationException(
                 "PercentileGradientClipping cannot clip under DeepSpeed, which holds the gradients in parts "
                 "of its own: use Trainer(gradient_clip_val=...), which DeepSpeed follows, or strategy='ddp', "
@@ -193,19 +194,15 @@ class PercentileGradientClipping(Callback):
         self._has_trained = True
         for steps in self._steps:
             steps.forget()
-        # Only the connector knows when Lightning logs its own metrics, and only the loop on which x-axis.
-        if not stepped or not trainer._logger_connector.should_update_logs:
+        if not stepped or not is_logging(trainer):
             return
         metrics = {}
         for name, clipping in zip(by_name(trainer.optimizers), self._clippings, strict=True):
             clipped = clipping.read()
             if clipped is not None:
                 metrics.update({f"gradient_clipping/{name}{k}": v for k, v in clipped._asdict().items()})
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-        trainer.callback_metrics.update(
-            {key: torch.tensor(value, device="cpu") for key, value in metrics.items()}
-        )
+        log(trainer, metrics)
+        publish(trainer, metrics)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -264,7 +261,7 @@ class PercentileGradientClipping(Callback):
 def _move_behind_others(trainer: Trainer, clipping: Callback) -> None:
     """Let other callbacks have a look at gradients first; those that save checkpoints stay the last."""
     callbacks = cast(Any, trainer).callbacks
-    saves = [any(base.__name__ == "Checkpoint" for base in type(each).__mro__) for each in callbacks]
+    saves = [has_class_named(each, "Checkpoint") for each in callbacks]
     others = [each for each, last in zip(callbacks, saves, strict=True) if each is not clipping and not last]
     last = [each for each, last in zip(callbacks, saves, strict=True) if last]
     # A new list: Lightning is iterating over the old one while it calls `setup`.

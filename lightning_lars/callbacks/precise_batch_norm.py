@@ -16,7 +16,7 @@ from torch.optim.swa_utils import update_bn
 from typing_extensions import override
 
 from lightning_lars.batch_norm import PopulationStatistics, pool
-from lightning_lars.rules import require
+from lightning_lars.rules import is_whole, require
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trainer.extra_passes import left_as_it_was, training_batches
 
@@ -70,8 +70,8 @@ class PreciseBatchNorm(Callback):
     """
 
     def __init__(self, num_batches: int = 32) -> None:
-        whole = isinstance(num_batches, int) and not isinstance(num_batches, bool)
-        require("num_batches", "a whole number above 0", num_batches, whole and num_batches > 0)
+        rule = "a whole number above 0"
+        require("num_batches", rule, num_batches, is_whole(num_batches) and num_batches > 0)
         self.num_batches = num_batches
         self._batch_norms: dict[str, _BatchNorm] = {}
         self._trained: dict[str, _BatchNorm] = {}

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import rich
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_lars.groups.optimizer_names import by_name, kinds
 from lightning_lars.groups.param_groups import check_holds_parameters
 from lightning_lars.groups.parameter_names import names_of
 from lightning_lars.optim.parameters import named_params
 from lightning_lars.rules import require
 from lightning_lars.trainer.callback import Callback
-from lightning_lars.trainer.optimizer_names import by_name, kinds
+from lightning_lars.trainer.logging import is_logging, log, logged_step, publish
 from lightning_lars.trainer.training_length import total_steps
 from lightning_lars.trust_ratios.alerts import TrustRatioAlerts
 from lightning_lars.trust_ratios.excluded_rate_peak import ExcludedRatePeak, excluded_as
@@ -170,8 +170,7 @@ class TrustRatioMonitor(Callback):
             self._picture = Path(trainer.log_dir or trainer.default_root_dir, self.picture)
 
         def measures_updates() -> bool:
-            # Only the connector knows when Lightning logs its own metrics.
-            return self.update_to_weight and trainer._logger_connector.should_update_logs
+            return self.update_to_weight and is_logging(trainer)
 
         self._total_steps = total_steps(trainer)
         for name, watched in named.items():
@@ -190,25 +189,21 @@ class TrustRatioMonitor(Callback):
                 self._warn(name, self._alerts[name].look_at_first_steps(watched.take_first_steps()))
         # Lightning asks for logs on every batch that is accumulated for a step; the step is in the last.
         is_complete = any(stepped) or not pl_module.automatic_optimization
-        if not is_complete or not trainer._logger_connector.should_update_logs:
+        if not is_complete or not is_logging(trainer):
             return
         taken = self._take(trainer)
         if not taken:
             return
-        # Only the loop knows on which x-axis Lightning logs.
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
         summary: dict[str, float] = {}
         per_layer: dict[str, float] = {}
         for name, quantities in taken.items():
             summary.update(summary_metrics(quantities, name))
             per_layer.update(per_layer_metrics(quantities, name, self.layers))
+        log(trainer, {**summary, **per_layer})
         for logger in trainer.loggers:
-            logger.log_metrics({**summary, **per_layer}, step=step)
             for name, quantities in taken.items():
-                log_histograms(logger, quantities, name, step)
-        trainer.callback_metrics.update(
-            {key: torch.tensor(value, device="cpu") for key, value in summary.items()}
-        )
+                log_histograms(logger, quantities, name, logged_step(trainer))
+        publish(trainer, summary)
         for name, quantities in taken.items():
             self._warn(name, self._alerts[name].look(quantities))
             self._look_at_rates(trainer, name, self._total_steps)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_lars.gradients.norms import values_of
-from lightning_lars.sharding.norms import layer_norms, widest_float
+from lightning_lars.sharding.norms import alike, layer_norms, widest_float
 
 
 class BackwardNorms:
@@ -52,11 +52,9 @@ class BackwardNorms:
 
     def accumulated(self) -> Tensor:
         """Return the squared norm of ``p.grad``, 0-d."""
-        alike: dict[torch.dtype, list[Tensor]] = {}
-        for p in self._params:
-            if p.grad is not None:
-                alike.setdefault(p.grad.dtype, []).append(values_of(p.grad))
-        return self._sum_of_squares([layer_norms(grads) for grads in alike.values()])
+        grads = [values_of(p.grad) for p in self._params if p.grad is not None]
+        norms = [layer_norms([grads[i] for i in indices]) for indices in alike(grads).values()]
+        return self._sum_of_squares(norms)
 
     def remove(self) -> None:
         """Leave the parameters as they were."""

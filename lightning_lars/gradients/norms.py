@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_lars.sharding.norms import norm_of_each, whole_norms, widest_float
+from lightning_lars.sharding.norms import alike, norm_of_each, whole_norms, widest_float
 from lightning_lars.sharding.shards import Shard, local, local_gradient
 
 
@@ -52,22 +52,20 @@ def scale_gradients(params: Sequence[Tensor], scales: Tensor) -> None:
         params: Parameters, on any devices.
         scales: One for all, shape ``(1,)``, or one for each, shape ``(len(params),)``.
     """
-    each = scales.expand(len(params)).unbind()
-    alike: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
-    for p, scale in zip(params, each, strict=True):
-        if p.grad is None:
-            continue
-        grad = local(p.grad)
-        if grad.is_sparse:
-            grad = grad._values()
-        alike.setdefault((grad.device, grad.dtype), []).append((grad, scale))
-    for (device, dtype), pairs in alike.items():
-        grads, factors = zip(*pairs, strict=True)
+    grads = [None if p.grad is None else _in_place(local(p.grad)) for p in params]
+    for (device, dtype), indices in alike(grads).items():
+        these = [grad for i in indices if (grad := grads[i]) is not None]
         wide = torch.promote_types(dtype, torch.float32)
         if len(scales) == 1:
-            torch._foreach_mul_(grads, scales[0].to(device, wide))
+            torch._foreach_mul_(these, scales[0].to(device, wide))
         else:
-            torch._foreach_mul_(grads, torch.stack(factors).to(device, wide).unbind())
+            factors = torch.stack([scales[i] for i in indices])
+            torch._foreach_mul_(these, factors.to(device, wide).unbind())
+
+
+def _in_place(grad: Tensor) -> Tensor:
+    # Of an uncoalesced gradient too: every addend is scaled.
+    return grad._values() if grad.is_sparse else grad
 
 
 def values_of(grad: Tensor) -> Tensor:

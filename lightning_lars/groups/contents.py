@@ -1,6 +1,5 @@
 """What optimizers hold, by name and group, and which rule put it there."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lars.groups.excluded_rate import part_of
 from lightning_lars.groups.introspection import Layer, classify
+from lightning_lars.groups.optimizer_names import by_name
 
 # In parentheses, as the groups have names of the user's choice.
 LOST, FROZEN = "(in no optimizer)", "(frozen)"
@@ -28,15 +28,10 @@ class Entry(NamedTuple):
 
 def groups_by_name(optimizers: Sequence[Any]) -> dict[str, dict[str, Any]]:
     """Return every group by its name, or its number, as LearningRateMonitor calls them."""
-    groups = {}
-    seen: Counter[str] = Counter()
-    for optimizer in optimizers:
-        kind = type(optimizer).__name__
-        prefix = f"{kind}-{seen[kind]}/" if seen[kind] else f"{kind}/"
-        seen[kind] += 1
+    groups: dict[str, dict[str, Any]] = {}
+    for prefix, optimizer in by_name(optimizers).items():
         for number, group in enumerate(optimizer.param_groups, 1):
-            name = str(group.get("name", f"pg{number}"))
-            name = prefix + name if len(optimizers) > 1 else name
+            name = f"{prefix}{group.get('name', f'pg{number}')}"
             groups[f"{name} ({number})" if name in groups else name] = group
     return groups
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from lightning_lars.class_names import has_class_named
+
 # What torch.compile, FSDP1, activation checkpointing and Fabric call what they wrap.
 _WRAPPED = (
     "_orig_mod",
@@ -86,4 +88,4 @@ def without_wrappers(name: str) -> str:
 
 
 def _is_parallel(module: nn.Module) -> bool:
-    return any(base.__name__ in _DATA_PARALLEL for base in type(module).__mro__)
+    return has_class_named(module, *_DATA_PARALLEL)

@@ -3,6 +3,8 @@
 import math
 from typing import Literal
 
+from lightning_lars.rules import is_whole, require
+
 ScalingRule = Literal["linear", "sqrt", "adam_sqrt", "none"]
 SCALING_RULES = ("linear", "sqrt", "adam_sqrt", "none")
 
@@ -90,5 +92,4 @@ def scale_adam(betas: tuple[float, float], eps: float, ratio: float) -> tuple[tu
 
 def check_batch_size(argument: str, value: object) -> None:
     """Raise ValueError unless the value is a whole number above 0."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{argument} must be a whole number above 0, got {value!r}")
+    require(argument, "a whole number above 0", value, is_whole(value) and value > 0)

@@ -22,7 +22,7 @@ from lightning_lars.learning_rate.curves import (
     step_decay,
 )
 from lightning_lars.learning_rate.optimizer_steps import steps_since_asked
-from lightning_lars.rules import is_number, require
+from lightning_lars.rules import is_number, is_whole, require
 
 _DECAYS = ("constant", "cosine", "polynomial", "inverse_sqrt", "step", "one_cycle")
 
@@ -242,7 +242,7 @@ class WarmupDecayLR(LRScheduler):
     def _check_milestones(self, total_steps: int | None) -> None:
         bounds = f"above warmup_steps={self.warmup_steps} and below total_steps={total_steps}"
         steps = [self.warmup_steps, *self.milestones] + ([] if total_steps is None else [total_steps])
-        holds = bool(self.milestones) and all(map(_is_int, steps)) and all(a < b for a, b in pairwise(steps))
+        holds = bool(self.milestones) and all(map(is_whole, steps)) and all(a < b for a, b in pairwise(steps))
         if self.decay == "step":
             require("milestones", f"ascending optimizer steps {bounds}", self.milestones, holds)
 
@@ -275,14 +275,10 @@ class WarmupDecayLR(LRScheduler):
 
 def _check_steps(warmup_steps: int, total_steps: int | None) -> None:
     rule = "an int of at least 0 (0 is no warmup)"
-    require("warmup_steps", rule, warmup_steps, _is_int(warmup_steps) and warmup_steps >= 0)
+    require("warmup_steps", rule, warmup_steps, is_whole(warmup_steps) and warmup_steps >= 0)
     if total_steps is None:
         return
     rule = "an int of at least 1, the optimizer steps of the whole training"
-    require("total_steps", rule, total_steps, _is_int(total_steps) and total_steps >= 1)
+    require("total_steps", rule, total_steps, is_whole(total_steps) and total_steps >= 1)
     rule = f"below total_steps={total_steps} (warm up for fewer steps or train for more)"
     require("warmup_steps", rule, warmup_steps, warmup_steps < total_steps)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

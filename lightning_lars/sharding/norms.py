@@ -79,11 +79,8 @@ def _flat(tensor: Tensor) -> Tensor:
 
 def norm_of_each(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the L2 norm of every tensor, 0-d; they may be of many devices and dtypes."""
-    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        alike.setdefault((tensor.device, tensor.dtype), []).append(i)
     norms: dict[int, Tensor] = {}
-    for indices in alike.values():
+    for indices in alike(tensors).values():
         norms.update(zip(indices, layer_norms([tensors[i] for i in indices]).unbind(), strict=True))
     return [norms[i] for i in range(len(tensors))]
 
@@ -106,16 +103,24 @@ def whole_norms(norms: Sequence[Tensor | None], shards: Sequence[Shard]) -> list
         for device in {shard.device for shard in shards}
     }
     squares = [zeros[shard.device] for shard in shards]
-    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, norm in enumerate(norms):
-        if norm is not None:
-            alike.setdefault((norm.device, norm.dtype), []).append(i)
-    for indices in alike.values():
+    for indices in alike(norms).values():
         here = torch.stack([norm for i in indices if (norm := norms[i]) is not None])
         wide = here.to(widest_float(here.device))
         for i, square in zip(indices, wide.square().unbind(), strict=True):
             squares[i] = square.to(zeros[shards[i].device])
     return list(torch._foreach_sqrt(add_up(squares, shards)))
+
+
+def alike(tensors: Sequence[Tensor | None]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
+    """Return the indices of the tensors of each device and dtype, which one foreach call can take.
+
+    None is left out.
+    """
+    indices: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        if tensor is not None:
+            indices.setdefault((tensor.device, tensor.dtype), []).append(i)
+    return indices
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

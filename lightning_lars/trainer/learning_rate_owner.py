@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lars.class_names import has_class_named
+from lightning_lars.groups.optimizer_names import by_name
 from lightning_lars.groups.param_groups import check_holds_parameters
 from lightning_lars.learning_rate.step_factors import LearningRateFactors
 from lightning_lars.trainer.callback import Callback
-from lightning_lars.trainer.optimizer_names import by_name
 from lightning_lars.trainer.training_length import Beginning
 
 Factor = Callable[[Mapping[str, Any], int], Mapping[str, Any]]
@@ -49,7 +50,7 @@ class LearningRateOwner(Callback):
         for callback in callbacks:
             if callback is asking or isinstance(callback, LearningRateOwner | _Window):
                 continue
-            if any(base.__name__ == "LearningRateMonitor" for base in type(callback).__mro__):
+            if has_class_named(callback, "LearningRateMonitor"):
                 arranged += [_Window(owner.open), callback, _Window(owner.close)]
             else:
                 arranged.append(callback)

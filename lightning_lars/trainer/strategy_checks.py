@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_lars.class_names import has_class_named
 from lightning_lars.optim.layerwise import LayerwiseOptimizer
 
 
@@ -42,7 +43,6 @@ def check_strategy(module: LightningModule, optimizer: Optimizer) -> None:
 
 
 def _zero_stage(strategy: Any) -> int:
-    # By name, as lightning.pytorch, pytorch_lightning and Fabric have a DeepSpeedStrategy each.
-    if not any(base.__name__ == "DeepSpeedStrategy" for base in type(strategy).__mro__):
+    if not has_class_named(strategy, "DeepSpeedStrategy"):
         return 0
     return int(strategy.config.get("zero_optimization", {}).get("stage", 0))

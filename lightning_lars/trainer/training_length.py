@@ -7,6 +7,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_lars.class_names import has_class_named
 from lightning_lars.learning_rate.warmup_decay import WarmupDecayLR
 from lightning_lars.trainer.batch_size import accumulated_batches
 
@@ -121,7 +122,7 @@ def _fill_in_length(module: LightningModule, scheduler: WarmupDecayLR) -> None:
 
 def _changes_steps(callback: Any) -> bool:
     # Tuner.scale_batch_size has a finder that ends the fit by itself, which only a private attribute says.
-    is_finder = any(base.__name__ == "BatchSizeFinder" for base in type(callback).__mro__)
+    is_finder = has_class_named(callback, "BatchSizeFinder")
     return is_finder and not getattr(callback, "_early_exit", False)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_lars.rules import require
+from lightning_lars.rules import is_whole, require
 from lightning_lars.trust_ratios.step_statistics import OverSteps
 
 _DRAWN = ("trust_ratio", "effective_lr")
@@ -53,7 +53,7 @@ class TrustRatioHistory:
     """
 
     def __init__(self, max_records: int = 512) -> None:
-        is_even = isinstance(max_records, int) and max_records > 0 and max_records % 2 == 0
+        is_even = is_whole(max_records) and max_records > 0 and max_records % 2 == 0
         require("max_records", "an even number above 0", max_records, is_even)
         self.max_records = max_records
         self.steps: list[int] = []

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lightning_lars.class_names import has_class_named
 from lightning_lars.trust_ratios.step_statistics import FLAGS, OverSteps
 
 Quantities = Mapping[str, Mapping[str, OverSteps]]
@@ -63,13 +64,11 @@ def log_histograms(logger: Any, quantities: Quantities, optimizer: str, step: in
         if not values:
             continue
         key = f"{quantity}_per_layer/{optimizer}all"
-        # By name, as lightning.pytorch and pytorch_lightning have loggers of their own.
-        kinds = {base.__name__ for base in type(logger).__mro__}
-        if "TensorBoardLogger" in kinds:
+        if has_class_named(logger, "TensorBoardLogger"):
             # Its log_metrics, which adds the prefix, takes numbers alone, and the prefix has no public name.
             prefix = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
             logger.experiment.add_histogram(f"{prefix}{key}", torch.tensor(values, device="cpu"), step)
-        elif "WandbLogger" in kinds:
+        elif has_class_named(logger, "WandbLogger"):
             from wandb import Histogram
 
             logger.log_metrics({key: Histogram(values)}, step=step)

@@ -14,7 +14,7 @@ def kinds(optimizers: Sequence[Optimizer]) -> list[str]:
 
     Example:
         >>> import torch
-        >>> from lightning_lars.trainer.optimizer_names import kinds
+        >>> from lightning_lars.groups.optimizer_names import kinds
         >>> kinds([torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])])
         ['SGD']
     """
@@ -27,7 +27,7 @@ def by_name(optimizers: Sequence[AnyOptimizer]) -> dict[str, AnyOptimizer]:
     Several are numbered as ``LearningRateMonitor`` does.
 
     Example:
-        >>> from lightning_lars.trainer.optimizer_names import by_name
+        >>> from lightning_lars.groups.optimizer_names import by_name
         >>> by_name([1, 2, 3.0])
         {'int/': 1, 'int-1/': 2, 'float/': 3.0}
         >>> by_name([1])
