@@ -1,24 +1,30 @@
 """Rules of arguments, and errors that name the argument, its rule and its value."""
 
 import math
+from collections.abc import Callable, Mapping
 from numbers import Real
-from typing import TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 
-def require(argument: str, rule: str, value: object, holds: bool) -> None:
-    """Raise ValueError naming the argument, its rule and its value unless the rule holds."""
-    if not holds:
-        raise ValueError(f"{argument} must be {rule}, got {value!r}")
+class Rule(NamedTuple):
+    """What a value may be.
+
+    Example:
+        >>> from lightning_lars.rules import FRACTION, check
+        >>> check({"momentum": FRACTION}, {"momentum": 1.5})
+        Traceback (most recent call last):
+        ValueError: momentum must be in [0, 1), got 1.5
+    """
+
+    text: str
+    """What stands in the error after "must be"."""
+
+    holds: Callable[[Any], bool]
 
 
-def check_non_negative(argument: str, value: float) -> None:
-    """Raise ValueError unless the value is at least 0 and finite."""
-    require(argument, "at least 0 and finite", value, is_number(value) and 0 <= value < math.inf)
-
-
-def check_none_or_positive(argument: str, value: float | None) -> None:
-    """Raise ValueError unless the value is None or above 0."""
-    require(argument, "None or above 0", value, value is None or (is_number(value) and value > 0))
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether the value is a real number; bools do not count."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -26,6 +32,32 @@ def is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: object) -> TypeGuard[float]:
-    """Return whether the value is a real number; bools do not count."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+def is_positive(value: object) -> bool:
+    """Return whether the value is a number above 0, which may be infinite."""
+    return is_number(value) and value > 0
+
+
+NON_NEGATIVE = Rule("at least 0 and finite", lambda value: is_number(value) and 0 <= value < math.inf)
+POSITIVE = Rule("above 0 and finite", lambda value: is_number(value) and 0 < value < math.inf)
+FRACTION = Rule("in [0, 1)", lambda value: is_number(value) and 0 <= value < 1)
+FLAG = Rule("True or False", lambda value: isinstance(value, bool))
+NONE_OR_FLAG = Rule("None, True or False", lambda value: value is None or isinstance(value, bool))
+NONE_OR_POSITIVE = Rule("None or above 0", lambda value: value is None or is_positive(value))
+WHOLE = Rule("a whole number, at least 0", lambda value: is_whole(value) and value >= 0)
+
+
+def one_of(*words: str) -> Rule:
+    """Return the rule that a value is one of these words."""
+    return Rule(f"one of {words}", lambda value: value in words)
+
+
+def check(rules: Mapping[str, Rule], values: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first value that breaks its rule."""
+    for name, rule in rules.items():
+        require(name, rule.text, values[name], rule.holds(values[name]))
+
+
+def require(argument: str, rule: str, value: object, holds: bool) -> None:
+    """Raise ValueError naming the argument, its rule and its value unless the rule holds."""
+    if not holds:
+        raise ValueError(f"{argument} must be {rule}, got {value!r}")

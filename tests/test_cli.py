@@ -102,6 +102,8 @@ HELP = [
     ("stock_cli.py", "model", "classifiers.MixinClassifier"),
     ("stock_cli.py", "optimizer", "lightning_lars.LARS"),
     ("stock_cli.py", "optimizer", "lightning_lars.LAMB"),
+    ("stock_cli.py", "optimizer", "lightning_lars.LARS8bit"),
+    ("stock_cli.py", "optimizer", "lightning_lars.LAMB8bit"),
     ("large_batch_cli.py", "optimizer", "lightning_lars.LARS"),
     ("large_batch_cli.py", "lr_scheduler", "lightning_lars.WarmupDecayLR"),
 ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from lightning_lars.optim.state.torchao import (
     to_eight_bit,
     to_float,
 )
-from lightning_lars.rules import require
+from lightning_lars.rules import WHOLE, check
 
 
 class EightBitOptimizer(LayerwiseOptimizer):
@@ -45,9 +45,7 @@ class EightBitOptimizer(LayerwiseOptimizer):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         super()._check_group(group)
-        size = group["min_8bit_size"]
-        holds = isinstance(size, int) and not isinstance(size, bool) and size >= 0
-        require("min_8bit_size", "a whole number, at least 0", size, holds)
+        check({"min_8bit_size": WHOLE}, group)
 
     def _look_at_params(self) -> None:
         super()._look_at_params()
@@ -137,22 +135,10 @@ class LARS8bit(LARS, EightBitOptimizer):
 
     Args:
         params: As in :class:`LARS`, and so are all arguments but the last.
-        lr: Learning rate.
-        momentum: Share of ``v`` that is kept in a step.
-        weight_decay: L2 penalty.
-        dampening: Share of ``u`` that is kept out of ``v``.
-        nesterov: Whether to look ahead along ``v``.
-        trust_coefficient: The ratio of a layer's step to its weights at ``lr=1``.
-        eps: Added to the denominator.
-        denominator: What ``|w|`` is divided by.
-        trust_clip: Bound of the trust ratio.
-        lr_in_momentum: Whether ``lr`` enters ``v``.
-        decoupled_weight_decay: Whether the weights decay before the step.
-        max_grad_norm: Bound of the norm over all gradients.
-        maximize: Whether to climb.
-        fused: Whether to take fused kernels, which work on the dequantized momentum.
+        *args: Those of :class:`LARS`, by position.
         min_8bit_size: Elements from which on the momentum of a layer is in 8 bits, at least 0; a key of
             groups too.
+        **kwargs: Those of :class:`LARS`, by name.
 
     Raises:
         ImportError: Without torchao (``pip install 'lightning-lars[8bit]'``).
@@ -170,45 +156,10 @@ class LARS8bit(LARS, EightBitOptimizer):
         ('OptimState8bit', torch.uint8)
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 1.0,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        *,
-        dampening: float = 0.0,
-        nesterov: bool = False,
-        trust_coefficient: float = 1e-3,
-        eps: float = 1e-8,
-        denominator: Literal["gradient", "decayed_gradient", "momentum"] = "gradient",
-        trust_clip: float | Literal["larc"] | None = None,
-        lr_in_momentum: bool = False,
-        decoupled_weight_decay: bool = False,
-        max_grad_norm: float | None = None,
-        maximize: bool = False,
-        fused: bool | None = None,
-        min_8bit_size: int = 4096,
-    ) -> None:
+    def __init__(self, params: Iterable[Any], *args: Any, min_8bit_size: int = 4096, **kwargs: Any) -> None:
         import_eight_bit_tensor()
         self._min_8bit_size = min_8bit_size
-        super().__init__(
-            params,
-            lr,
-            momentum,
-            weight_decay,
-            dampening=dampening,
-            nesterov=nesterov,
-            trust_coefficient=trust_coefficient,
-            eps=eps,
-            denominator=denominator,
-            trust_clip=trust_clip,
-            lr_in_momentum=lr_in_momentum,
-            decoupled_weight_decay=decoupled_weight_decay,
-            max_grad_norm=max_grad_norm,
-            maximize=maximize,
-            fused=fused,
-        )
+        super().__init__(params, *args, **kwargs)
 
 
 class LAMB8bit(LAMB, EightBitOptimizer):
@@ -218,21 +169,10 @@ class LAMB8bit(LAMB, EightBitOptimizer):
 
     Args:
         params: As in :class:`LAMB`, and so are all arguments but the last.
-        lr: Learning rate.
-        betas: Decay of ``m`` and ``v``.
-        eps: Added to the denominator.
-        weight_decay: Decay of the weights.
-        bias_correction: Whether the moments are corrected for their start at 0.
-        grad_averaging: Whether ``g`` enters ``m`` by ``1 - beta1``.
-        decoupled_weight_decay: Whether the weights decay before the step.
-        trust_clip: Bound of the trust ratio, or its lower and upper bound.
-        max_weight_norm: Bound of ``|w|`` in the ratio.
-        trust_eps: Added to the denominator of the ratio.
-        max_grad_norm: Bound of the norm over all gradients.
-        maximize: Whether to climb.
-        fused: Whether to take fused kernels, which work on the dequantized moments.
+        *args: Those of :class:`LAMB`, by position.
         min_8bit_size: Elements from which on the moments of a layer are in 8 bits, at least 0; a key of
             groups too.
+        **kwargs: Those of :class:`LAMB`, by name.
 
     Raises:
         ImportError: Without torchao (``pip install 'lightning-lars[8bit]'``).
@@ -249,40 +189,7 @@ class LAMB8bit(LAMB, EightBitOptimizer):
         ['exp_avg', 'exp_avg_sq']
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.01,
-        *,
-        bias_correction: bool = True,
-        grad_averaging: bool = True,
-        decoupled_weight_decay: bool = False,
-        trust_clip: float | tuple[float, float] | None = None,
-        max_weight_norm: float | None = None,
-        trust_eps: float = 0.0,
-        max_grad_norm: float | None = None,
-        maximize: bool = False,
-        fused: bool | None = None,
-        min_8bit_size: int = 4096,
-    ) -> None:
+    def __init__(self, params: Iterable[Any], *args: Any, min_8bit_size: int = 4096, **kwargs: Any) -> None:
         import_eight_bit_tensor()
         self._min_8bit_size = min_8bit_size
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            bias_correction=bias_correction,
-            grad_averaging=grad_averaging,
-            decoupled_weight_decay=decoupled_weight_decay,
-            trust_clip=trust_clip,
-            max_weight_norm=max_weight_norm,
-            trust_eps=trust_eps,
-            max_grad_norm=max_grad_norm,
-            maximize=maximize,
-            fused=fused,
-        )
+        super().__init__(params, *args, **kwargs)

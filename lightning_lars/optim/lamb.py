@@ -10,16 +10,25 @@ from torch import Tensor
 from lightning_lars.optim.backends.cpu import adam_direction, subtract_scaled
 from lightning_lars.optim.backends.triton_table import LayerTable
 from lightning_lars.optim.layers import Layers
-from lightning_lars.optim.layerwise import LayerwiseOptimizer, subtract
+from lightning_lars.optim.layerwise import SHARED, LayerwiseOptimizer, subtract
 from lightning_lars.optim.trust_ratio import ROUNDING, Number, TrustRatios, clip, trust_ratio
-from lightning_lars.rules import (
-    check_non_negative,
-    check_none_or_positive,
-    is_number,
-    require,
-)
+from lightning_lars.rules import FLAG, NON_NEGATIVE, NONE_OR_POSITIVE, Rule, is_number
 from lightning_lars.sharding.norms import Tensors, accumulation_dtype
 from lightning_lars.sharding.shards import laid_out_as, local
+
+
+def is_pair(value: object) -> TypeGuard[tuple[float, float]]:
+    """Tell whether the value is two numbers, in a tuple or, as YAML gives them, in a list."""
+    return isinstance(value, tuple | list) and len(value) == 2 and all(map(is_number, value))
+
+
+BETAS = Rule("two numbers in [0, 1)", lambda value: is_pair(value) and all(0 <= beta < 1 for beta in value))
+CLIP = Rule(
+    "None, a number above 0, or a pair (low, high) with 0 <= low <= high and high > 0",
+    lambda value: (
+        0 <= value[0] <= value[1] > 0 if is_pair(value) else value is None or (is_number(value) and value > 0)
+    ),
+)
 
 
 class LAMB(LayerwiseOptimizer):
@@ -81,14 +90,16 @@ class LAMB(LayerwiseOptimizer):
         tensor([3.0000, 3.5000]) tensor(5.0000)
     """
 
+    RULES = SHARED | {
+        "betas": BETAS,
+        "eps": NON_NEGATIVE,
+        "bias_correction": FLAG,
+        "grad_averaging": FLAG,
+        "trust_clip": CLIP,
+        "max_weight_norm": NONE_OR_POSITIVE,
+        "trust_eps": NON_NEGATIVE,
+    }
     state_keys = frozenset({"step", "exp_avg", "exp_avg_sq"})
-    switches = (
-        "bias_correction",
-        "grad_averaging",
-        "decoupled_weight_decay",
-        "maximize",
-        "layer_adaptation",
-    )
 
     def __init__(
         self,
@@ -108,39 +119,7 @@ class LAMB(LayerwiseOptimizer):
         maximize: bool = False,
         fused: bool | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "bias_correction": bias_correction,
-            "grad_averaging": grad_averaging,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "trust_clip": trust_clip,
-            "max_weight_norm": max_weight_norm,
-            "trust_eps": trust_eps,
-            "max_grad_norm": max_grad_norm,
-            "maximize": maximize,
-            "fused": fused,
-        }
-        super().__init__(params, defaults)
-
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        super()._check_group(group)
-        betas = group["betas"]
-        holds = _is_pair(betas) and all(0 <= beta < 1 for beta in betas)
-        require("betas", "two numbers in [0, 1)", betas, holds)
-        check_non_negative("eps", group["eps"])
-        check_non_negative("trust_eps", group["trust_eps"])
-        check_none_or_positive("max_weight_norm", group["max_weight_norm"])
-        trust_clip = group["trust_clip"]
-        if _is_pair(trust_clip):
-            low, high = trust_clip
-            holds = 0 <= low <= high and high > 0
-        else:
-            holds = trust_clip is None or (is_number(trust_clip) and trust_clip > 0)
-        rule = "None, a number above 0, or a pair (low, high) with 0 <= low <= high and high > 0"
-        require("trust_clip", rule, trust_clip, holds)
+        super().__init__(params, self._defaults_from(locals()))
 
     def _direction(
         self, layers: Layers, weights: list[Tensor], grads: Tensors, lr: float | Tensor
@@ -308,8 +287,3 @@ def _log(beta: float, like: Tensor) -> float | Tensor:
         # A schedule may change it in every step: for the logarithm in Python there would be a graph each.
         return torch.full_like(like[0], beta - 1).log1p()
     return math.log(beta) if beta > 0 else -math.inf
-
-
-def _is_pair(value: object) -> TypeGuard[tuple[float, float]]:
-    """Tell whether the value is two numbers, in a tuple or, as YAML gives them, in a list."""
-    return isinstance(value, tuple | list) and len(value) == 2 and all(map(is_number, value))

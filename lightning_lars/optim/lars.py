@@ -1,6 +1,5 @@
 """LARS: layer-wise adaptive rate scaling (You, Gitman and Ginsburg 2017, arXiv:1708.03888)."""
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -10,13 +9,25 @@ from torch import Tensor
 from lightning_lars.optim.backends.cpu import adapted_sgd, can_adapt, sgd, subtract_scaled
 from lightning_lars.optim.backends.triton_table import LayerTable
 from lightning_lars.optim.layers import Layers
-from lightning_lars.optim.layerwise import LayerwiseOptimizer, subtract
+from lightning_lars.optim.layerwise import SHARED, LayerwiseOptimizer, subtract
 from lightning_lars.optim.trust_ratio import ROUNDING, Number, TrustRatios, clip, over_lr, trust_ratio
-from lightning_lars.rules import check_non_negative, is_number, require
+from lightning_lars.rules import (
+    FLAG,
+    FRACTION,
+    NON_NEGATIVE,
+    POSITIVE,
+    Rule,
+    is_number,
+    one_of,
+    require,
+)
 from lightning_lars.sharding.norms import Tensors
 from lightning_lars.sharding.shards import laid_out_as, local
 
-DENOMINATORS = ("gradient", "decayed_gradient", "momentum")
+CLIP = Rule(
+    'None, "larc" or a number above 0',
+    lambda value: value > 0 if is_number(value) else value in (None, "larc"),
+)
 
 
 class LARS(LayerwiseOptimizer):
@@ -87,8 +98,17 @@ class LARS(LayerwiseOptimizer):
         tensor([3.0000, 2.5890]) tensor(0.0005)
     """
 
+    RULES = SHARED | {
+        "momentum": FRACTION,
+        "dampening": FRACTION,
+        "nesterov": FLAG,
+        "trust_coefficient": POSITIVE,
+        "eps": NON_NEGATIVE,
+        "denominator": one_of("gradient", "decayed_gradient", "momentum"),
+        "trust_clip": CLIP,
+        "lr_in_momentum": FLAG,
+    }
     state_keys = frozenset({"momentum_buffer"})
-    switches = ("nesterov", "lr_in_momentum", "decoupled_weight_decay", "maximize", "layer_adaptation")
 
     def __init__(
         self,
@@ -109,48 +129,17 @@ class LARS(LayerwiseOptimizer):
         maximize: bool = False,
         fused: bool | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "dampening": dampening,
-            "nesterov": nesterov,
-            "trust_coefficient": trust_coefficient,
-            "eps": eps,
-            "denominator": denominator,
-            "trust_clip": trust_clip,
-            "lr_in_momentum": lr_in_momentum,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "max_grad_norm": max_grad_norm,
-            "maximize": maximize,
-            "fused": fused,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, self._defaults_from(locals()))
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         super()._check_group(group)
-        momentum, dampening = group["momentum"], group["dampening"]
-        require("momentum", "in [0, 1)", momentum, is_number(momentum) and 0 <= momentum < 1)
-        require("dampening", "in [0, 1)", dampening, is_number(dampening) and 0 <= dampening < 1)
-        check_non_negative("eps", group["eps"])
-        coefficient = group["trust_coefficient"]
-        holds = is_number(coefficient) and 0 < coefficient < math.inf
-        require("trust_coefficient", "above 0 and finite", coefficient, holds)
-        denominator = group["denominator"]
-        require("denominator", f"one of {DENOMINATORS}", denominator, denominator in DENOMINATORS)
-        trust_clip = group["trust_clip"]
-        holds = trust_clip > 0 if is_number(trust_clip) else trust_clip in (None, "larc")
-        require("trust_clip", 'None, "larc" or a number above 0', trust_clip, holds)
-
-        nesterov, lr_in_momentum = group["nesterov"], group["lr_in_momentum"]
-        if momentum == 0:
-            rule = "False without momentum (set momentum above 0)"
-            require("nesterov", rule, nesterov, not nesterov)
-            require("lr_in_momentum", rule, lr_in_momentum, not lr_in_momentum)
-            require("dampening", "0 without momentum (set momentum above 0)", dampening, dampening == 0)
-        if denominator == "momentum":
+        if group["momentum"] == 0:
+            for name, absent in (("nesterov", False), ("lr_in_momentum", False), ("dampening", 0)):
+                rule = f"{absent} without momentum (set momentum above 0)"
+                require(name, rule, group[name], group[name] == absent)
+        if group["denominator"] == "momentum":
             rule = 'False with denominator="momentum", where lr would cancel out of the step'
-            require("lr_in_momentum", rule, lr_in_momentum, not lr_in_momentum)
+            require("lr_in_momentum", rule, group["lr_in_momentum"], not group["lr_in_momentum"])
 
     def _direction(
         self, layers: Layers, weights: list[Tensor], grads: Tensors, lr: float | Tensor

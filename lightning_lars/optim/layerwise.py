@@ -44,27 +44,43 @@ from lightning_lars.optim.trust_ratio import (
     stack_ratios,
 )
 from lightning_lars.rules import (
-    check_non_negative,
-    check_none_or_positive,
+    FLAG,
+    NON_NEGATIVE,
+    NONE_OR_FLAG,
+    NONE_OR_POSITIVE,
+    Rule,
+    check,
     is_number,
     require,
 )
 from lightning_lars.sharding.norms import Tensors, layer_norms
 from lightning_lars.sharding.shards import Shard, find_shards, is_laid_out, laid_out_as, local
 
+SHARED: dict[str, Rule] = {
+    "lr": Rule(
+        NON_NEGATIVE.text, lambda lr: (isinstance(lr, Tensor) or is_number(lr)) and 0 <= float(lr) < math.inf
+    ),
+    "weight_decay": NON_NEGATIVE,
+    "decoupled_weight_decay": FLAG,
+    "max_grad_norm": NONE_OR_POSITIVE,
+    "maximize": FLAG,
+    "fused": NONE_OR_FLAG,
+    "layer_adaptation": FLAG,
+}
+"""What the hyperparameters of every layer-wise optimizer may be."""
+
 
 class LayerwiseOptimizer(Optimizer, ABC):
     """An optimizer that scales the step of every layer by its trust ratio.
 
-    A layer is one parameter tensor. Subclasses state their rules in ``_check_group`` and their paper's
-    equations in ``_update``.
+    A layer is one parameter tensor.
     """
+
+    RULES: ClassVar[dict[str, Rule]]
+    """What each hyperparameter may be."""
 
     state_keys: ClassVar[frozenset[str]]
     """What the optimizer keeps for each layer, under torch's own names."""
-
-    switches: ClassVar[tuple[str, ...]]
-    """The hyperparameters that are True or False."""
 
     # For the layers of the last step that moved together: themselves and their ratios, as a plain tuple
     # where they are tensors, as torch 2.11 cannot compile a step that keeps a generic one.
@@ -102,6 +118,11 @@ class LayerwiseOptimizer(Optimizer, ABC):
                     "has the module any with requires_grad=True?"
                 )
         super().__init__(params, {**defaults, "layer_adaptation": True})
+
+    @classmethod
+    def _defaults_from(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of ``__init__`` that are hyperparameters, which is to say, have a rule."""
+        return {name: arguments[name] for name in cls.RULES if name in arguments}
 
     @abstractmethod
     def _direction(
@@ -174,14 +195,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
-        holds = (isinstance(lr, Tensor) or is_number(lr)) and 0 <= float(lr) < math.inf
-        require("lr", "at least 0 and finite", lr, holds)
-        check_non_negative("weight_decay", group["weight_decay"])
-        check_none_or_positive("max_grad_norm", group["max_grad_norm"])
-        for argument in self.switches:
-            require(argument, "True or False", group[argument], isinstance(group[argument], bool))
-        fused = group["fused"]
-        require("fused", "None, True or False", fused, fused is None or isinstance(fused, bool))
+        check(self.RULES, group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
