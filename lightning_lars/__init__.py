@@ -1,28 +1,25 @@
 """LARS and LAMB for PyTorch Lightning: train with large batches, and see every layer's trust ratio."""
 
-import importlib.metadata
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from lightning_lars.callbacks import (
-    BatchSizeScaling,
-    ExcludeNormAndBias,
-    GradientNoiseScale,
-    LearningRateWarmup,
-    ParamGroupSummary,
-    PercentileGradientClipping,
-    PreciseBatchNorm,
-    TrustRatioMonitor,
-)
-from lightning_lars.groups.introspection import DEFAULT_EXCLUDED
-from lightning_lars.groups.param_groups import build_optimizer, explain_param_groups, param_groups
-from lightning_lars.learning_rate.warmup_decay import WarmupDecayLR
-from lightning_lars.mixin import LargeBatchMixin
-from lightning_lars.optim import LAMB, LARS, LAMB8bit, LARS8bit
-from lightning_lars.trainer.batch_size import effective_batch_size
-
-try:
-    __version__ = importlib.metadata.version("lightning-lars")
-except importlib.metadata.PackageNotFoundError:  # a tree that was copied, not installed
-    __version__ = "0+unknown"
+if TYPE_CHECKING:
+    from lightning_lars.callbacks import (
+        BatchSizeScaling,
+        ExcludeNormAndBias,
+        GradientNoiseScale,
+        LearningRateWarmup,
+        ParamGroupSummary,
+        PercentileGradientClipping,
+        PreciseBatchNorm,
+        TrustRatioMonitor,
+    )
+    from lightning_lars.groups.introspection import DEFAULT_EXCLUDED
+    from lightning_lars.groups.param_groups import build_optimizer, explain_param_groups, param_groups
+    from lightning_lars.learning_rate import WarmupDecayLR
+    from lightning_lars.mixin import LargeBatchMixin
+    from lightning_lars.optim import LAMB, LARS, LAMB8bit, LARS8bit
+    from lightning_lars.trainer.batch_size import effective_batch_size
 
 __all__ = [
     "DEFAULT_EXCLUDED",
@@ -45,3 +42,51 @@ __all__ = [
     "explain_param_groups",
     "param_groups",
 ]
+
+# Imported when first asked for: optimizers and groups need torch alone, and Lightning takes seconds.
+_MODULES = {
+    "lightning_lars.callbacks": (
+        "BatchSizeScaling",
+        "ExcludeNormAndBias",
+        "GradientNoiseScale",
+        "LearningRateWarmup",
+        "ParamGroupSummary",
+        "PercentileGradientClipping",
+        "PreciseBatchNorm",
+        "TrustRatioMonitor",
+    ),
+    "lightning_lars.groups.introspection": ("DEFAULT_EXCLUDED",),
+    "lightning_lars.groups.param_groups": ("build_optimizer", "explain_param_groups", "param_groups"),
+    "lightning_lars.learning_rate": ("WarmupDecayLR",),
+    "lightning_lars.mixin": ("LargeBatchMixin",),
+    "lightning_lars.optim": ("LAMB", "LARS", "LAMB8bit", "LARS8bit"),
+    "lightning_lars.trainer.batch_size": ("effective_batch_size",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+_SUBMODULES = ("callbacks", "groups", "learning_rate", "mixin", "optim")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        value = getattr(import_module(_MODULE_OF[name]), name)
+    elif name in _SUBMODULES:
+        value = import_module(f"lightning_lars.{name}")
+    elif name == "__version__":
+        value = _version()
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBMODULES, "__version__"})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("lightning-lars")
+    except PackageNotFoundError:  # a tree that was copied, not installed
+        return "0+unknown"

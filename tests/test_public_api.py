@@ -55,25 +55,56 @@ def imports(path):
             yield node.module
 
 
-def test_all_holds_the_public_names():
-    public = {
-        name
-        for name, value in vars(lightning_lars).items()
-        if not name.startswith("_") and not inspect.ismodule(value)
-    }
-    assert sorted(public) == sorted(lightning_lars.__all__)
+IMPORTS_LITTLE = """
+import sys
+from lightning_lars import LARS, LAMB8bit
+import lightning_lars.optim
+above = {"lightning", "pytorch_lightning", "torchmetrics", "rich", "lightning_utilities", "jsonargparse"}
+assert not above & set(sys.modules), above & set(sys.modules)
+assert lightning_lars.optim.LARS is LARS
+assert "TrustRatioMonitor" in dir(lightning_lars) and "lightning_lars.callbacks" not in sys.modules
+assert lightning_lars.callbacks.TrustRatioMonitor is lightning_lars.TrustRatioMonitor
+assert lightning_lars.mixin.LargeBatchMixin is lightning_lars.LargeBatchMixin
+names = {}
+exec("from lightning_lars import *", names)
+assert set(lightning_lars.__all__) <= set(names)
+"""
+
+
+def test_the_optimizers_are_imported_with_torch_alone_and_the_rest_when_it_is_asked_for():
+    run = subprocess.run([sys.executable, "-c", IMPORTS_LITTLE], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+
+
+def test_type_checkers_are_told_of_every_public_name():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    [block] = [node for node in tree.body if isinstance(node, ast.If)]
+    told = {alias.name for node in block.body for alias in node.names}
+    assert told == set(lightning_lars.__all__)
+
+
+@pytest.mark.parametrize("name", [*lightning_lars.__all__, "__version__"])
+def test_every_public_name_is_there(name):
+    assert getattr(lightning_lars, name) is not None
+    assert name in dir(lightning_lars)
+
+
+def test_a_name_that_is_not_there_is_told_as_by_any_module():
+    with pytest.raises(AttributeError, match="module 'lightning_lars' has no attribute 'LARC'"):
+        lightning_lars.LARC  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'LARC'"):
+        from lightning_lars import LARC  # noqa: F401
 
 
 def test_a_tree_that_was_copied_and_not_installed_imports(monkeypatch):
     def not_installed(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
+    vars(lightning_lars).pop("__version__", None)
     monkeypatch.setattr(importlib.metadata, "version", not_installed)
-    try:
-        assert importlib.reload(lightning_lars).__version__ == "0+unknown"
-    finally:
-        monkeypatch.undo()
-        importlib.reload(lightning_lars)
+    assert lightning_lars.__version__ == "0+unknown"
+    monkeypatch.undo()
+    del lightning_lars.__version__
     assert lightning_lars.__version__ == importlib.metadata.version("lightning-lars")
 
 
