@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_lars.groups.excluded_rate import check_excluded_rate, keep_excluded_rate
+from lightning_lars.groups.introspection import check_switches
 from lightning_lars.groups.param_groups import build_optimizer
 from lightning_lars.optim import LARS
 from lightning_lars.rules import require
@@ -116,9 +117,7 @@ class LargeBatchMixin:
         self._lr_scheduler_interval = lr_scheduler_interval
         check_excluded_rate(excluded_lr, excluded_lr_scale)
         require("exclude", "patterns over parameter names", exclude, isinstance(exclude, Sequence))
-        switches = {"exclude_norm": exclude_norm, "exclude_bias": exclude_bias, "exclude_gain": exclude_gain}
-        for argument, value in switches.items():
-            require(argument, "True or False", value, isinstance(value, bool))
+        check_switches(exclude_norm=exclude_norm, exclude_bias=exclude_bias, exclude_gain=exclude_gain)
         self._exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         self._exclude_norm = exclude_norm
         self._exclude_bias = exclude_bias

@@ -22,7 +22,7 @@ from lightning_lars.groups.excluded_rate import (
     share,
     unknown,
 )
-from lightning_lars.groups.introspection import classify
+from lightning_lars.groups.introspection import check_switches, classify
 from lightning_lars.groups.param_groups import check_holds_parameters
 from lightning_lars.groups.regrouping import (
     all_or_nothing,
@@ -79,9 +79,7 @@ class ExcludeNormAndBias(Callback):
         exclude_gain: bool = True,
     ) -> None:
         require("exclude", "patterns over parameter names", exclude, isinstance(exclude, Sequence))
-        switches = {"exclude_norm": exclude_norm, "exclude_bias": exclude_bias, "exclude_gain": exclude_gain}
-        for argument, value in switches.items():
-            require(argument, "True or False", value, isinstance(value, bool))
+        check_switches(exclude_norm=exclude_norm, exclude_bias=exclude_bias, exclude_gain=exclude_gain)
         check_excluded_rate(excluded_lr, excluded_lr_scale)
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self.exclude_norm = exclude_norm

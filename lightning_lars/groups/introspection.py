@@ -1,7 +1,7 @@
 """Which parameters are adapted, and the rule that excludes the others."""
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from lightning_lars.groups.no_weight_decay import listed_in
 from lightning_lars.groups.original_shapes import is_flat, original_shape, sharded_shapes
 from lightning_lars.groups.parameter_names import aliases_of
 from lightning_lars.groups.parameter_roles import NORMS, Place, named_norm, running_statistics
+from lightning_lars.rules import require
 
 Predicate = Callable[[str, nn.Parameter, nn.Module], bool]
 """Called with the name of a parameter, the parameter, and the module that owns it."""
@@ -54,14 +55,16 @@ def classify(
     what cannot be known leaves a parameter adapted.
 
     Raises:
-        ValueError: If a pattern matches no name; or if a rule would need to know of a trained parameter what
-            cannot be known, its shape or the module that it is part of.
+        ValueError: If a pattern matches no name, or a switch is no bool; or if a rule would need to know of a
+            trained parameter what cannot be known, its shape or the module that it is part of.
         TypeError: If ``module`` is no module, or ``exclude`` holds something else than it may.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {module!r}: pass the model itself")
-    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
-        exclude = [exclude]
+    check_switches(exclude_norm=exclude_norm, exclude_bias=exclude_bias, exclude_gain=exclude_gain)
+    # The keys of a dict and the numbers of bytes are nobody's patterns.
+    if isinstance(exclude, str | bytes | Mapping) or not isinstance(exclude, Iterable):
+        exclude = [exclude]  # type: ignore[list-item]
     exclusions = list(exclude)
     aliases = aliases_of(module)
     _check_exclusions(exclusions, [alias.name for named in aliases.values() for alias in named], prefix)
@@ -98,6 +101,12 @@ def classify(
         group = "excluded" if rule else "adapted"
         layers.append(Layer(name, parameter, owner, group, rule, shape, kinds[owner].name or "(unknown)"))
     return layers
+
+
+def check_switches(**switches: bool) -> None:
+    """Raise ValueError unless every one of ``exclude_norm`` and its like is True or False."""
+    for argument, value in switches.items():
+        require(argument, "True or False", value, isinstance(value, bool))
 
 
 def _own_rule(place: Place, parameter: nn.Parameter, exclusions: Sequence[Exclusion], prefix: str) -> str:

@@ -58,9 +58,12 @@ _GAIN_WORDS = {
     "gain",
     "gains",
     "gamma",
+    "magnitude",
+    "point",
     "scale",
     "scales",
     "shift",
+    "size",
     "temperature",
     "token",
     "tokens",
@@ -121,10 +124,11 @@ class Place(NamedTuple):
         called = _WEIGHTED_WORD.search(self.kind.name) or self.kind.known is None
         if called and _WEIGHT_WORD.fullmatch(attribute) and (len(shape) == 2 or not is_vector):
             return False
+        last = next((word for word in reversed(words) if word not in _TABLE_WORDS), "")
         if weighted:
             # What a subclass adds to its weight. Of two dimensions, it may be a factor of rank 1 (LoRA).
-            return is_vector and (len(shape) != 2 or math.prod(shape) == 1)
-        last = next((word for word in reversed(words) if word not in _TABLE_WORDS), "")
+            is_factor = len(shape) == 2 and math.prod(shape) > 1
+            return last in _GAIN_WORDS or (is_vector and not is_factor)
         return is_vector or shape[0] == 1 or last in _GAIN_WORDS
 
 

@@ -1,5 +1,8 @@
 """Which layers are excluded, on architectures with traps."""
 
+import re
+from functools import partial
+
 import pytest
 import torch
 from rich.console import Console
@@ -343,10 +346,22 @@ def test_a_pattern_that_matches_nothing_raises_and_names_the_closest():
         param_groups(nn.ModuleDict({"norm": nn.LayerNorm(4)}), exclude="norm")
 
 
-@pytest.mark.parametrize("exclude", [[3], 3, None, nn.Linear(2, 2), torch.Tensor])
+@pytest.mark.parametrize(
+    "exclude", [[3], 3, None, nn.Linear(2, 2), torch.Tensor, {"weight": True}, b"weight"]
+)
 def test_an_exclusion_of_another_kind_raises(exclude):
     with pytest.raises(TypeError, match=r"exclude must hold module types, patterns .* got "):
         param_groups(nn.Linear(2, 2), exclude=exclude)
+
+
+@pytest.mark.parametrize(
+    "door", [param_groups, explain_param_groups, partial(build_optimizer, optimizer=LARS)]
+)
+@pytest.mark.parametrize("switch", ["exclude_norm", "exclude_bias", "exclude_gain"])
+@pytest.mark.parametrize("value", ["no", 0, None, ("weight",)])
+def test_a_switch_that_is_no_bool_raises(door, switch, value):
+    with pytest.raises(ValueError, match=rf"{switch} must be True or False, got {re.escape(repr(value))}"):
+        door(nn.Linear(2, 2), **{switch: value})
 
 
 def test_parameters_instead_of_a_module_raise():

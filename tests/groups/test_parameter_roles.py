@@ -110,8 +110,15 @@ def test_weights_are_adapted_whatever_their_shape(module):
         (holding("ScaledStdConv2d", (nn.Conv2d,), (1, 4, 3), gain=(4, 1, 1, 1)), ["bias", "gain"]),
         (holding("QuantLinear", (nn.Linear,), (4, 4), alpha=(), step=(4,)), ["bias", "alpha", "step"]),
         (holding("MagnitudeLinear", (nn.Linear,), (4, 4), magnitude=(4,)), ["bias", "magnitude"]),
+        (holding("RowLinear", (nn.Linear,), (4, 4), magnitude=(4, 1)), ["bias", "magnitude"]),
+        (
+            holding("LSQLinear", (nn.Linear,), (4, 4), w_scale=(4, 1), step_size=(4, 1), zero_point=(4, 1)),
+            ["bias", "w_scale", "step_size", "zero_point"],
+        ),
+        (holding("GroupWiseLinear", (nn.Linear,), (4, 4), scales=(4, 2)), ["bias", "scales"]),
+        (holding("GatedConv", (nn.Conv1d,), (4, 4, 1), gamma_1=(1, 4)), ["bias", "gamma_1"]),
     ],
-    ids=["gain", "quantizer", "magnitude"],
+    ids=["gain", "quantizer", "magnitude", "magnitudes of rows", "scales of rows", "groups", "gate"],
 )
 def test_what_a_subclass_of_a_layer_scales_its_weight_by_is_a_gain(module, excluded):
     assert names(module) == {"adapted": ["weight"], "excluded": excluded}
