@@ -62,7 +62,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     x, y = torch.randn(arguments.batch_size, 3, 32, 32), torch.randint(10, (arguments.batch_size,))
-    table = Table("Optimizer", "Compiled", "Batch, ms", "Of eager", "Step, ms", "Of eager")
+    table = Table("Optimizer", "Compiled", "Iteration, ms", "x eager", "Step, ms", "x eager")
     for optimizer_class in (LARS, LAMB):
         build = partial(training, optimizer_class)
         ways = {

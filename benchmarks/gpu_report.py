@@ -19,7 +19,7 @@ COLUMNS = (
     "Graph",
     "Fused SGD, AdamW",
     "Ratio",
-    "Of a copy",
+    "Of copy",
     "Clipped",
     "Unfused",
     "Eager",
