@@ -160,7 +160,7 @@ def looks_wrong(layer: Layer) -> str:
     """Return why a tensor looks as if it were in the wrong group, by names and shapes alone, or ""."""
     name, shape = layer.name.rpartition(".")[2].lower(), layer.shape or ()
     vector = sum(size > 1 for size in shape) <= 1
-    weighted = isinstance(layer.owner, WEIGHTED) and "weight" in name
+    weighted = isinstance(layer.owner, WEIGHTED) and "weight" in name and not name.endswith("_g")
     if layer.group == "adapted":
         words = ("norm", "bias", "gamma", "gain", "scale", "token", "alpha", "temperature", "gate")
         if vector and not weighted:

@@ -53,7 +53,7 @@ def sort_layers(group: dict[str, Any], shards: Shards, name: Callable[[Tensor], 
     """Sort the layers that have a gradient by device and dtype, and into parts of bounded size.
 
     Raises:
-        RuntimeError: If a gradient is sparse, or whole where its parameter is a DTensor.
+        RuntimeError: If a gradient is sparse, of another shape, or whole where its parameter is a DTensor.
     """
     sorted_layers: list[Layers] = []
     latest: dict[tuple[torch.device, torch.dtype, bool], Layers] = {}
@@ -75,6 +75,12 @@ def sort_layers(group: dict[str, Any], shards: Shards, name: Callable[[Tensor], 
                     "lay it out with torch.distributed.tensor.distribute_tensor()"
                 )
             part, grad, is_divided = local(p), local_gradient(p), len(shard.groups) > 0
+        if grad.shape != part.shape:
+            raise RuntimeError(
+                f"the gradient of parameter {name(p)!r} must have the parameter's shape, "
+                f"{tuple(part.shape)}, got {tuple(grad.shape)}: set it to None where a parameter "
+                "is given another shape"
+            )
         kind, elements = (part.device, part.dtype, is_divided), part.numel()
         layers = latest.get(kind)
         if layers is None or elements > room[kind]:

@@ -282,9 +282,10 @@ class LayerwiseOptimizer(Optimizer, ABC):
         """Lay out state in memory as its layer is, which may have changed since (``channels_last``).
 
         Raises:
-            RuntimeError: If it is not on the device of its layer.
+            RuntimeError: If it is not on the device of its layer, or has another shape.
         """
         for p, part in zip(layers.params, layers.parts, strict=True):
+            shape = part.shape
             for key, value in self.state.get(p, {}).items():
                 if key not in self.state_keys or value is None:
                     continue
@@ -294,6 +295,12 @@ class LayerwiseOptimizer(Optimizer, ABC):
                         f"Expected all tensors to be on the same device, but {key!r} in the state of "
                         f"parameter {self._name(p)!r} is on {here.device}, and the parameter on "
                         f"{part.device}: move it there before the step"
+                    )
+                if here.shape != shape and key != "step":
+                    raise RuntimeError(
+                        f"{key!r} in the state of parameter {self._name(p)!r} must have the parameter's "
+                        f"shape, {tuple(shape)}, got {tuple(here.shape)}: delete the state of parameters "
+                        "that are given another shape, or put new parameters into the groups"
                     )
                 if not (here.is_contiguous() and part.is_contiguous()):
                     laid_out = lay_out_as(part, here)

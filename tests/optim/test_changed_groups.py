@@ -2,13 +2,14 @@
 
 import copy
 import gc
+import re
 import weakref
 
 import pytest
 import torch
 from torch.nn import Parameter
 
-from lightning_lars import LAMB, LARS
+from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit
 
 both = pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
 
@@ -257,3 +258,33 @@ def test_vectors_in_the_place_of_matrices_may_be_added_as_layers(optimizer_class
     give_gradient(vector, 0)
     optimizer.step()
     assert optimizer.state.keys() == {vector}
+
+
+@pytest.mark.parametrize("optimizer_class", [LARS, LAMB, LARS8bit, LAMB8bit])
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("shape", [(9, 9), (2, 3), (3, 4, 1), (12,)], ids=str)
+@pytest.mark.parametrize("stale", ["state", "gradient"])
+def test_state_and_gradients_of_the_shape_that_a_parameter_had_are_refused(
+    optimizer_class, fused, shape, stale
+):
+    """Layers grown or pruned by ``p.data = ...``: kernels would read and write past the end."""
+    first, second = Parameter(torch.ones(2, 2)), Parameter(torch.ones(3, 4))
+    optimizer = optimizer_class([("first", first), ("second", second)], lr=0.1, fused=fused)
+    first.grad, second.grad = torch.ones(2, 2), torch.ones(3, 4)
+    optimizer.step()
+    second.data = torch.ones(shape)
+    if stale == "state":
+        second.grad = torch.ones(shape)
+    else:
+        optimizer.state.pop(second)
+    before = first.detach().clone(), copy.deepcopy(optimizer.state[first])
+    match = rf"'second' must have the parameter's shape, {re.escape(str(shape))}, got \(3, 4\)"
+    with pytest.raises(RuntimeError, match=match):
+        optimizer.step()
+    assert torch.equal(first, before[0])
+    assert second.eq(1).all()
+    assert all(torch.equal(optimizer.state[first][key], value) for key, value in before[1].items())
+    optimizer.state.pop(second, None)
+    second.grad = torch.ones(shape)
+    optimizer.step()
+    assert second.lt(1).all()

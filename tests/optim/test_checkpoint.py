@@ -257,6 +257,11 @@ def with_a_list_for_a_tensor(state_dict):
     return {**state_dict, "state": state}
 
 
+def without_a_part(state_dict):
+    state = {i: dict(list(own.items())[1:]) for i, own in state_dict["state"].items()}
+    return {**state_dict, "state": state}
+
+
 def with_other_names(state_dict):
     first, second = state_dict["param_groups"]
     return {**state_dict, "param_groups": [{**first, "param_names": ["x", "y", "z"]}, second]}
@@ -266,6 +271,7 @@ FOREIGN = [
     (LARS, adamw_state, "'momentum' in its groups, .*another optimizer"),
     (LAMB, sgd_state, "'betas' in its groups, .*another optimizer"),
     (LAMB, amsgrad_state, "'max_exp_avg_sq'.*another optimizer"),
+    (LAMB, lambda: without_a_part(own_state(LAMB)), r"got \['exp_avg', 'exp_avg_sq'\]: it is incomplete$"),
     *(
         (optimizer_class, lambda change=change, own=optimizer_class: change(own_state(own)), match)
         for optimizer_class in (LARS, LAMB)

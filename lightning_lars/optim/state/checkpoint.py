@@ -104,7 +104,7 @@ def _check_state(state: Mapping[str, Any], name: str, p: Tensor, state_keys: Set
         return
     if state.keys() != state_keys:
         unknown = sorted(state.keys() - state_keys)
-        way_out = "it was saved by another optimizer"
+        way_out = "it was saved by another optimizer" if unknown else "it is incomplete"
         if state.keys() > state_keys:
             way_out += f". Delete {quote(unknown)} from its state to go on without"
         raise ValueError(
@@ -167,10 +167,10 @@ def _complete(group: Mapping[str, Any], own: Mapping[str, Any], state: Mapping[A
     for key in {"momentum", "betas"} & own.keys():
         if key not in group:
             keys = {key for number in group["params"] for key in state.get(number) or {}}
-            takers = {"exp_avg": ". LAMB takes its moments", "momentum_buffer": ". LARS takes its momentum"}
+            takers = {"exp_avg": " LAMB takes its moments", "momentum_buffer": " LARS takes its momentum"}
             raise ValueError(
-                f"state_dict must have {key!r} in its groups, got {sorted(group)}: it was saved by another "
-                f"optimizer{''.join(takers[each] for each in takers if each in keys)}"
+                f"state_dict must have {key!r} in its groups, got {sorted(group)}: was it saved by another "
+                f"optimizer?{''.join(takers[each] for each in takers if each in keys)}"
             )
     kept = {key: value for key, value in own.items() if key not in ("params", "param_names")}
     if not is_own(group):
