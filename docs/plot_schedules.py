@@ -29,13 +29,16 @@ WARMUPS = {
     "cosine": [({}, "start_factor\n= 0", (15.5, 0.1)), ({"start_factor": 0.25}, "0.25", (2, 0.54))],
 }
 DECAYS = {
-    "constant": [({}, "", (0, 0))],
     "cosine": [({}, "end_factor = 0", (23, 0.05)), ({"end_factor": 0.2}, "0.2", (88, 0.27))],
     "polynomial": [({"power": 2.0}, "power = 2", (23, 0.05)), ({"power": 1.0}, "1", (66, 0.5))],
     "inverse_sqrt": [({}, "", (0, 0))],
     "step": [
         ({"milestones": [50, 75]}, "gamma = 0.1", (53, 0.115)),
         ({"milestones": [50, 75], "gamma": 0.5}, "0.5", (60, 0.52)),
+    ],
+    "wsd": [
+        ({"cooldown_steps": 30}, "cooldown = linear", (23, 0.55)),
+        ({"cooldown_steps": 30, "cooldown": "sqrt"}, "sqrt", (62, 0.4)),
     ],
 }
 

@@ -152,6 +152,18 @@ def test_a_resumed_schedule_is_the_schedule_that_never_stopped(tmp_path, schedul
         assert torch.equal(weight, resumed.state_dict()[name]), name
 
 
+def test_a_run_in_its_stable_phase_is_cooled_down_from_a_checkpoint_to_another_end(tmp_path):
+    stable = partial(SCHEDULE, decay="wsd", cooldown_steps=0)
+    first = trainer(tmp_path, max_epochs=3, limit_train_batches=2)
+    first.fit(Rated(lr_scheduler=partial(stable, total_steps=800)))
+    first.save_checkpoint(tmp_path / "stable.ckpt")
+    cooling = Rated(lr_scheduler=partial(SCHEDULE, decay="wsd", cooldown_steps=4))
+    last = trainer(tmp_path, max_epochs=100, max_steps=11, limit_train_batches=2)
+    last.fit(cooling, ckpt_path=tmp_path / "stable.ckpt")
+    assert cooling.rates == [1.0, 1.0, 0.75, 0.5, 0.25]
+    assert last.lr_scheduler_configs[0].scheduler.total_steps == 11
+
+
 def test_one_cycle_moves_the_momentum_of_lamb(tmp_path):
     module = Boring(
         optimizer=partial(LAMB, lr=0.1),

@@ -16,6 +16,7 @@ from lightning_lars.learning_rate.curves import (
     one_cycle_momentum,
     polynomial_decay,
     step_decay,
+    wsd_decay,
 )
 from lightning_lars.learning_rate.warmup_decay import WarmupDecayLR
 
@@ -35,4 +36,5 @@ __all__ = [
     "scaling_exponent",
     "scaling_factor",
     "step_decay",
+    "wsd_decay",
 ]

@@ -79,6 +79,30 @@ def step_decay(step: int, milestones: Sequence[int], gamma: float = 0.1) -> floa
     return float(gamma ** sum(milestone < step for milestone in milestones))
 
 
+def wsd_decay(
+    step: int, total_steps: int, cooldown_steps: int, cooldown: str = "linear", end_factor: float = 0.0
+) -> float:
+    """Return 1 until the cooldown, the last ``cooldown_steps`` of ``total_steps``: warmup, stable, decay.
+
+    ::
+
+        linear   end_factor + (1 - end_factor) * (1 - p)
+        sqrt     end_factor + (1 - end_factor) * (1 - sqrt(p))         Haegele et al. 2024, arXiv:2405.18392
+        cosine   end_factor + (1 - end_factor) * (1 + cos(pi * p)) / 2
+
+    with ``p = (step - 1 - (total_steps - cooldown_steps)) / cooldown_steps`` kept in [0, 1]. The name is that
+    of Hu et al. 2024, arXiv:2404.06395. Nothing before the cooldown depends on ``total_steps``.
+
+    Example:
+        >>> [wsd_decay(step, total_steps=6, cooldown_steps=4) for step in range(1, 8)]
+        [1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    if cooldown_steps == 0:
+        return 1.0
+    progress = _progress(step, total_steps - cooldown_steps, total_steps)
+    return end_factor + (1 - end_factor) * COOLDOWNS[cooldown](progress)
+
+
 def one_cycle(
     step: int,
     warmup_steps: int,
@@ -113,6 +137,13 @@ def _cycle(step: int, warmup_steps: int, total_steps: int, start: float, peak: f
         return _anneal(start, peak, (step - 1) / (warmup_steps - 1))
     return _anneal(peak, end, min((step - warmup_steps) / (total_steps - warmup_steps), 1.0))
 
+
+COOLDOWNS: Mapping[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1 - progress,
+    "sqrt": lambda progress: 1 - math.sqrt(progress),
+    "cosine": lambda progress: _anneal(1.0, 0.0, progress),
+}
+"""The cooldowns of :func:`wsd_decay` by the names of their shapes, over a progress from 0 to 1."""
 
 WARMUPS: Mapping[str, Callable[[int, int, float], float]] = {
     "constant": constant_warmup,

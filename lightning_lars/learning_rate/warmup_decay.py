@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from lightning_lars.learning_rate.curves import (
+    COOLDOWNS,
     WARMUPS,
     constant_decay,
     cosine_decay,
@@ -20,11 +21,12 @@ from lightning_lars.learning_rate.curves import (
     one_cycle_momentum,
     polynomial_decay,
     step_decay,
+    wsd_decay,
 )
 from lightning_lars.learning_rate.optimizer_steps import steps_since_asked
 from lightning_lars.rules import is_number, is_whole, require
 
-_DECAYS = ("constant", "cosine", "polynomial", "inverse_sqrt", "step", "one_cycle")
+_DECAYS = ("constant", "cosine", "polynomial", "inverse_sqrt", "step", "wsd", "one_cycle")
 
 
 class WarmupDecayLR(LRScheduler):
@@ -43,11 +45,14 @@ class WarmupDecayLR(LRScheduler):
         decay: Shape of what follows; ``"one_cycle"`` is a whole schedule and moves the momentum too.
         start_factor: Share of the peak at the start, in [0, 1]. Default: 1/25 for ``"one_cycle"``, else 0.
             ``"one_cycle"`` and the warmups ``"constant"`` and ``"exponential"`` need more than 0.
-        end_factor: Share of the peak at the end of ``"cosine"``, ``"polynomial"`` and ``"one_cycle"``, in
-            [0, 1]. Default: 1/250000 for ``"one_cycle"``, else 0.
+        end_factor: Share of the peak at the end of ``"cosine"``, ``"polynomial"``, ``"wsd"`` and
+            ``"one_cycle"``, in [0, 1]. Default: 1/250000 for ``"one_cycle"``, else 0.
         power: Exponent of ``"polynomial"``, above 0. Default: 2.
         milestones: Optimizer steps after which ``"step"`` multiplies by ``gamma``, ascending.
         gamma: Factor of ``"step"``, in (0, 1]. Default: 0.1.
+        cooldown_steps: The last optimizer steps, in which ``"wsd"`` leaves the peak, from 0 (not yet) to
+            ``total_steps - warmup_steps``. Default: a fifth of ``total_steps``, if the warmup leaves so many.
+        cooldown: Shape of the cooldown of ``"wsd"``. Default: ``"linear"``.
         momentum_range: Lowest and highest momentum, or first beta, of ``"one_cycle"``, in [0, 1).
             Default: (0.85, 0.95).
         last_epoch: Optimizer steps that were taken before, less 1, as in torch.
@@ -82,13 +87,17 @@ class WarmupDecayLR(LRScheduler):
         warmup_steps: int,
         total_steps: int | None = None,
         warmup: Literal["constant", "linear", "exponential", "cosine"] = "linear",
-        decay: Literal["constant", "cosine", "polynomial", "inverse_sqrt", "step", "one_cycle"] = "cosine",
+        decay: Literal[
+            "constant", "cosine", "polynomial", "inverse_sqrt", "step", "wsd", "one_cycle"
+        ] = "cosine",
         *,
         start_factor: float | None = None,
         end_factor: float | None = None,
         power: float | None = None,
         milestones: Sequence[int] | None = None,
         gamma: float | None = None,
+        cooldown_steps: int | None = None,
+        cooldown: Literal["linear", "sqrt", "cosine"] | None = None,
         momentum_range: tuple[float, float] | None = None,
         last_epoch: int = -1,
     ) -> None:
@@ -102,7 +111,7 @@ class WarmupDecayLR(LRScheduler):
         _check_steps(warmup_steps, total_steps)
         require("warmup", f"one of {tuple(WARMUPS)}", warmup, warmup in tuple(WARMUPS))
         require("decay", f"one of {_DECAYS}", decay, decay in _DECAYS)
-        has_end = decay in ("cosine", "polynomial", "one_cycle")
+        has_end = decay in ("cosine", "polynomial", "wsd", "one_cycle")
         is_cycle = decay == "one_cycle"
         for argument, value, has_effect in (
             ("start_factor", start_factor, warmup_steps > 0),
@@ -110,6 +119,8 @@ class WarmupDecayLR(LRScheduler):
             ("power", power, decay == "polynomial"),
             ("milestones", milestones, decay == "step"),
             ("gamma", gamma, decay == "step"),
+            ("cooldown_steps", cooldown_steps, decay == "wsd"),
+            ("cooldown", cooldown, decay == "wsd"),
             ("momentum_range", momentum_range, is_cycle),
         ):
             rule = f"left out with warmup_steps={warmup_steps} and decay={decay!r}, where it has no effect"
@@ -122,6 +133,8 @@ class WarmupDecayLR(LRScheduler):
         self.power = 2.0 if power is None else power
         self.milestones = tuple(milestones or ())
         self.gamma = 0.1 if gamma is None else gamma
+        self.cooldown_steps = cooldown_steps
+        self.cooldown = "linear" if cooldown is None else cooldown
         self.momentum_range = tuple((0.85, 0.95) if momentum_range is None else momentum_range)
         self._check_shapes(optimizer)
         self.steps_before = 0
@@ -138,10 +151,12 @@ class WarmupDecayLR(LRScheduler):
                 second fit of a Trainer has a schedule of its own.
 
         Raises:
-            ValueError: If ``warmup_steps`` or ``milestones`` do not fit in. The old length stays then.
+            ValueError: If ``warmup_steps``, ``milestones`` or ``cooldown_steps`` do not fit in. The old
+                length stays then.
         """
         _check_steps(self.warmup_steps, total_steps)
         self._check_milestones(total_steps)
+        self._check_cooldown(total_steps)
         self.total_steps, self.steps_before = total_steps, steps_before
 
     @override
@@ -173,21 +188,43 @@ class WarmupDecayLR(LRScheduler):
         """Load the state, and with it, as torch's schedulers do, the length that it was saved with.
 
         Warns if that is another length than this scheduler has. A state that was saved without a length
-        keeps this scheduler's.
+        keeps this scheduler's. With ``decay="wsd"`` this scheduler keeps its own length and cooldown as long
+        as neither its cooldown nor that of the state has begun: from any checkpoint of its stable phase, a
+        run is cooled down by resuming with another ``total_steps`` and ``cooldown_steps``.
         """
         own, before = self.total_steps, self.steps_before
+        own_end = {name: vars(self)[name] for name in ("cooldown_steps", "cooldown", "end_factor")}
         super().load_state_dict(state_dict)
         self._steps_seen = steps_since_asked(self.optimizer)
         if own is not None:
             own += before - self.steps_before  # as long as the state's, if it ends with the same step
+        saved = self.total_steps, {name: vars(self)[name] for name in own_end}
+        if self.decay == "wsd" and self._is_stable():
+            # Nothing yet depended on the end.
+            self.total_steps = own
+            vars(self).update(own_end)
+            if self._is_stable():
+                return
+            self.total_steps = saved[0]
+            vars(self).update(saved[1])
         if self.total_steps is None:
             self.total_steps = own
-        elif own not in (None, self.total_steps):
+        elif own not in (None, self.total_steps) or (self.decay == "wsd" and saved[1] != own_end):
+            theirs, ours = f"total_steps={self.total_steps}", f"{own}"
+            if self.decay == "wsd":
+                theirs += f" and cooldown_steps={self.cooldown_steps}"
+                ours += f" and {own_end['cooldown_steps']}, since one of the two cooldowns has begun"
             warnings.warn(
-                f"The state has total_steps={self.total_steps}, which replaces {own}: the learning rate "
+                f"The state has {theirs}, which replaces {ours}: the learning rate "
                 f"stays at its end from there on. Call set_total_steps({own}) on the scheduler to stretch it",
                 stacklevel=2,
             )
+
+    def _is_stable(self) -> bool:
+        """Return whether no step was taken in the cooldown, nor is the coming one the second of it."""
+        if self.total_steps is None:
+            return True
+        return self.last_epoch <= self.total_steps - self._cooldown_of(self.total_steps)
 
     @override
     def get_lr(self) -> list[float | Tensor]:
@@ -226,6 +263,9 @@ class WarmupDecayLR(LRScheduler):
                 return inverse_sqrt_decay(step, self.warmup_steps)
             case "step":
                 return step_decay(step, self.milestones, self.gamma)
+            case "wsd":
+                length = span[2] if self.total_steps is None else self.total_steps
+                return wsd_decay(step, length, self._cooldown_of(length), self.cooldown, self.end_factor)
         return constant_decay(step)
 
     def _span(self, step: int) -> tuple[int, int, int]:
@@ -238,6 +278,20 @@ class WarmupDecayLR(LRScheduler):
                 )
             total_steps = max(step, self.warmup_steps) + 1
         return step, self.warmup_steps, total_steps
+
+    def _cooldown_of(self, total_steps: int) -> int:
+        if self.cooldown_steps is not None:
+            return self.cooldown_steps
+        return min(total_steps // 5, total_steps - self.warmup_steps)
+
+    def _check_cooldown(self, total_steps: int | None) -> None:
+        steps, longest = self.cooldown_steps, math.inf
+        rule = "an int of at least 0 (0 is no cooldown yet)"
+        require("cooldown_steps", rule, steps, steps is None or (is_whole(steps) and steps >= 0))
+        if total_steps is not None:
+            longest = total_steps - self.warmup_steps
+        rule = f"at most {longest}, what warmup_steps={self.warmup_steps} leaves of total_steps={total_steps}"
+        require("cooldown_steps", rule, steps, steps is None or steps <= longest)
 
     def _check_milestones(self, total_steps: int | None) -> None:
         bounds = f"above warmup_steps={self.warmup_steps} and below total_steps={total_steps}"
@@ -263,6 +317,8 @@ class WarmupDecayLR(LRScheduler):
             rule = "at least 1 with decay='inverse_sqrt' (or take another decay)"
             require("warmup_steps", rule, self.warmup_steps, self.warmup_steps > 0)
         self._check_milestones(self.total_steps)
+        self._check_cooldown(self.total_steps)
+        require("cooldown", f"one of {tuple(COOLDOWNS)}", self.cooldown, self.cooldown in tuple(COOLDOWNS))
         if is_cycle:
             require("warmup", "'cosine' with decay='one_cycle', which starts so", warmup, warmup == "cosine")
             ends = self.momentum_range

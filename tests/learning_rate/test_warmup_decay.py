@@ -17,7 +17,7 @@ from torch.optim import SGD, Adagrad, lr_scheduler
 from lightning_lars import LAMB, LARS, WarmupDecayLR
 from lightning_lars.learning_rate import curves
 
-W, T = 6, 20  # warmup_steps and total_steps
+W, T, C = 6, 20, 5  # warmup_steps, total_steps and cooldown_steps
 STEPS = range(1, T + 1)
 START, END = 0.1, 0.01
 PEAKS = (0.3, 2.0, 0.0)
@@ -25,6 +25,10 @@ PEAKS = (0.3, 2.0, 0.0)
 
 def progress(t):
     return (t - 1 - W) / (T - W)
+
+
+def cooled(t):
+    return max(0, (t - 1 - (T - C)) / C)
 
 
 # The formulas of the design, for t < W and for W < t <= T, and the arguments that bend them.
@@ -46,6 +50,15 @@ DECAYS = {
         lambda t: 1.0 if t <= 10 else 0.5 if t <= 15 else 0.25,
         {"milestones": [10, 15], "gamma": 0.5},
     ),
+    "wsd": (
+        lambda t: END + (1 - END) * (1 - cooled(t)),
+        {"end_factor": END, "cooldown_steps": C},
+    ),
+}
+# The cooldowns beside the linear one.
+COOLDOWNS = {
+    "sqrt": lambda t: END + (1 - END) * (1 - math.sqrt(cooled(t))),
+    "cosine": lambda t: END + (1 - END) * (1 + math.cos(math.pi * cooled(t))) / 2,
 }
 # Every whole schedule: its arguments, and its factor at each step from 1 to T.
 SCHEDULES = {
@@ -55,6 +68,13 @@ SCHEDULES = {
     )
     for warmup, rise in WARMUPS.items()
     for decay, (fall, options) in DECAYS.items()
+}
+SCHEDULES |= {
+    f"wsd-{cooldown}": (
+        {"decay": "wsd", "cooldown_steps": C, "cooldown": cooldown, "end_factor": END},
+        [t / W if t <= W else fall(t) for t in STEPS],
+    )
+    for cooldown, fall in COOLDOWNS.items()
 }
 SCHEDULES["one_cycle"] = (
     {"warmup": "cosine", "decay": "one_cycle", "start_factor": START, "end_factor": END},
@@ -305,7 +325,7 @@ def everything(optimizer):
 
 
 @pytest.mark.parametrize("steps", range(T + 2))
-@pytest.mark.parametrize("name", ["linear-cosine", "exponential-step", "one_cycle"])
+@pytest.mark.parametrize("name", ["linear-cosine", "exponential-step", "wsd-sqrt", "one_cycle"])
 @pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
 def test_a_resume_at_any_step_goes_on_as_if_nothing_had_happened(optimizer_class, name, steps):
     arguments, _ = SCHEDULES[name]
@@ -398,6 +418,8 @@ NO_EFFECT = [
     ("milestones", [10], {"decay": "cosine"}),
     ("gamma", 0.1, {"decay": "polynomial"}),
     ("momentum_range", (0.85, 0.95), {"decay": "cosine"}),
+    ("cooldown_steps", 5, {"decay": "cosine"}),
+    ("cooldown", "sqrt", {"decay": "polynomial"}),
     ("start_factor", 0.1, {"warmup_steps": 0}),
     ("start_factor", 0.1, {"warmup_steps": 0, "warmup": "cosine", "decay": "one_cycle"}),
     ("end_factor", 0.0, {"decay": "constant"}),
@@ -419,7 +441,7 @@ REFUSED = [
     (
         "decay",
         "exponential",
-        "one of .*'constant', 'cosine', 'polynomial', 'inverse_sqrt', 'step', 'one_cycle'",
+        "one of .*'constant', 'cosine', 'polynomial', 'inverse_sqrt', 'step', 'wsd', 'one_cycle'",
         {},
     ),
     ("start_factor", -0.1, r"in \[0, 1\]", {}),
@@ -441,6 +463,15 @@ REFUSED = [
     ("milestones", (10.0, 15.0), "ascending optimizer steps", {"decay": "step"}),
     ("milestones", (W, 10), "above warmup_steps=6", {"decay": "step"}),
     ("milestones", (10, T), "below total_steps=20", {"decay": "step"}),
+    ("cooldown_steps", -1, "an int of at least 0", {"decay": "wsd"}),
+    ("cooldown_steps", 2.5, "an int of at least 0", {"decay": "wsd"}),
+    (
+        "cooldown_steps",
+        T - W + 1,
+        "at most 14, what warmup_steps=6 leaves of total_steps=20",
+        {"decay": "wsd"},
+    ),
+    ("cooldown", "exponential", "one of .*'linear', 'sqrt', 'cosine'", {"decay": "wsd"}),
     ("momentum_range", (0.95, 0.85), "0 <= low <= high < 1", {"warmup": "cosine", "decay": "one_cycle"}),
     ("momentum_range", (-0.1, 0.5), "0 <= low <= high < 1", {"warmup": "cosine", "decay": "one_cycle"}),
     ("momentum_range", (0.5, 1.0), "0 <= low <= high < 1", {"warmup": "cosine", "decay": "one_cycle"}),
@@ -504,3 +535,72 @@ def test_the_exponential_curve_refuses_to_start_at_0(start_factor):
 def test_the_inverse_sqrt_curve_refuses_to_start_without_a_warmup():
     with pytest.raises(ValueError, match=r"^warmup_steps must be at least 1, got 0"):
         curves.inverse_sqrt_decay(1, 0)
+
+
+def resumed_from(saved, steps, **arguments):
+    """A scheduler that goes on from a state, and the rates of the coming steps."""
+    optimizer = build()
+    scheduler = WarmupDecayLR(optimizer, W, decay="wsd", **arguments)
+    optimizer.load_state_dict(saved[0])
+    scheduler.load_state_dict(saved[1])
+    return scheduler, [used[0] / PEAKS[0] for used in advance(optimizer, scheduler, steps)]
+
+
+@pytest.mark.parametrize("planned", [{"total_steps": 1000}, {"total_steps": 1000, "cooldown_steps": 0}, {}])
+@pytest.mark.parametrize("steps", [1, W, 15])
+def test_a_stable_run_is_cooled_down_from_a_checkpoint_by_other_arguments(steps, planned):
+    optimizer = build()
+    scheduler = WarmupDecayLR(optimizer, W, **{"decay": "wsd", "total_steps": None, **planned})
+    if not planned:
+        scheduler.set_total_steps(10**6)
+    advance(optimizer, scheduler, steps)
+    saved = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
+    cooling, rates_after = resumed_from(
+        saved, T - steps, total_steps=T, cooldown_steps=C, cooldown="sqrt", end_factor=END
+    )
+    assert rates_after == close(SCHEDULES["wsd-sqrt"][1][steps:])
+    assert (cooling.total_steps, cooling.cooldown_steps) == (T, C)
+
+
+@pytest.mark.parametrize("others", [{"total_steps": 40}, {"total_steps": T, "cooldown_steps": 10}])
+def test_a_cooldown_that_has_begun_goes_on_as_it_was_planned_and_says_so(others):
+    optimizer = build()
+    scheduler = WarmupDecayLR(optimizer, W, T, decay="wsd", cooldown_steps=C)
+    advance(optimizer, scheduler, T - 2)
+    saved = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
+    with pytest.warns(UserWarning, match=f"total_steps={T} and cooldown_steps={C}, which replaces"):
+        _, after = resumed_from(saved, 2, **others)
+    assert after == close([0.4, 0.2])
+
+
+def test_a_cooldown_that_would_have_begun_already_is_not_taken_over():
+    optimizer = build()
+    scheduler = WarmupDecayLR(optimizer, W, 40, decay="wsd", cooldown_steps=C)
+    advance(optimizer, scheduler, 18)
+    saved = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
+    with pytest.warns(UserWarning, match="one of the two cooldowns has begun"):
+        cooling, after = resumed_from(saved, 2, total_steps=T, cooldown_steps=C)
+    assert after == [1.0, 1.0]
+    assert cooling.total_steps == 40
+
+
+def test_a_cooldown_begins_with_the_coming_step_once_it_is_told_the_end():
+    optimizer = build()
+    scheduler = WarmupDecayLR(optimizer, W, 10**6, decay="wsd", cooldown_steps=4)
+    advance(optimizer, scheduler, 10)
+    scheduler.set_total_steps(scheduler.last_epoch + 4)
+    used = advance(optimizer, scheduler, 5)
+    assert [rate[0] / PEAKS[0] for rate in used] == close([1.0, 0.75, 0.5, 0.25, 0.0])
+
+
+def test_the_cooldown_is_a_fifth_of_the_run_unless_it_is_told():
+    optimizer = build(peaks=(1.0,))
+    used = advance(optimizer, WarmupDecayLR(optimizer, 2, 10, decay="wsd"), 11)
+    assert [rate[0] for rate in used] == close([0.5, *[1.0] * 8, 0.5, 0.0])
+
+
+def test_a_length_into_which_the_cooldown_does_not_fit_is_refused_and_the_old_one_stays():
+    scheduler = WarmupDecayLR(build(), W, T, decay="wsd", cooldown_steps=C)
+    with pytest.raises(ValueError, match=r"cooldown_steps must be at most 4.*got 5"):
+        scheduler.set_total_steps(W + 4)
+    assert scheduler.total_steps == T
