@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import pytorch_lightning
 import torch
+from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals, safe_globals
 
 from lightning_lars import LAMB, LARS, LAMB8bit, LargeBatchMixin, LARS8bit, WarmupDecayLR, recipes
-from tests.support.boring import Boring, boring, trainer
+from lightning_lars.cli import LargeBatchCLI
+from lightning_lars.mixin import LRSchedulerCallable, OptimizerCallable
+from tests.support.boring import Boring, Plain, boring, trainer
 
 
 class OwnLARS(LARS):
@@ -136,6 +139,35 @@ def test_recipes_a_subclass_of_a_subclass_and_the_other_root_load(tmp_path):
     clear_safe_globals()
     loaded = OfOtherRoot.load_from_checkpoint(tmp_path / "other.ckpt", weights_only=True)
     assert loaded.hparams["optimizer"].func is LAMB
+
+
+class FromYAML(LargeBatchMixin, Plain):
+    """Its optimizer and scheduler are arguments of the command line."""
+
+    def __init__(
+        self, optimizer: OptimizerCallable = LARS, lr_scheduler: LRSchedulerCallable | None = None
+    ) -> None:
+        super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
+        self.save_hyperparameters()
+
+
+@pytest.mark.parametrize("cli_class", [LightningCLI, LargeBatchCLI])
+def test_what_a_cli_has_trained_loads(tmp_path, cli_class):
+    """A CLI saves class paths and arguments, and what it gives the module are functions of jsonargparse."""
+    arguments = ["--model.optimizer=LAMB", "--model.optimizer.lr=0.25", "--model.lr_scheduler=WarmupDecayLR"]
+    arguments += ["--model.lr_scheduler.warmup_steps=1", "--trainer.max_steps=2"]
+    options = {"accelerator": "cpu", "logger": False, "default_root_dir": tmp_path}
+    options |= {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    options = {"trainer_defaults": options, "save_config_callback": None, "seed_everything_default": 0}
+    cli = cli_class(FromYAML, args=["fit", *arguments], **options)
+    cli.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    clear_safe_globals()
+    loaded = FromYAML.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    for p, q in zip(cli.model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(p, q)
+    loaded.trainer = cli.trainer
+    optimizer = loaded.configure_optimizers()["optimizer"]
+    assert (type(optimizer), optimizer.defaults["lr"]) == (LAMB, 0.25)
 
 
 @pytest.mark.parametrize("name", OWN)
