@@ -1,6 +1,7 @@
 """How far does what was found at batch 128 carry, at 16 and 64 times the batch and for as many epochs?
 
     python examples/large_batch_study.py --seeds 5
+    python examples/large_batch_study.py --seeds 5 --batch-sizes
     python examples/large_batch_study.py --models cnn mlp transformer --lr-window --variants
 
 The images are Fashion-MNIST's; --data-dir names their folder. Every optimizer is tuned at the small batch, on
@@ -221,6 +222,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("large_batch_study"), help="for CSV and pictures")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="trainings at a time")
     parser.add_argument("--rates", type=int, default=RATES, help="rates of every grid to try")
+    parser.add_argument("--batch-sizes", action="store_true", help="train at four batch sizes too")
     parser.add_argument("--lr-window", action="store_true", help="scan learning rates at the large batch too")
     parser.add_argument(
         "--variants", action="store_true", help="change one thing at a time of LARS and LAMB too"
@@ -240,7 +242,7 @@ def main() -> None:
     first, of_first = models[0], best[models[0]]
     sizes = [base, round(math.sqrt(base * large)), large, 4 * large]
     tables = {model: by_rule(model, best[model], large, seeds if model == first else few) for model in models}
-    of_sizes = by_batch_size(first, of_first, sizes, few)
+    of_sizes = by_batch_size(first, of_first, sizes, few) if arguments.batch_sizes else []
     of_rates = by_rate(first, of_first, large, few) if arguments.lr_window else []
     of_variants = variants(first, of_first, large, few) if arguments.variants else []
     planned = [*(row for rows in tables.values() for row in rows), *of_sizes, *of_rates, *of_variants]
@@ -251,14 +253,15 @@ def main() -> None:
 
     for model, of in tables.items():
         rich.print(table_of_results(rows(of), f"{model}, from {base} to {large} by rule"))
-    rich.print(table_of_results(rows(of_sizes), f"{first}, by batch size"))
-    plot_sizes(rows(of_sizes), folder / "batch_sizes.png", arguments.epochs)
+    if of_sizes:
+        rich.print(table_of_results(rows(of_sizes), f"{first}, by batch size"))
+        plot_sizes(rows(of_sizes), folder / "batch_sizes.png", arguments.epochs)
     if of_rates:
         rich.print(table_of_windows(rows(of_rates)))
         plot_windows(rows(of_rates), folder / "lr_window.png")
     if of_variants:
         rich.print(table_of_results(rows(of_variants), "One change at a time"))
-    rich.print(f"CPU seconds of all runs in {folder / 'runs.csv'}: {trainings.cpu_seconds:.0f}")
+    rich.print(f"CPU seconds of these {trainings.number} runs: {trainings.cpu_seconds:.0f}")
 
 
 if __name__ == "__main__":

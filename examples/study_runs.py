@@ -40,6 +40,7 @@ class Trainings:
         self._processes = processes
         self._pool: ProcessPoolExecutor | None = None
         self._known: dict[tuple[str, ...], Outcome] = {}
+        self._asked: set[tuple[str, ...]] = set()
         if path.exists():
             with path.open(newline="") as file:
                 for line in csv.DictReader(file):
@@ -48,8 +49,13 @@ class Trainings:
 
     @property
     def cpu_seconds(self) -> float:
-        """What all runs of the file took, data and imports not counted."""
-        return sum(outcome.cpu_seconds for outcome in self._known.values())
+        """Of the runs that were asked for, those that the file held too; data and imports not counted."""
+        return sum(self._known[key].cpu_seconds for key in self._asked)
+
+    @property
+    def number(self) -> int:
+        """How many runs were asked for."""
+        return len(self._asked)
 
     def __call__(self, runs: Iterable[Run], description: str) -> dict[Run, Outcome]:
         """Return the outcome of every run."""
@@ -69,6 +75,7 @@ class Trainings:
             for run, outcome in self._train(missing):
                 self._keep(run, outcome)
                 progress.update(task, advance=1, last=f"{in_words(run)}: {outcome.validation:.1f} %")
+        self._asked.update(map(self._key, runs))
         return {run: self._known[self._key(run)] for run in runs}
 
     def _train(self, runs: list[Run]) -> Iterable[tuple[Run, Outcome]]:

@@ -18,6 +18,7 @@ TOY = [
         "mlp",
         "transformer",
         "--processes=1",
+        "--batch-sizes",
         "--lr-window",
         "--variants",
     ),
