@@ -1,5 +1,6 @@
 """Every test starts from the same random numbers, and the same console; the end says what was left out."""
 
+import atexit
 import gc
 import logging
 import os
@@ -82,9 +83,13 @@ def process_group():
 
 
 def pytest_collection_finish():
-    """Keep what imports made from the garbage collector, and from whoever looks for objects by it."""
+    """Keep what imports made from the garbage collector, and from whoever looks for objects by it.
+
+    Also at the end, where pytest collects five times, which takes seconds; libraries find it as they left it.
+    """
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
 def pytest_deselected(items):
@@ -95,8 +100,7 @@ def pytest_deselected(items):
 
 
 def pytest_sessionfinish(session):
-    """Tell it to the process that the workers work for, and leave it to the end what imports made."""
-    gc.unfreeze()
+    """Tell it to the process that the workers work for."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["slow_left_out"] = session.config.stash.get(SLOW_LEFT_OUT, 0)
 
