@@ -27,13 +27,12 @@ CASES_OF_ALL = ["LARS nesterov", "LAMB clipping"]
 HAVE_ALL_CASES = ["fsdp2-2", "sequence_parallel-2"]
 # The optimizer refuses max_grad_norm where each process has some of the layers.
 CASES_OF_ZERO = ["LARS nesterov", "LAMB"]
-RUNS = [
-    (setup, case)
-    for setup in ALL
-    for case in (
-        CASES if setup in HAVE_ALL_CASES else CASES_OF_ZERO if setup == "ddp_zero-2" else CASES_OF_ALL
-    )
-]
+CASES_OF = {
+    **dict.fromkeys(ALL, CASES_OF_ALL),
+    **{setup: list(CASES) for setup in HAVE_ALL_CASES},
+    "ddp_zero-2": CASES_OF_ZERO,
+}
+RUNS = [(setup, case) for setup in ALL for case in CASES_OF[setup]]
 # The state of LAMB has all that of LARS has, and more. Lightning gathers that of ZeroRedundancyOptimizer.
 RESUMED = [(setup, "LAMB clipping") for setup in ALL if setup != "ddp_zero-2"]
 RESUMED += [("full_shard-2", "LARS nesterov"), ("fsdp2-2", "LARS nesterov")]
@@ -54,11 +53,20 @@ def over(runs):
     return pytest.mark.parametrize(("setup", "case"), runs, ids=lambda value: value.replace(" ", "_"))
 
 
+def on_those_of(setup, what, *arguments):
+    name, ranks = setup.split("-")
+    return on_ranks(int(ranks), what, name, *arguments)
+
+
 @once
-def seen(what, setup, case):
+def seen_of_all(setup):
+    resumed = [case for each, case in RESUMED if each == setup]
+    return on_those_of(setup, equal_to_one_device.train_all, CASES_OF[setup], resumed)
+
+
+def seen(setup, case):
     """What each process of a set-up saw."""
-    name, processes = setup.split("-")
-    return on_ranks(int(processes), getattr(equal_to_one_device, what), name, case)
+    return [process[case] for process in seen_of_all(setup)]
 
 
 @cache
@@ -72,7 +80,7 @@ def test_the_table_has_every_setup():
 
 @over(RUNS)
 def test_the_parameters_are_those_of_one_device_after_every_step(setup, case):
-    for process in seen("train", setup, case):
+    for process in seen(setup, case):
         assert len(process["values"]) == STEPS
         for actual, (values, _) in zip(process["values"], expected(case), strict=True):
             assert deviation(actual, values) < TOLERANCE
@@ -81,7 +89,7 @@ def test_the_parameters_are_those_of_one_device_after_every_step(setup, case):
 # With ZeroRedundancyOptimizer each process steps some of the layers.
 @over([(setup, case) for setup, case in RUNS if setup != "ddp_zero-2"])
 def test_every_process_knows_the_trust_ratio_of_every_layer(setup, case):
-    for process in seen("train", setup, case):
+    for process in seen(setup, case):
         for actual, (_, ratios) in zip(process["ratios"], expected(case), strict=True):
             assert list(actual) == list(ratios)
             assert actual == pytest.approx(ratios, rel=1e-5)
@@ -91,7 +99,7 @@ def test_every_process_knows_the_trust_ratio_of_every_layer(setup, case):
 @over(RUNS)
 def test_a_step_exchanges_as_often_as_the_documentation_says(setup, case):
     exchanges = EXCHANGES[setup]["max_grad_norm" in CASES[case][1]]
-    for process in seen("train", setup, case):
+    for process in seen(setup, case):
         for collectives in process["collectives"]:
             # The gradients of norms under sequence parallelism are sums that nobody has added up yet.
             added_up = 4 if setup == "sequence_parallel-2" else 0
@@ -105,7 +113,7 @@ def test_a_step_exchanges_as_often_as_the_documentation_says(setup, case):
 @pytest.mark.parametrize("setup", ALL)
 def test_norms_of_shards_would_have_been_noticed(setup):
     case = CASES_OF_ALL[0]
-    ends = seen("train_with_local_norms", setup, case)
+    ends = on_those_of(setup, equal_to_one_device.train_with_local_norms, case)
     wrong = max(deviation(end, expected(case)[1][0]) for end in ends)
     if setup in WHOLE:
         assert wrong < TOLERANCE
@@ -116,7 +124,7 @@ def test_norms_of_shards_would_have_been_noticed(setup):
 @over(IN_TRITON)
 def test_the_kernels_for_gpus_take_the_same_steps_of_shards(setup, case):
     pytest.importorskip("triton", reason="there is no triton for this system")
-    for process in seen("train_in_triton", setup, case):
+    for process in on_those_of(setup, equal_to_one_device.train_in_triton, case):
         steps = zip(process["values"], process["ratios"], expected(case)[:2], strict=True)
         for actual, ratios, (values, expected_ratios) in steps:
             assert deviation(actual, values) < TOLERANCE
@@ -126,7 +134,7 @@ def test_the_kernels_for_gpus_take_the_same_steps_of_shards(setup, case):
 @over(RESUMED)
 @pytest.mark.parametrize("checkpoint", ["from shards", "from one device"])
 def test_a_resumed_run_goes_on_like_an_uninterrupted_one(setup, case, checkpoint):
-    for process in seen("resume", setup, case):
+    for process in seen(setup, case):
         assert deviation(process[checkpoint], expected(case)[-1][0]) < TOLERANCE
 
 
@@ -134,7 +142,7 @@ def test_a_resumed_run_goes_on_like_an_uninterrupted_one(setup, case, checkpoint
 def test_a_full_checkpoint_is_that_of_one_device(setup, case):
     """Then whatever goes on from one of them goes on from the other."""
     model_here, here = state_on_one_device(case)
-    for process in seen("resume", setup, case):
+    for process in seen(setup, case):
         model, optimizer = process["full"]
         assert deviation(model, model_here) < TOLERANCE
         assert optimizer["param_groups"] == here["param_groups"]
@@ -146,7 +154,7 @@ def test_a_full_checkpoint_is_that_of_one_device(setup, case):
 
 @over(RESUMED)
 def test_a_full_checkpoint_goes_on_on_one_device(setup, case):
-    end = go_on(alone(case), seen("resume", setup, case)[0]["full"], full=True)
+    end = go_on(alone(case), seen(setup, case)[0]["full"], full=True)
     assert deviation(end, expected(case)[-1][0]) < TOLERANCE
 
 

@@ -8,6 +8,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor.debug import CommDebugMode
 
+from tests.support.chunks import small_chunks
 from tests.support.setups import SETUPS, alone
 from tests.support.small_network import RESUMED, batches, floats, loss_of
 
@@ -21,31 +22,31 @@ def step(setup, batch):
     return {str(operation): count for operation, count in communication.get_comm_counts().items()}
 
 
-def train(name, case):
-    """Take five steps; return parameters, trust ratios and collectives of each."""
+def train_all(name, cases, resumed):
+    """Train with one optimizer after the other; by case, what was seen, and the ends of those that resume.
+
+    A rank learns how torch divides tensors with the first of them.
+    """
+    return {case: train(name, case, case in resumed) for case in cases}
+
+
+def train(name, case, resumes):
+    """Take five steps; return what each did, a checkpoint between them, and where those end that resume."""
     setup = SETUPS[name](case)
     seen = {"values": [], "ratios": [], "collectives": []}
-    for batch in batches():
+    for number, batch in enumerate(batches(), 1):
         seen["collectives"].append(step(setup, batch))
         seen["values"].append(setup.values())
         if name != "ddp_zero":
             ratios = setup.optimizer.trust_ratios()
             seen["ratios"].append(floats(ratios))
             seen["dtypes"] = {ratio.dtype for ratio in ratios.values()}
+        if resumes and number == RESUMED:
+            seen["full"], sharded = state(setup, full=True), state(setup, full=False)
+    if resumes:
+        seen["from shards"] = go_on(SETUPS[name](case), sharded, full=False)
+        seen["from one device"] = go_on(SETUPS[name](case), state_on_one_device(case), full=True)
     return seen
-
-
-def resume(name, case):
-    """Train in shards and go on from there, and from one device; return both ends and the full checkpoint."""
-    setup = SETUPS[name](case)
-    for batch in batches()[:RESUMED]:
-        step(setup, batch)
-    full, sharded = state(setup, full=True), state(setup, full=False)
-    return {
-        "full": full,
-        "from shards": go_on(SETUPS[name](case), sharded, full=False),
-        "from one device": go_on(SETUPS[name](case), state_on_one_device(case), full=True),
-    }
 
 
 def state(setup, full):
@@ -89,12 +90,12 @@ def train_with_local_norms(name, case):
 
 
 def train_in_triton(name, case):
-    """Take two steps by the kernels for GPUs, which Triton's interpreter runs here."""
+    """Take two steps by the kernels for GPUs, which Triton's interpreter runs here, in small chunks."""
     setup = SETUPS[name](case)
     for group in setup.optimizer.param_groups:
         group["fused"] = True  # or an error
     seen = {"values": [], "ratios": []}
-    with patch("lightning_lars.optim.backends.choice.TRITON_DEVICES", {"cpu"}):
+    with small_chunks(), patch("lightning_lars.optim.backends.choice.TRITON_DEVICES", {"cpu"}):
         for batch in batches()[:2]:
             step(setup, batch)
             seen["values"].append(setup.values())

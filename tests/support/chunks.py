@@ -1,0 +1,27 @@
+"""Chunks that Triton's interpreter is quick with."""
+
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
+import torch
+
+from lightning_lars.optim.backends import triton_table
+
+
+@contextmanager
+def small_chunks():
+    """Chunks of 64 elements in blocks of 32, added up one by one: small layers have several, and cut ones.
+
+    Triton's interpreter takes its time for every block. A GPU keeps the chunks that it has.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    from lightning_lars.optim.backends import triton_lamb, triton_lars, triton_layers
+
+    sizes = [(module, "CHUNK", 64) for module in (triton_table, triton_lars, triton_lamb)]
+    sizes += [(module, "BLOCK", 32) for module in (triton_lars, triton_lamb)]
+    with ExitStack() as patches:
+        for size in (*sizes, (triton_layers, "_CHUNKS_AT_ONCE", 1)):
+            patches.enter_context(patch.object(*size))
+        yield
