@@ -68,7 +68,6 @@ def named(value):
     return getattr(value, "__name__", None) or str(value)
 
 
-every_case = pytest.mark.parametrize(("kernels", "optimizer_class", "options"), CASES, ids=named)
 every_kernel = pytest.mark.parametrize(
     ("kernels", "optimizer_class", "options"),
     [slow_unless(case[0] == "torch" or case[1:] in EVERY_KERNEL, *case) for case in CASES],
@@ -172,7 +171,8 @@ def compare(device, optimizer_class, options, dtype=torch.float32, steps=2, tens
             p.data.copy_(other.data)
 
 
-@every_case
+# With each option the kernels in Triton have steps of the reference to follow, in test_parity.py.
+@every_kernel
 def test_the_kernels_give_the_steps_of_single_operations(device, kernels, optimizer_class, options):
     with Calls(kernels) as calls:
         compare(device, optimizer_class, options)

@@ -13,13 +13,14 @@ every_path = pytest.mark.parametrize("path", ["unfused", "torch", "triton"])
 
 
 @pytest.fixture
-def device(path, monkeypatch):
+def device(path, monkeypatch, request):
     """Where a path is taken: that of Triton on a GPU, or in its interpreter where there is none."""
     if path != "triton":
         return "cpu"
     pytest.importorskip("triton", reason="there is no triton for this system")
     if torch.cuda.is_available():
         return "cuda"
+    request.getfixturevalue("small_chunks")
     monkeypatch.setattr(choice, "TRITON_DEVICES", {"cpu"})
     return "cpu"
 
