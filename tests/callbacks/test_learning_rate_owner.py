@@ -95,7 +95,7 @@ def fit(tmp_path, module, *callbacks, **options):
     return walk(tmp_path, module, *callbacks, **options), walk(tmp_path, twin, **options)
 
 
-@pytest.mark.parametrize("accumulated", [1, 2, 3])
+@pytest.mark.parametrize("accumulated", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_step_uses_the_schedule_times_both_factors(tmp_path, scheduler, accumulated):
     module, plain = fit(
@@ -116,7 +116,7 @@ def test_a_schedule_of_epochs_is_kept(tmp_path, scheduler):
     assert len(set(plain.seen)) > 2
 
 
-@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("accumulated", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_steps_with_the_schedule_times_both_factors(tmp_path, optimizer, accumulated):
     module, plain = fit(
