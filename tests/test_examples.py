@@ -57,12 +57,19 @@ def columns(tmp_path):
         return set(next(csv.reader(file)))
 
 
-def test_the_main_job_trains_prints_its_groups_and_logs_the_trust_ratios(tmp_path):
+@pytest.mark.slow
+def test_the_main_job_reaches_the_accuracy_that_the_readme_promises(tmp_path):
     result = run(tmp_path, "train.py")
     assert result.returncode == 0, result.stderr
     assert accuracy(result.stdout) > 95
-    for name in ("net.0.weight", "adapted", "BatchNorm2d", "excluded", "Epoch 14/14"):
-        assert name in result.stdout, result.stdout
+    assert "Epoch 14/14" in result.stdout, result.stdout
+
+
+def test_the_main_job_trains_prints_its_groups_and_logs_the_trust_ratios(tmp_path, train):
+    printed = train("--epochs", "6")
+    assert accuracy(printed) > 90
+    for name in ("net.0.weight", "adapted", "BatchNorm2d", "excluded", "Epoch 5/5"):
+        assert name in printed, printed
     layers = {f"trust_ratio_per_layer/net.{index}.weight" for index in (0, 3, 6, 11)}
     assert columns(tmp_path) >= layers | {"trust_ratio/min", "trust_ratio/median", "trust_ratio/max", "loss"}
 
@@ -121,6 +128,7 @@ def test_two_devices_train(tmp_path):
 
 
 def test_plain_torch_lowers_the_loss(tmp_path):
+    """In a process of its own, as a user starts it."""
     losses = re.findall(r"loss ([\d.]+)", run(tmp_path, "plain_torch.py").stdout)
     assert len(losses) == 6
     assert float(losses[-1]) < 0.1 * float(losses[0])

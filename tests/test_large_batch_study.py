@@ -25,6 +25,8 @@ TOY = [
     *(f"--epochs={EPOCHS}", f"--train-images={IMAGES}", "--validation-images=128", "--rates=2"),
     *("--seeds=1", "--window-seeds=1", f"--base-batch-size={BASE}", f"--batch-size={LARGE}"),
 ]
+# All in one process, which trains once.
+pytestmark = pytest.mark.xdist_group("study")
 NAMES = ("SGD", "AdamW", "LARS", "LAMB")
 
 

@@ -302,6 +302,7 @@ def case_of(theirs, cases=BITSANDBYTES_CASES):
     return case
 
 
+@pytest.mark.xdist_group("bitsandbytes")
 @on_each_row
 @pytest.mark.parametrize("name", ["LARS", "LARS32bit", "PytorchLARS"])
 def test_lars_reproduces_the_compiled_classes_of_bitsandbytes(theirs, ours, name, bitsandbytes):
@@ -309,6 +310,7 @@ def test_lars_reproduces_the_compiled_classes_of_bitsandbytes(theirs, ours, name
     assert largest_distance(lars, bitsandbytes[name, case_of(theirs)]) < 1e-6
 
 
+@pytest.mark.xdist_group("bitsandbytes")
 @on_each_row
 def test_lars8bit_does_what_that_of_bitsandbytes_was_to_do(theirs, ours, bitsandbytes):
     pytest.importorskip("torchao", reason="there is no torchao for this system")
@@ -324,6 +326,7 @@ def bitsandbytes_lamb_factor(theirs):
     return lambda t: theirs["max_unorm"] * (1 - 0.999**t) ** 0.5 / (1 - 0.9**t)
 
 
+@pytest.mark.xdist_group("bitsandbytes")
 @on_each_row
 @pytest.mark.parametrize("name", ["LAMB", "LAMB32bit"])
 def test_lamb_reproduces_the_compiled_classes_of_bitsandbytes_given_their_learning_rate(
@@ -334,6 +337,7 @@ def test_lamb_reproduces_the_compiled_classes_of_bitsandbytes_given_their_learni
     assert largest_distance(lamb, expected, bitsandbytes_lamb_factor(theirs)) < 1e-6
 
 
+@pytest.mark.xdist_group("bitsandbytes")
 @on_each_row
 def test_lamb8bit_does_what_that_of_bitsandbytes_was_to_do(theirs, ours, bitsandbytes):
     pytest.importorskip("torchao", reason="there is no torchao for this system")
