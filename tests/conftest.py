@@ -37,7 +37,16 @@ def pytest_collection_modifyitems(config, items) -> None:
     """Leave what starts several processes to one worker of pytest-xdist, as that fills the cores alone.
 
     Its workers must agree on the names of tests, so none may hold an address.
+
+    A test that hangs ends after the time in pyproject.toml, with its traceback. Ranks have as long, and tell
+    where they are before their test ends; slow tests have more.
     """
+    for item in items:
+        if not item.get_closest_marker("timeout"):
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.timeout(300))
+            elif item.get_closest_marker("distributed"):
+                item.add_marker(pytest.mark.timeout(120))
     if addresses := [item.nodeid for item in items if re.search(r" at 0x[0-9a-f]{6}", item.nodeid)]:
         raise pytest.UsageError(f"give these tests an id, as theirs holds an address: {addresses}")
     if config.pluginmanager.hasplugin("xdist"):

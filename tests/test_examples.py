@@ -99,7 +99,6 @@ def test_missing_images_name_the_command_that_installs_them(tmp_path, train):
         train("--dataset", "fashion-mnist", "--data-dir", str(tmp_path))
 
 
-@pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
 def test_arguments_of_the_trainer_reach_it(train, monkeypatch):
     trainers = []
     fit = lightning.Trainer.fit
@@ -108,12 +107,12 @@ def test_arguments_of_the_trainer_reach_it(train, monkeypatch):
     )
     arguments = ["--strategy", "ddp", "--devices", "1", "--accelerator", "cpu", "--epochs", "1"]
     try:
-        assert accuracy(train(*arguments, "--batch-size", "64", "--precision", "bf16-mixed")) > 10
+        assert accuracy(train(*arguments, "--batch-size", "64", "--precision", "64-true")) > 10
     finally:
         dist.destroy_process_group()
     (trainer,) = trainers
     assert type(trainer.strategy).__name__ == "DDPStrategy"
-    assert trainer.precision == "bf16-mixed"
+    assert trainer.precision == "64-true"
     assert trainer.num_training_batches == 1437 // 64
 
 

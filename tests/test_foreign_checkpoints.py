@@ -13,6 +13,8 @@ from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit
 from tests.support.peers import PEERS, peer
 from tests.workers import bitsandbytes_states
 
+pytestmark = pytest.mark.timeout(180)  # packages are installed
+
 LIGHTLY = ("lightly==1.6.0", "lightly.utils.lars", "LARS")
 TORCH_OPTIMIZER = ("torch_optimizer==0.3.0", "torch_optimizer.lars", "LARS")
 OPEN_LARS = ("open_lars==0.1.1", "open_lars.lars", "LARS")

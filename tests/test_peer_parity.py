@@ -30,6 +30,8 @@ from tests.workers.bitsandbytes_steps import OPTIONS as BITSANDBYTES_OPTIONS
 from tests.workers.bitsandbytes_steps import start as start_of_bitsandbytes
 from tests.workers.bitsandbytes_steps import steps
 
+pytestmark = pytest.mark.timeout(180)  # packages are installed
+
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
 
 LIGHTLY = "lightly==1.6.0"

@@ -72,7 +72,7 @@ def test_a_step_counts_as_a_modification_of_weights_and_state_and_of_nothing_els
 
 @both
 @every_path
-@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("max_grad_norm", [pytest.param(None, marks=pytest.mark.slow), 1.0])
 def test_a_step_names_the_device_of_all_that_it_makes(optimizer_class, fused, device, max_grad_norm):
     ends = []
     for default in ("cpu", "meta"):

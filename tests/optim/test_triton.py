@@ -21,6 +21,7 @@ triton_trial = pytest.importorskip("lightning_lars.optim.backends.triton_trial")
 COMPILE = Path(__file__).parents[1] / "workers" / "compile_kernels.py"
 
 
+@pytest.mark.timeout(180)  # nothing may be in Triton's cache
 @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_every_kernel_compiles_for_a_gpu_and_moves_16_bytes_at_a_time(capability):
     # In a process of its own, as the interpreter takes the place of the compiler in this one.

@@ -76,6 +76,7 @@ def test_there_are_as_many_placements_as_three_mesh_dimensions_allow():
     assert len(PLACEMENTS) == 4 * 27 + 8 + 1
 
 
+@pytest.mark.timeout(180)  # eight processes are simulated in this one
 @pytest.mark.parametrize("shapes", [SHAPES[1:4], pytest.param(SHAPES, marks=pytest.mark.slow)], ids=len)
 def test_every_placement_has_the_norm_of_the_whole_layer_in_three_collectives(mesh, shapes):
     torch.manual_seed(0)
