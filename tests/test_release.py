@@ -93,6 +93,7 @@ def test_the_metadata_is_complete(built):
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert set(metadata.get_all("Provides-Extra")) == {"8bit", "cli", "examples", "plot", "test"}
     assert f"## [{metadata['Version']}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {metadata['Version']}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_a_step_in_the_new_environment(installed, tmp_path):
