@@ -56,10 +56,8 @@ def shapes_of(model: str) -> list[Shape]:
 def device_of(dry: bool) -> str:
     """Return where a phase works; the kernels work there too, a program on few elements if it is dry."""
     if dry:
-        from lightning_lars.optim.backends import triton_lamb, triton_lars
-
         choice.TRITON_DEVICES.add("cpu")
-        _patched((triton_table, triton_lars, triton_lamb), 64, 64, None).__enter__()
+        _patched(64, 64, None).__enter__()
     return "cpu" if dry else "cuda"
 
 
@@ -304,17 +302,16 @@ def tests(say: Say, dry: bool) -> None:
 
 def sweep(say: Say, dry: bool) -> None:
     """Time other sizes of chunks and blocks, and other numbers of warps, by patching the constants."""
-    from lightning_lars.optim.backends import triton_lamb, triton_lars
+    from lightning_lars.optim.backends import triton
 
     device = device_of(dry)
-    modules = (triton_table, triton_lars, triton_lamb)
     models = ["smallest"] if dry else ["resnet50", "bert-large"]
-    for chunk, block, warps in ((triton_table.CHUNK, triton_lars.BLOCK, 4), *(() if dry else _SWEPT)):
+    for chunk, block, warps in ((triton_table.CHUNK, triton.BLOCK, 4), *(() if dry else _SWEPT)):
         for model in models:
             for optimizer_class in (LARS, LAMB):
                 for dtype in ("float32",) if dry else ("float32", "bfloat16"):
                     params = parameters(shapes_of(model), device, getattr(torch, dtype))
-                    with _patched(modules, chunk, block, None if dry else warps):
+                    with _patched(chunk, block, None if dry else warps):
                         optimizer = _build(optimizer_class, params, fused=True, weight_decay=1e-4)
                         steps(optimizer.step, 2)
                         of_kernels = kernels(optimizer.step)
@@ -332,13 +329,13 @@ _SWEPT = ((2048, 512, 4), (2048, 1024, 8), (2048, 1024, 4), (4096, 1024, 8), (81
 class _patched:  # noqa: N801
     """Let the kernels have other constants."""
 
-    def __init__(self, modules: tuple[Any, ...], chunk: int, block: int, warps: int | None) -> None:
-        self.patches = [patch.object(module, "CHUNK", chunk) for module in modules]
-        for module in modules[1:]:
-            self.patches.append(patch.object(module, "BLOCK", block))
-            for name in ("_measure", "_descend", "_lamb"):
-                if warps is not None and hasattr(module, name):
-                    self.patches.append(patch.object(module, name, _WithWarps(getattr(module, name), warps)))
+    def __init__(self, chunk: int, block: int, warps: int | None) -> None:
+        from lightning_lars.optim.backends import triton
+
+        self.patches = [patch.object(module, "CHUNK", chunk) for module in (triton_table, triton)]
+        self.patches.append(patch.object(triton, "BLOCK", block))
+        if warps is not None:
+            self.patches.append(patch.object(triton, "walk", _WithWarps(triton.walk, warps)))
 
     def __enter__(self) -> None:
         for each in self.patches:

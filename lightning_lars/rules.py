@@ -51,6 +51,13 @@ def one_of(*words: str) -> Rule:
     return Rule(f"one of {words}", lambda value: value in words)
 
 
+def positive_or(word: str) -> Rule:
+    """Return the rule that a value is None, this word, or a number above 0."""
+    return Rule(
+        f'None, "{word}" or a number above 0', lambda value: value in (None, word) or is_positive(value)
+    )
+
+
 def check(rules: Mapping[str, Rule], values: Mapping[str, Any]) -> None:
     """Raise ValueError for the first value that breaks its rule."""
     for name, rule in rules.items():

@@ -1,20 +1,16 @@
 """LAMB: layer-wise adaptive moments (You et al. 2019, arXiv:1904.00962)."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeGuard
+from collections.abc import Iterable
+from typing import Any, TypeGuard
 
-import torch
-from torch import Tensor
+from torch import Tensor, sqrt
 
-from lightning_lars.optim.backends.cpu import adam_direction, subtract_scaled
-from lightning_lars.optim.backends.triton_table import LayerTable
-from lightning_lars.optim.layers import Layers
-from lightning_lars.optim.layerwise import SHARED, LayerwiseOptimizer, subtract
-from lightning_lars.optim.trust_ratio import ROUNDING, Number, TrustRatios, clip, trust_ratio
-from lightning_lars.rules import FLAG, NON_NEGATIVE, NONE_OR_POSITIVE, Rule, is_number
-from lightning_lars.sharding.norms import Tensors, accumulation_dtype
-from lightning_lars.sharding.shards import laid_out_as, local
+from lightning_lars.optim.algorithm import SHARED, Factors, Hyperparameters, PerLayer
+from lightning_lars.optim.backends.cpu_adam import CpuAdam
+from lightning_lars.optim.layerwise import LayerwiseOptimizer
+from lightning_lars.optim.trust_ratio import Number, TrustRatios, clip, one_minus_power, trust_ratio
+from lightning_lars.rules import FLAG, NON_NEGATIVE, NONE_OR_POSITIVE, Rule, is_number, is_positive
 
 
 def is_pair(value: object) -> TypeGuard[tuple[float, float]]:
@@ -25,9 +21,7 @@ def is_pair(value: object) -> TypeGuard[tuple[float, float]]:
 BETAS = Rule("two numbers in [0, 1)", lambda value: is_pair(value) and all(0 <= beta < 1 for beta in value))
 CLIP = Rule(
     "None, a number above 0, or a pair (low, high) with 0 <= low <= high and high > 0",
-    lambda value: (
-        0 <= value[0] <= value[1] > 0 if is_pair(value) else value is None or (is_number(value) and value > 0)
-    ),
+    lambda value: 0 <= value[0] <= value[1] > 0 if is_pair(value) else value is None or is_positive(value),
 )
 
 
@@ -71,10 +65,8 @@ class LAMB(LayerwiseOptimizer):
         max_grad_norm: Bound, above 0, on the norm over all gradients of all groups. Gradients that are
             not finite do not count.
         maximize: Whether to climb instead of descend.
-        fused: None takes fused kernels where they can do the step: Triton's on a GPU, for all options;
-            torch's on the CPU, with ``bias_correction`` and ``grad_averaging``. Both work on
-            float32 or half-precision layers without gaps in memory. True raises RuntimeError in
-            :meth:`step` where they cannot, False takes none.
+        fused: None takes fused kernels where they can do the step, True raises RuntimeError in :meth:`step`
+            where they cannot (docs/performance.md says where), False takes none.
 
     Raises:
         ValueError: If an argument, here or in a group, breaks its rule.
@@ -99,7 +91,9 @@ class LAMB(LayerwiseOptimizer):
         "max_weight_norm": NONE_OR_POSITIVE,
         "trust_eps": NON_NEGATIVE,
     }
-    state_keys = frozenset({"step", "exp_avg", "exp_avg_sq"})
+    moments = ("exp_avg", "exp_avg_sq")
+    counts_steps = True
+    cpu = CpuAdam
 
     def __init__(
         self,
@@ -119,171 +113,33 @@ class LAMB(LayerwiseOptimizer):
         maximize: bool = False,
         fused: bool | None = None,
     ) -> None:
-        super().__init__(params, self._defaults_from(locals()))
+        super().__init__(params, self.defaults_from(locals()))
 
-    def _direction(
-        self, layers: Layers, weights: list[Tensor], grads: Tensors, lr: float | Tensor
-    ) -> Tensors:
-        group = layers.group
-        weight_decay, (beta1, beta2) = group["weight_decay"], group["betas"]
-        if group["decoupled_weight_decay"]:
-            torch._foreach_mul_(weights, 1 - lr * weight_decay)
-            weight_decay = 0.0
-        t, m, v = self._next_moments(layers)
-        if layers.are_fused:
-            u: Tensors = self._scratch.like(grads)
-            eps = group["eps"]
-            adam_direction(
-                weights, grads, m, v, t, u, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay
-            )
-            return u
-        torch._foreach_mul_(m, beta1)
-        torch._foreach_add_(m, grads, alpha=1 - beta1 if group["grad_averaging"] else 1.0)
-        torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, grads, grads, value=1 - beta2)
-
-        denominator = torch._foreach_sqrt(v)
-        if group["bias_correction"]:
-            correction1, correction2 = _corrections(t, group["betas"], accumulation_dtype(grads[0]))
-            torch._foreach_div_(denominator, correction2.unbind())
-        torch._foreach_add_(denominator, group["eps"])
-        u = torch._foreach_div(m, denominator)
-        if group["bias_correction"]:
-            torch._foreach_div_(u, correction1.unbind())
-        if weight_decay != 0:
-            torch._foreach_add_(u, weights, alpha=weight_decay)
-        return u
-
-    def _trust_ratios(
-        self, weight_norm: Number, direction_norm: Number, lr: float | Tensor, group: Mapping[str, Any]
-    ) -> TrustRatios[Number]:
-        numerator = weight_norm
-        if group["max_weight_norm"] is not None:
-            numerator = clip(weight_norm, 0.0, group["max_weight_norm"])
-        ratio = unclipped = trust_ratio(numerator, direction_norm, eps=group["trust_eps"])
-        if group["trust_clip"] is not None:
-            trust_clip = group["trust_clip"]
-            low, high = trust_clip if type(trust_clip) in (tuple, list) else (0.0, trust_clip)
-            ratio = clip(unclipped, low, high)
-        return TrustRatios(weight_norm, direction_norm, unclipped, ratio)
-
-    def _decay_alone(self, group: Mapping[str, Any]) -> tuple[float, float]:
-        # u = weight_decay * w
-        weight_decay = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
-        return (1 - ROUNDING) * weight_decay, (1 + ROUNDING) * weight_decay
-
-    def _descend(
-        self,
-        layers: Layers,
-        weights: list[Tensor],
-        direction: Tensors,
-        ratios: Tensor | None,
-        lr: float | Tensor,
-    ) -> None:
-        if ratios is not None:
-            torch._foreach_mul_(direction, ratios.unbind())
-        subtract(weights, direction, lr)
-
-    def _descend_on_cpu(
-        self,
-        layers: Layers,
-        weights: list[Tensor],
-        direction: Tensors,
-        ratios: list[float] | None,
-        lr: float,
-    ) -> None:
-        if ratios is None:
-            subtract(weights, direction, lr)
-        else:
-            subtract_scaled(weights, direction, ratios, lr=lr)
-
-    def _next_moments(self, layers: Layers) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Return the number of this step and the moments before it."""
-        states = [self.state[p] for p in layers.params]
-        for p, part, state in zip(layers.params, layers.parts, states, strict=True):
-            if "exp_avg" not in state:
-                dtype = torch.promote_types(part.dtype, torch.float32)
-                state["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
-                state["exp_avg"] = laid_out_as(p, torch.zeros_like(part, dtype=dtype))
-                state["exp_avg_sq"] = laid_out_as(p, torch.zeros_like(part, dtype=dtype))
-        t = [state["step"] for state in states]
-        torch._foreach_add_(t, 1.0)
-        m = [local(state["exp_avg"]) for state in states]
-        return t, m, [local(state["exp_avg_sq"]) for state in states]
-
-    def _advances_before_norms(self, group: Mapping[str, Any]) -> bool:
+    @staticmethod
+    def adapts_direction(h: Hyperparameters) -> bool:
         return True
 
-    def _why_no_cpu_kernel(self, group: Mapping[str, Any]) -> str | None:
-        if not (group["bias_correction"] and group["grad_averaging"]):
-            return "torch's kernel on the CPU needs bias_correction=True and grad_averaging=True"
-        return None
+    @staticmethod
+    def ratio(w_norm: Number, d_norm: Number, lr: Any, h: Hyperparameters) -> TrustRatios[Number]:
+        numerator = w_norm if h.max_weight_norm is None else clip(w_norm, 0.0, h.max_weight_norm)
+        ratio = trust_ratio(numerator, d_norm, eps=h.trust_eps)
+        low, high = h.trust_clip if is_pair(h.trust_clip) else (0.0, h.trust_clip or math.inf)
+        return TrustRatios(w_norm, d_norm, ratio, clip(ratio, low, high))
 
-    def _measure_in_triton(
-        self, layers: Layers, gradient_scale: Tensor | None, lr: Tensor
-    ) -> tuple[LayerTable, tuple[Tensor, Tensor] | None]:
-        t, m, v = self._next_moments(layers)
-        table = self._tables.table((layers.parts, layers.grads, m, v, t))
-        if not layers.group["layer_adaptation"]:
-            return table, None
-        return table, self._in_triton("measure", layers, table, None, gradient_scale, lr)
+    @staticmethod
+    def factors(ratio: PerLayer, lr: PerLayer, is_first: bool, t: PerLayer, h: Hyperparameters) -> Factors:
+        beta1, beta2 = h.betas
+        entering = 1 - beta1 if h.grad_averaging else 1.0, 1 - beta2
+        if not h.bias_correction:
+            return lr * ratio, *entering, 1.0, 1.0
+        return lr * ratio, *entering, one_minus_power(beta1, t), one_minus_power(beta2, t)
 
-    def _descend_in_triton(
-        self,
-        layers: Layers,
-        table: LayerTable,
-        ratios: Tensor | None,
-        gradient_scale: Tensor | None,
-        lr: Tensor,
-    ) -> None:
-        self._in_triton("descend", layers, table, ratios, gradient_scale, lr)
-
-    def _in_triton(
-        self,
-        task: Literal["measure", "descend"],
-        layers: Layers,
-        table: LayerTable,
-        ratios: Tensor | None,
-        gradient_scale: Tensor | None,
-        lr: Tensor,
-    ) -> tuple[Tensor, Tensor] | None:
-        from lightning_lars.optim.backends.triton_lamb import lamb
-
-        group = layers.group
-        beta1, beta2 = group["betas"]
-        return lamb(
-            table,
-            layers.parts[0].dtype,
-            advances=task == "measure" or ratios is None,
-            measures=task == "measure",
-            ratios=ratios,
-            lr=lr,
-            gradient_scale=gradient_scale,
-            betas=(float(beta1), float(beta2)),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
-            bias_correction=group["bias_correction"],
-            grad_averaging=group["grad_averaging"],
-            decoupled_weight_decay=group["decoupled_weight_decay"],
-            maximize=group["maximize"],
-        )
-
-
-def _corrections(
-    t: Sequence[Tensor], betas: tuple[float, float], dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return ``1 - beta1 ** t`` and ``sqrt(1 - beta2 ** t)`` of each layer."""
-    steps = torch.stack(list(t)).to(dtype)
-    return _one_minus_power(betas[0], steps), _one_minus_power(betas[1], steps).sqrt()
-
-
-def _one_minus_power(beta: float, steps: Tensor) -> Tensor:
-    # 1 - beta ** steps loses four digits of float32 where beta is near 1; this does not.
-    return -torch.expm1(steps * _log(beta, steps))
-
-
-def _log(beta: float, like: Tensor) -> float | Tensor:
-    if torch.compiler.is_compiling():
-        # A schedule may change it in every step: for the logarithm in Python there would be a graph each.
-        return torch.full_like(like[0], beta - 1).log1p()
-    return math.log(beta) if beta > 0 else -math.inf
+    @staticmethod
+    def direction(w, g, m, v, entering1, entering2, correction1, correction2, h) -> Any:  # type: ignore[no-untyped-def]
+        beta1, beta2 = h.betas
+        m = beta1 * m + entering1 * g
+        v = beta2 * v + entering2 * g * g
+        m_hat = m / correction1
+        v_hat = v / correction2
+        u = m_hat / (sqrt(v_hat) + h.eps) + h.weight_decay * w
+        return u, m, v

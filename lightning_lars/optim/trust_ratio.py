@@ -118,5 +118,13 @@ def over_lr(ratio: Number, lr: float | Tensor) -> Number:
     return ratio / lr  # type: ignore[return-value]  # lr is a tensor only where ratios are
 
 
+def one_minus_power(beta: float, t: Tensor) -> Tensor:
+    """Return ``1 - beta ** t``, with digits that the difference loses where ``beta`` is near 1."""
+    if torch.compiler.is_compiling():
+        # A schedule may change beta in every step: for the logarithm in Python there would be a graph each.
+        return -torch.expm1(t * torch.full_like(t[0], beta - 1).log1p())
+    return -torch.expm1(t * (math.log(beta) if beta > 0 else -math.inf))
+
+
 def _no_scale(weight_norm: Tensor, denominator: Tensor) -> Tensor:
     return (weight_norm == 0) | (denominator == 0)

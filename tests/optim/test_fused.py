@@ -11,7 +11,7 @@ import torch
 from torch.nn import Parameter
 
 from lightning_lars import LAMB, LARS
-from lightning_lars.optim.backends import choice, cpu
+from lightning_lars.optim.backends import choice, cpu_sgd
 from tests.support.layers import EXCLUDED, give_gradients, groups, layers, values, walk
 from tests.support.slow import slow_unless
 
@@ -104,12 +104,9 @@ class Calls:
                 for name in ("_fused_sgd_", "_fused_adam_")
             ]
         else:
-            from lightning_lars.optim.backends import triton_lamb, triton_lars
+            from lightning_lars.optim.backends import triton
 
-            self.patches = [
-                patch.object(module, name, wraps=getattr(module, name))
-                for module, name in ((triton_lars, "descend"), (triton_lamb, "lamb"))
-            ]
+            self.patches = [patch.object(triton, "arguments", wraps=triton.arguments)]
 
     def __enter__(self):
         self.mocks = [each.__enter__() for each in self.patches]
@@ -338,11 +335,11 @@ def test_a_gradient_that_is_not_finite_spoils_no_other_layer(device, optimizer_c
             assert fused.isfinite().all()
 
 
-@pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
-def test_a_weight_that_is_not_finite_stays_so_on_the_cpu_and_spoils_no_other(optimizer_class):
+@both_kernels
+def test_a_weight_that_is_not_finite_stays_so_and_spoils_no_other(device, optimizer_class):
     ends = []
     for fused in (True, False):
-        params = layers()
+        params = on(device, layers())
         params["norm.bias"].data[0] = torch.inf
         walk(optimizer_class(groups(params), fused=fused), [0])
         ends.append(values(params))
@@ -452,17 +449,11 @@ def test_the_kernel_for_an_adapted_layer_is_the_papers_step(momentum, nesterov):
     ahead = scale * u + momentum * expected_v if nesterov else expected_v
     expected_w = w - lr * (ahead if momentum else scale * u)
     weights, held = w.float(), v.float()
-    cpu.adapted_sgd(
-        [weights],
-        [g.float()],
-        [held] if momentum else [],
-        [scale],
-        [entering],
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
+    h = LARS.hyperparameters(
+        {**LARS([Parameter(torch.ones(1))]).defaults, "momentum": momentum, "nesterov": nesterov}
+        | {"weight_decay": weight_decay}
     )
+    cpu_sgd.adapted_sgd(h, weights, g.float(), held if momentum else None, lr, scale, entering / scale)
     torch.testing.assert_close(weights.double(), expected_w, rtol=1e-6, atol=1e-6)
     if momentum:
         torch.testing.assert_close(held.double(), expected_v, rtol=1e-6, atol=1e-6)

@@ -17,11 +17,10 @@ def small_chunks():
     if torch.cuda.is_available():
         yield
         return
-    from lightning_lars.optim.backends import triton_lamb, triton_lars, triton_layers
+    from lightning_lars.optim.backends import triton
 
-    sizes = [(module, "CHUNK", 64) for module in (triton_table, triton_lars, triton_lamb)]
-    sizes += [(module, "BLOCK", 32) for module in (triton_lars, triton_lamb)]
+    sizes = [(triton_table, "CHUNK", 64), (triton, "CHUNK", 64), (triton, "BLOCK", 32)]
     with ExitStack() as patches:
-        for size in (*sizes, (triton_layers, "_CHUNKS_AT_ONCE", 1)):
+        for size in (*sizes, (triton, "_CHUNKS_AT_ONCE", 1)):
             patches.enter_context(patch.object(*size))
         yield

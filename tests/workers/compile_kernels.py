@@ -4,79 +4,89 @@ import json
 import re
 import sys
 
-import triton
+import torch
 from triton import language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
-from lightning_lars.optim.backends.triton_lamb import _lamb
-from lightning_lars.optim.backends.triton_lars import _descend, _measure
-from lightning_lars.optim.backends.triton_layers import BLOCK, _norms
+from lightning_lars import LAMB, LARS
+from lightning_lars.optim.backends import triton
 from lightning_lars.optim.backends.triton_table import CHUNK
+from lightning_lars.optim.backends.triton_walk import BLOCK, gather, norms, walk
 
-INTEGERS = ("layers", "chunks")
-TABLES = ("columns", "sizes", "layer_of_chunk", "offset_of_chunk", "first_chunk")
-ARRAYS = ("norms", "ratios", "lr", "gradient_scale")
 INSTRUCTIONS = ("ld.global.v4", "st.global.v4", "ld.global.b32", "ld.global.b16")
-PLAIN = {
-    "decoupled_weight_decay": False,
-    "has_scale": False,
-    "maximize": False,
-    "chunk_size": CHUNK,
-    "block": BLOCK,
+EVERYTHING = {"decoupled_weight_decay": True, "maximize": True, "weight_decay": 0.1}
+CASES = {
+    "lars gradient": (LARS, {}),
+    "lars decayed_gradient": (LARS, {"denominator": "decayed_gradient", "weight_decay": 0.1}),
+    "lars momentum": (LARS, {"denominator": "momentum", "nesterov": True, **EVERYTHING}),
+    "lars nesterov": (LARS, {"nesterov": True, "lr_in_momentum": True, **EVERYTHING}),
+    "lars without momentum": (LARS, {"momentum": 0.0, "weight_decay": 0.1}),
+    "lamb": (LAMB, {}),
+    "lamb everything": (LAMB, {"bias_correction": False, "grad_averaging": False, **EVERYTHING}),
 }
-EVERYTHING = {**PLAIN, "decoupled_weight_decay": True, "has_scale": True, "maximize": True}
-MEASURE = {"denominator": "gradient", "nesterov": False}
-DESCEND = {
-    "has_ratios": True,
-    "has_momentum": True,
-    "has_moved": False,
-    "nesterov": False,
-    "lr_in_momentum": False,
-}
-LAMB = {"advances": True, "measures": False, "has_ratios": False, "bias_correction": True}
-KERNELS = {
-    "lars measure gradient": (_measure, {**PLAIN, **MEASURE}),
-    "lars measure decayed_gradient": (_measure, {**PLAIN, **MEASURE, "denominator": "decayed_gradient"}),
-    "lars measure momentum": (
-        _measure,
-        {**EVERYTHING, **MEASURE, "denominator": "momentum", "nesterov": True},
-    ),
-    "lars descend": (_descend, {**PLAIN, **DESCEND}),
-    "lars descend nesterov": (_descend, {**EVERYTHING, **DESCEND, "nesterov": True, "lr_in_momentum": True}),
-    "lars descend moved": (_descend, {**PLAIN, **DESCEND, "has_moved": True, "nesterov": True}),
-    "lamb measure": (_lamb, {**PLAIN, **LAMB, "measures": True}),
-    "lamb descend": (_lamb, {**PLAIN, **LAMB, "advances": False, "has_ratios": True}),
-    "lamb descend excluded": (_lamb, {**EVERYTHING, **LAMB}),
-}
+WHOLE = torch.zeros(64, dtype=torch.int64)
+FLOATS, DOUBLES = torch.zeros(64), torch.zeros(64, dtype=torch.float64)
 
 
-def compile_for(target: GPUTarget, kernel, constants: dict[str, object]) -> tuple[dict[str, int], int]:
-    """Return how often the kernel has each instruction, and the size of its machine code."""
-    signature, aligned = {}, {}
-    for number, parameter in enumerate(kernel.params):
-        name = parameter.name
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in INTEGERS:
-            signature[name] = "i32"
-        elif name in (*TABLES, *ARRAYS, "sums"):
-            signature[name] = "*i64" if name in TABLES else "*fp64" if name == "sums" else "*fp32"
-            aligned[(number,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32"
-    compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target)
-    ptx = compiled.asm["ptx"]
+class Nowhere:
+    """A driver of a GPU that is not there, for which Triton can compile all the same."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+def counted(kernel) -> tuple[dict[str, int], int]:
+    """Return how often a compiled kernel has each instruction, and the size of its machine code."""
+    ptx = kernel.asm["ptx"]
     counts = {instruction: len(re.findall(re.escape(instruction), ptx)) for instruction in INSTRUCTIONS}
-    return counts, len(compiled.asm["cubin"])
+    return counts, len(kernel.asm["cubin"])
+
+
+def compiled(algorithm, options: dict[str, object], dtype, does: str):
+    """Compile what a batch would launch, as :class:`~lightning_lars.optim.backends.triton.Triton` does."""
+    group = algorithm([torch.nn.Parameter(torch.ones(2))], **options).param_groups[0]
+    h = algorithm.hyperparameters(group)
+    factors = algorithm.factors(FLOATS, FLOATS[0], False, DOUBLES, h)
+    kept = algorithm.kept(h)
+    return walk.warmup(
+        *[WHOLE] * 5, FLOATS, DOUBLES, triton.numbers(factors), triton.kinds(factors),
+        FLOATS[0], 0.1, FLOATS[0], 64, 64, triton.arguments(h),
+        direction=triton.compiled(algorithm.direction),
+        measured=None if algorithm.adapts_direction(h) else triton.compiled(algorithm.measured),
+        numbers=len(factors) - 1,
+        moments=len(kept),
+        absent=len(algorithm.moments) - len(kept),
+        dtype=dtype,
+        does=does,
+        decays=h.weight_decay != 0,
+        has_scale=does == "move",
+        chunk_size=CHUNK,
+        block=BLOCK,
+        grid=(1,),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    gpu = GPUTarget("cuda", int(sys.argv[1]), 32)
-    compiled = {
-        f"{name} {dtype}": compile_for(gpu, kernel, {"dtype": dtype, **constants})
-        for name, (kernel, constants) in KERNELS.items()
-        for dtype in (tl.float32, tl.bfloat16)
-    }
-    compiled["norms"] = compile_for(gpu, _norms, {"rounds": 2, "chunks_at_once": 256})
-    print(json.dumps(compiled))
+    driver.set_active(Nowhere(int(sys.argv[1])))
+    results = {}
+    for name, (algorithm, options) in CASES.items():
+        adapts = algorithm is LAMB or options.get("denominator") == "momentum"
+        for does in ("measure", "move", *(("apply",) if adapts else ())):
+            for dtype in (tl.float32, tl.bfloat16):
+                if dtype is tl.float32 or name in ("lars gradient", "lamb"):
+                    results[f"{name} {does} {dtype}"] = counted(compiled(algorithm, options, dtype, does))
+    results["norms"] = counted(
+        norms.warmup(DOUBLES, FLOATS, WHOLE, 64, 64, rounds=2, chunks_at_once=256, grid=(1,))
+    )
+    results["gather"] = counted(gather.warmup(WHOLE, 4, FLOATS, 64, block=BLOCK, grid=(1,)))
+    print(json.dumps(results))

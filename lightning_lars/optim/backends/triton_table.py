@@ -29,8 +29,20 @@ class Chunks(NamedTuple):
     first_chunk: Tensor
     """Of each layer, and after the last: shape ``(layers + 1,)``."""
 
-    most_chunks: int
-    """Of any layer."""
+    places: Tensor
+    """Where a layer begins in memory for all of them, a multiple of 16, shape ``(layers,)``."""
+
+    counts: tuple[int, int]
+
+    @property
+    def most_chunks(self) -> int:
+        """Of any layer."""
+        return self.counts[0]
+
+    @property
+    def room(self) -> int:
+        """Elements of memory for all layers."""
+        return self.counts[1]
 
 
 class LayerTable(NamedTuple):
@@ -158,10 +170,11 @@ def _chunks(sizes: Iterable[int], device: torch.device, pinned: list[Tensor]) ->
     first = torch.cat([count.new_zeros(1), count.cumsum(0)])
     layer = torch.repeat_interleave(torch.arange(size.numel(), device="cpu"), count)
     offset = (torch.arange(layer.numel(), device="cpu") - first[layer]) * CHUNK
-    size, layer, offset, first = (
-        _on_device(tensor, device, pinned) for tensor in (size, layer, offset, first)
-    )
-    return Chunks(size, layer, offset, first, int(count.max()))
+    ends = ((size + 15) // 16 * 16).cumsum(0)
+    places = torch.cat([ends.new_zeros(1), ends[:-1]])
+    on_device = (_on_device(tensor, device, pinned) for tensor in (size, layer, offset, first, places))
+    size, layer, offset, first, places = on_device
+    return Chunks(size, layer, offset, first, places, (int(count.max()), int(ends[-1])))
 
 
 def _on_device(tensor: Tensor, device: torch.device, pinned: list[Tensor]) -> Tensor:

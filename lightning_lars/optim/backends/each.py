@@ -1,0 +1,131 @@
+"""Arithmetic on the tensors of several layers at once, by torch's foreach operations."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Use = Literal["read", "advance", "scratch", "spent"]
+
+
+class Memory:
+    """The tensors of several layers, and what an operation may do with them.
+
+    They may be read only; or, as the moments of layers, take the result of a sum that begins with them; or,
+    as what came out of another operation, take any result. Whoever reads what has been overwritten is told.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], use: Use) -> None:
+        self.tensors, self.use = tensors, use
+
+    def read(self) -> Sequence[Tensor]:
+        """Return the tensors."""
+        if self.use == "spent":
+            raise RuntimeError("an equation reads a moment or a value that an earlier sum has overwritten")
+        return self.tensors
+
+
+class Each:
+    """Tensors, one for each layer: what is done to it is done to each of them.
+
+    ``a + s * b`` is one operation, ``torch.add(a, b, alpha=s)``, and ``a + s * b * c`` another, so that they
+    round as ``torch.optim`` does. A factor is a number, or what :func:`each_number` makes of a tensor.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lars.optim.backends.each import Each
+        >>> w, g = Each([torch.ones(2)]), Each([torch.ones(2)])
+        >>> (g + 0.5 * w).value()
+        (tensor([1.5000, 1.5000]),)
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor] | Memory,
+        *,
+        use: Use = "read",
+        scale: float = 1.0,
+        factor: Memory | None = None,
+    ) -> None:
+        self.memory = tensors if isinstance(tensors, Memory) else Memory(tensors, use)
+        self.scale, self.factor = scale, factor
+
+    def value(self) -> Sequence[Tensor]:
+        """Return the tensors, which are not to be written to."""
+        return self.whole().memory.read()
+
+    def __mul__(self, other: Any) -> "Each":
+        if isinstance(other, Each):
+            factor = Memory(other.value(), "read")
+            return Each(self._with_factor().memory, scale=self.scale, factor=factor)
+        if isinstance(other, tuple):
+            return self.whole()._apply("mul", _one_or_each(other))
+        return Each(self.memory, scale=self.scale * other, factor=self.factor)
+
+    def __truediv__(self, other: Any) -> "Each":
+        if isinstance(other, Each):
+            return self.whole()._apply("div", other.value())
+        if isinstance(other, tuple):
+            return self.whole()._apply("div", _one_or_each(other))
+        return self if other == 1 else self.whole()._apply("div", other)
+
+    def __add__(self, other: Any) -> "Each":
+        if not isinstance(other, Each):
+            return self if other == 0 else self.whole()._apply("add", other)
+        left = self if self.factor is None else self.whole()
+        if left.scale != 1:
+            left = left._apply("mul", left.scale, advances=True, ends=False)
+        terms, alpha = other.memory.read(), other.scale
+        if other.factor is not None:
+            return left._apply("addcmul", terms, other.factor.read(), value=alpha, advances=True)
+        return left._apply("add", terms, alpha=alpha, advances=True)
+
+    def __sub__(self, other: Any) -> "Each":
+        difference: Each = self + -1.0 * other
+        return difference
+
+    __rmul__, __radd__ = __mul__, __add__
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> "Each":
+        if function is not torch.sqrt:
+            raise TypeError(f"equations are written in + - * / and sqrt, got {function}")
+        root: Each = args[0].whole()._apply("sqrt")
+        return root
+
+    def whole(self) -> "Each":
+        """Return itself without scale and factor, which stand in its tensors."""
+        each = self._with_factor()
+        return each if each.scale == 1 else Each(each.memory)._apply("mul", each.scale)
+
+    def _with_factor(self) -> "Each":
+        if self.factor is None:
+            return self
+        product = Each(self.memory)._apply("mul", self.factor.read())
+        return Each(product.memory, scale=self.scale)
+
+    def _apply(
+        self, operation: str, *args: Any, advances: bool = False, ends: bool = True, **kwargs: Any
+    ) -> "Each":
+        """Do an operation to the tensors, in place where they may take its result."""
+        tensors, use = self.memory.read(), self.memory.use
+        if use == "scratch" or (advances and use == "advance"):
+            getattr(torch, f"_foreach_{operation}_")(tensors, *args, **kwargs)
+            self.memory.use = "spent"
+            return Each(tensors, use="read" if use == "advance" and ends else use)
+        made = getattr(torch, f"_foreach_{operation}")(tensors, *args, **kwargs)
+        return Each(made, use="scratch")
+
+
+def each_number(value: Any) -> Any:
+    """Return what an equation takes for a number, a 0-d tensor, or a vector with a number for each layer."""
+    if not isinstance(value, Tensor):
+        return value
+    return tuple(value.unbind()) if value.ndim else (value,)
+
+
+def _one_or_each(numbers: tuple[Tensor, ...]) -> Any:
+    return numbers[0] if len(numbers) == 1 else numbers

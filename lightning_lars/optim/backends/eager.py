@@ -1,0 +1,137 @@
+"""Any algorithm by torch's foreach operations: the back end that works everywhere."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_lars.optim.algorithm import Algorithm, Hyperparameters
+from lightning_lars.optim.backends.each import Each, each_number
+from lightning_lars.optim.backends.scratch import Scratch
+from lightning_lars.optim.backends.triton_table import LayerTables
+from lightning_lars.optim.batches import Batch
+from lightning_lars.optim.state.plain import BatchState
+from lightning_lars.sharding.norms import accumulation_dtype, layer_norms
+
+
+class Eager:
+    """The step of one batch: first :meth:`measure`, then :meth:`move`.
+
+    Args:
+        algorithm: Whose equations it runs.
+        batch: The layers.
+        state: Of them; open while :meth:`measure` runs if the batch adapts its direction, else while
+            :meth:`move` does.
+        gradient_scale: Factor on all gradients, 0-d; None for 1.
+        scratch: Memory that batches take after each other.
+        tables: Those of this step.
+    """
+
+    holds_moments: ClassVar[bool] = False
+    """Whether the moments must be open from :meth:`measure` to :meth:`move`."""
+
+    in_floats: ClassVar[bool] = False
+    """Whether :meth:`move` takes a list of ratios in floats, not a tensor."""
+
+    def __init__(
+        self,
+        algorithm: type[Algorithm],
+        batch: Batch,
+        state: BatchState,
+        gradient_scale: Tensor | None,
+        scratch: Scratch,
+        tables: LayerTables,
+    ) -> None:
+        self.algorithm, self.batch, self.state = algorithm, batch, state
+        self.h, self.scratch, self.tables = batch.h, scratch, tables
+        device, dtype = batch.parts[0].device, dtype_of_step(batch.parts[0])
+        self.lr = batch.group["lr"]
+        if isinstance(self.lr, Tensor):
+            self.lr = self.lr.to(device, dtype, non_blocking=True).reshape(())
+        if gradient_scale is not None:
+            gradient_scale = gradient_scale.to(device, dtype, non_blocking=True)
+        self.gradient_scale = gradient_scale
+        self.t: Tensor | None = None
+        self.kept: Any = None
+
+    @staticmethod
+    def why_not(h: Hyperparameters) -> str | None:
+        """Return which hyperparameter it cannot do, None if it can do all."""
+        return None
+
+    def measure(self) -> tuple[Tensor, Tensor] | None:
+        """Return the norms of what of the layers is here, and of what it is measured against.
+
+        Each of shape ``(layers,)``; None where nothing is adapted. Where the batch adapts its direction, its
+        moments advance.
+        """
+        self._read()
+        if not self.batch.group["layer_adaptation"]:
+            return None
+        if self.batch.adapts_direction:
+            d = self.kept = self._direction_in_advance()
+        else:
+            d = self.algorithm.measured(self._decaying(), Each(self.g), self.h)
+        norms = layer_norms([*self.w, *d.value()])
+        return norms[: len(self.w)], norms[len(self.w) :]
+
+    def move(self, ratio: Any) -> None:
+        """Move the weights, and what :meth:`measure` has not moved, by the trust ratios, 1 for None."""
+        ratio = 1.0 if ratio is None else ratio
+        if self.kept is None:
+            rate, d = self._direction(ratio)
+        else:
+            rate, d = each_number(self._factors(ratio)[0]), self.kept
+        _ = Each(self.w, use="advance") - d * rate
+        self._write()
+
+    def _read(self) -> None:
+        """Take weights and gradients in float32 or wider, where these are the gradients to descend."""
+        batch, dtype = self.batch, dtype_of_step(self.batch.parts[0])
+        self.w, self.g = in_dtype(batch.parts, dtype), in_dtype(batch.grads, dtype)
+        if self.h.maximize:
+            self.g = list(torch._foreach_neg(self.g))
+        if self.gradient_scale is not None:
+            self.g = list(torch._foreach_mul(self.g, self.gradient_scale))
+        if self.h.decoupled_weight_decay:
+            torch._foreach_mul_(self.w, 1 - self.lr * batch.group["weight_decay"])
+
+    def _write(self) -> None:
+        if self.w[0].dtype != self.batch.parts[0].dtype:
+            torch._foreach_copy_(self.batch.parts, self.w)
+
+    def _decaying(self) -> Any:
+        return Each(self.w) if self.h.weight_decay else 0.0
+
+    def _direction_in_advance(self) -> Each:
+        _, d = self._direction(1.0)
+        return d.whole()
+
+    def _direction(self, ratio: Any) -> tuple[Any, Each]:
+        """Return the rate and the direction, and advance the moments."""
+        moments = self.state.moments()
+        self._count_step()
+        rate, *factors = map(each_number, self._factors(ratio))
+        before = [0.0 if moment is None else Each(moment, use="advance") for moment in moments]
+        d, *after = self.algorithm.direction(self._decaying(), Each(self.g), *before, *factors, self.h)
+        for old, new in zip(moments, after, strict=True):
+            if old is not None and new.value() is not old:
+                torch._foreach_copy_(old, new.value())
+        return rate, d
+
+    def _count_step(self) -> None:
+        if self.algorithm.counts_steps:
+            self.t = torch.stack(self.state.next_steps()).to(accumulation_dtype(self.batch.parts[0]))
+
+    def _factors(self, ratio: Any) -> tuple[Any, ...]:
+        return self.algorithm.factors(ratio, self.lr, self.batch.is_first, self.t, self.h)
+
+
+def dtype_of_step(p: Tensor) -> torch.dtype:
+    """Return the dtype of the arithmetic: half precision is only how a weight is stored."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def in_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return the tensors in a dtype, themselves where they have it."""
+    return [tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]

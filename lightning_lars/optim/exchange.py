@@ -1,0 +1,89 @@
+"""Norms that need other processes: of sharded layers, and over all gradients."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_lars.optim.batches import Batch, Shards
+from lightning_lars.sharding.norms import layer_norms, whole_norms
+from lightning_lars.sharding.shards import Shard, local
+
+Norms = tuple[Tensor, Tensor]
+"""Of the weights and of what they are measured against, each of shape ``(layers,)``."""
+
+
+def gradient_scale(
+    batches: Sequence[Batch], max_grad_norm: float | None, params: Iterable[Tensor], shards: Shards
+) -> Tensor | None:
+    """Return ``min(1, max_grad_norm / |all gradients|)``; None where there is nothing to bound.
+
+    A gradient that is not finite is left out, so that it spoils no other layer.
+    """
+    if max_grad_norm is None:
+        return None
+    norms = [layer_norms(batch.grads) for batch in batches if not batch.is_sharded]
+    sharded = _sharded(params, shards)
+    if sharded:
+        here: dict[Tensor, Tensor] = {}
+        for batch in batches:
+            if batch.is_sharded:
+                here.update(zip(batch.params, layer_norms(batch.grads).unbind(), strict=True))
+        norms.append(torch.stack(whole_norms([here.get(p) for p in sharded], list(sharded.values()))))
+    if not norms:
+        return None
+    norm_of_each = torch.cat([norm.to(norms[0], non_blocking=True) for norm in norms])
+    norm: Tensor = torch.linalg.vector_norm(norm_of_each.where(norm_of_each.isfinite(), 0))
+    return (max_grad_norm / norm).clamp(max=1)
+
+
+def exchange_norms(
+    waiting: Iterable[tuple[Batch, Norms]], params: Iterable[Tensor], shards: Shards
+) -> dict[Tensor, Norms]:
+    """Return the norms of whole layers that are sharded.
+
+    One exchange for all of them, which all processes join: a layer without a gradient here may have one
+    elsewhere.
+
+    Args:
+        waiting: Batches of sharded layers with a gradient, and the norms of what of them is here.
+        params: All layers that may be sharded, the same on every process.
+        shards: Where the rest of each layer is.
+    """
+    sharded = _sharded(params, shards)
+    if not sharded:
+        return {}
+    weights: dict[Tensor, Tensor] = {}
+    directions: dict[Tensor, Tensor] = {}
+    for batch, (of_weights, of_direction) in waiting:
+        weights.update(zip(batch.params, of_weights.unbind(), strict=True))
+        directions.update(zip(batch.params, of_direction.unbind(), strict=True))
+    for p in sharded:
+        if p not in weights:
+            # It belongs to the layer, though it gets no gradient here and stays where it is.
+            weights[p] = layer_norms([local(p)])[0]
+    here = [weights.get(p) for p in sharded] + [directions.get(p) for p in sharded]
+    norms = whole_norms(here, [*sharded.values(), *sharded.values()])
+    pairs = zip(norms[: len(sharded)], norms[len(sharded) :], strict=True)
+    return dict(zip(sharded, pairs, strict=True))
+
+
+def stack_norms(params: Sequence[Tensor], norms: dict[Tensor, Norms], device: torch.device) -> Norms:
+    """Return the norms of some layers on their device."""
+    weight_norms, direction_norms = zip(*(norms[p] for p in params), strict=True)
+    return torch.stack(weight_norms).to(device), torch.stack(direction_norms).to(device)
+
+
+def moves_elsewhere(p: Tensor, shards: Shards) -> bool:
+    """Tell whether a layer has a gradient, though nothing of it is here (FSDP1)."""
+    shard = shards[p]
+    return p.grad is None and shard is not None and shard.unit is not None and shard.unit.grad is not None
+
+
+def _sharded(params: Iterable[Tensor], shards: Shards) -> dict[Tensor, Shard]:
+    sharded = {}
+    for p in params:
+        shard = shards[p]
+        if shard is not None and shard.groups:
+            sharded[p] = shard
+    return sharded

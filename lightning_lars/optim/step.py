@@ -1,0 +1,182 @@
+"""The order of a step: measure every batch, exchange the norms of sharded layers, adapt, move."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lars.optim.algorithm import Algorithm, Hyperparameters
+from lightning_lars.optim.backends.choice import takes_triton, warn_where_triton_fails, why_not_fused
+from lightning_lars.optim.backends.eager import Eager, dtype_of_step
+from lightning_lars.optim.backends.scratch import Scratch
+from lightning_lars.optim.backends.triton_table import LayerTables
+from lightning_lars.optim.batches import Batch, Shards, sort_layers
+from lightning_lars.optim.exchange import Norms, exchange_norms, gradient_scale, moves_elsewhere, stack_norms
+from lightning_lars.optim.state.plain import BatchState, PlainState, States, lay_out_state
+from lightning_lars.optim.trust_ratio import TrustRatios
+
+Ratios = tuple[Tensor, ...] | list[TrustRatios[float]]
+"""Trust ratios of some layers; a plain tuple where they are tensors, as torch 2.11 cannot compile a step that
+keeps a generic one."""
+
+
+class Step:
+    """One step of an optimizer.
+
+    Args:
+        algorithm: Whose equations it takes.
+        groups: Of the optimizer.
+        states: Of its layers, by parameter.
+        state: How these are held.
+        shards: Where the rest of each layer is.
+        scratch: Memory that batches take after each other.
+        tables: Those of the last step.
+        name: Names a parameter, for errors.
+    """
+
+    def __init__(
+        self,
+        algorithm: type[Algorithm],
+        groups: Sequence[dict[str, Any]],
+        states: States,
+        state: PlainState,
+        shards: Shards,
+        scratch: Scratch,
+        tables: LayerTables,
+        name: Callable[[Tensor], str],
+    ) -> None:
+        self.algorithm, self.groups, self.states, self.state = algorithm, groups, states, state
+        self.shards, self.scratch, self.tables, self.name = shards, scratch, tables, name
+        self.batches: list[Batch] = []
+        self.ratios: list[tuple[list[Tensor], Ratios]] = []
+        """The layers that have been adapted, and their trust ratios."""
+
+    def take(self) -> None:
+        """Move the layers that have a gradient.
+
+        Raises:
+            RuntimeError: If layers cannot be moved as they are to be; nothing has moved then.
+        """
+        self.batches = [batch for group in self.groups for batch in self._sort(group)]
+        chosen = [self._choose(batch) for batch in self.batches]
+        bound = self.groups[0]["max_grad_norm"]
+        scale = gradient_scale(self.batches, bound, params_of(self.groups), self.shards)
+        self.tables.start_step()
+        waiting = []
+        for batch, backend_class in zip(self.batches, chosen, strict=True):
+            own = BatchState(self.states, batch, self.algorithm)
+            backend = backend_class(self.algorithm, batch, own, scale, self.scratch, self.tables)
+            throughout = self.state.opened(self.states, batch) if backend.holds_moments else nullcontext()
+            with throughout:
+                with self._opened(backend, batch.adapts_direction):
+                    norms = backend.measure()
+                if norms is None or not batch.is_sharded:
+                    self._move(backend, norms)
+                    continue
+            waiting.append((backend, norms))
+            self.scratch.hand_over()
+        self.scratch.shrink()
+        if any(self.shards.values()):
+            self._move_sharded(waiting)
+
+    def _sort(self, group: dict[str, Any]) -> Iterable[Batch]:
+        kept = self.algorithm.kept(self.algorithm.hyperparameters(group))
+        return sort_layers(
+            self.algorithm, group, self.shards, lambda p: self.state.is_first(self.states, p, kept), self.name
+        )
+
+    def _choose(self, batch: Batch) -> type[Eager]:
+        """Return a fused back end where one can take the step, else the one that takes any.
+
+        Raises:
+            RuntimeError: If no fused one can, and ``fused=True`` asks for it.
+        """
+        part, fused = batch.parts[0], batch.group["fused"]
+        if not torch.compiler.is_compiling():
+            lay_out_state(self.states, batch, self.algorithm, self.name)
+        if fused is False:
+            return Eager
+        moments = self.state.plain_moments(self.states, batch.params, self.algorithm.moments)
+        if takes_triton(part):
+            reason = self.state.why_not_in_triton(batch)
+        elif self.algorithm.cpu is None:
+            reason = f"torch has no kernel on the CPU that does {self.algorithm.__name__}"
+        else:
+            reason = self.algorithm.cpu.why_not(batch.h)
+        reason = reason or why_not_fused(batch.parts, batch.grads, moments)
+        if reason is not None and fused:
+            names = ", ".join(repr(self.name(p)) for p in batch.params[:3])
+            raise RuntimeError(
+                f"fused=True, but {reason} (parameters {names} ...): pass fused=None, which takes kernels "
+                "where they can be taken"
+            )
+        if reason is not None:
+            if takes_triton(part) and not torch.compiler.is_compiling():
+                warn_where_triton_fails(part.device, part.dtype)
+            return Eager
+        if takes_triton(part):
+            from lightning_lars.optim.backends.triton import Triton
+
+            return Triton
+        shortcut: type[Eager] | None = self.algorithm.cpu
+        return shortcut or Eager
+
+    def _opened(self, backend: Eager, opens: bool) -> AbstractContextManager[None]:
+        """Hold the moments of a batch in float32 or wider, for the half of a step."""
+        opens = opens and not backend.holds_moments
+        return self.state.opened(self.states, backend.batch) if opens else nullcontext()
+
+    def _move(self, backend: Eager, norms: Norms | None) -> None:
+        """Move the layers of a batch, whose norms are whole."""
+        batch = backend.batch
+        with self._opened(backend, not batch.adapts_direction):
+            if norms is None:
+                backend.move(None)
+            elif backend.in_floats:
+                backend.move(self._ratios_in_floats(batch, norms, float(backend.lr)))
+            else:
+                backend.move(self._ratios(batch.params, norms, backend.lr, batch.h, batch.is_first))
+
+    def _ratios(
+        self, params: list[Tensor], norms: Norms, lr: float | Tensor, h: Hyperparameters, is_first: bool
+    ) -> Tensor:
+        """Return the trust ratios of layers of one dtype, and remember them."""
+        w_norm, d_norm = norms
+        ratios = self.algorithm.ratio(w_norm, d_norm, lr, h)
+        ratios = ratios._replace(ratio=ratios.ratio.to(dtype_of_step(params[0])))
+        self.ratios.append((params, tuple(ratios)))
+        return ratios.ratio
+
+    def _ratios_in_floats(self, batch: Batch, norms: Norms, lr: float) -> list[float]:
+        """Return the ratios in floats, for which the equations take a tenth of the time; remember them."""
+        ratio, h = self.algorithm.ratio, batch.h
+        pairs = zip(*(of_each.tolist() for of_each in norms), strict=True)
+        ratios = [ratio(w_norm, d_norm, lr, h) for w_norm, d_norm in pairs]
+        self.ratios.append((batch.params, ratios))
+        return [of_layer.ratio for of_layer in ratios]
+
+    def _move_sharded(self, waiting: Sequence[tuple[Eager, Norms]]) -> None:
+        """Move layers of which other processes hold a part, after one exchange of norms for all of them."""
+        adapted = [group for group in self.groups if group["layer_adaptation"]]
+        of_batches = [(backend.batch, norms) for backend, norms in waiting]
+        norms = exchange_norms(of_batches, params_of(adapted), self.shards)
+        for backend, _ in waiting:
+            batch = backend.batch
+            self._move(backend, stack_norms(batch.params, norms, batch.parts[0].device))
+        for group in adapted:
+            # Nothing of these layers is here to move, but their ratios are known, and are everyone's.
+            elsewhere = [p for p in group["params"] if moves_elsewhere(p, self.shards)]
+            if elsewhere:
+                h, own = (
+                    self.algorithm.hyperparameters(group),
+                    stack_norms(elsewhere, norms, elsewhere[0].device),
+                )
+                self._ratios(elsewhere, own, group["lr"], h, False)
+
+
+def params_of(groups: Iterable[Mapping[str, Any]]) -> Iterable[Tensor]:
+    """Return the parameters of all groups."""
+    return chain.from_iterable(group["params"] for group in groups)
