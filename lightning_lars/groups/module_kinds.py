@@ -69,6 +69,10 @@ def _resolve(qualified_name: str) -> Kind:
     parts = [part for part in qualified_name.split(".") if not part.startswith("___torch_mangle_")]
     path, name = ".".join(parts[:-1]), parts[-1]
     known: Any = getattr(sys.modules.get(path or "__main__"), name, None)
+    if known is None and path == "torch.nn.utils.parametrize":
+        # The subclass of a parametrized module, of whose class the name is left.
+        name = name.removeprefix("Parametrized")
+        known = getattr(nn, name, None)
     if isinstance(known, type) and issubclass(known, nn.Module):
         return Kind(known, name)
     return Kind(None, name)

@@ -18,6 +18,8 @@ _WRAPPED = (
 )
 _WRAPPER_PART = re.compile(rf"(?<![^.])({'|'.join(_WRAPPED)})\.")
 
+_ORIGINAL = re.compile(r"original\d*")
+
 # These call it "module", as users do too. By name, as several packages have a class of it.
 _DATA_PARALLEL = {"AveragedModel", "DataParallel", "DeepSpeedEngine", "DistributedDataParallel",
                   "FullyShardedDataParallel", "ShardedDataParallel"}  # fmt: skip
@@ -43,10 +45,10 @@ def aliases_of(module: nn.Module) -> dict[nn.Parameter, list[Alias]]:
         for attribute, parameter in holder.named_parameters(recurse=False, remove_duplicate=False):
             name = f"{clean}.{attribute}" if clean else attribute
             owner = holder
-            if isinstance(holder, ParametrizationList):
+            if _is_parametrized(path, attribute, holder):
                 # `fc.parametrizations.weight` holds what the `weight` of `fc` is computed from.
                 *outer, _, of = path.split(".")
-                attribute = f"{of}_g" if is_length(holder, attribute) else of
+                attribute = f"{of}_g" if _is_length(holder, attribute) else of
                 owner = holder = modules[".".join(outer)]
             elif isinstance(holder, nn.ParameterList | nn.ParameterDict) and path:
                 *outer, called = path.split(".")
@@ -54,12 +56,6 @@ def aliases_of(module: nn.Module) -> dict[nn.Parameter, list[Alias]]:
                 attribute = called if isinstance(holder, nn.ParameterList) else attribute
             aliases.setdefault(parameter, []).append(Alias(name, attribute, owner, holder))
     return aliases
-
-
-def is_length(parametrized: ParametrizationList, attribute: str) -> bool:
-    """Tell whether this is what weight normalization scales with, which it calls ``weight_g`` elsewhere."""
-    # By name, as torch has no public one.
-    return attribute == "original0" and type(parametrized[0]).__name__ == "_WeightNorm"
 
 
 def names_of(module: nn.Module) -> dict[Tensor, str]:
@@ -85,6 +81,20 @@ def clean_path(path: str, modules: dict[str, nn.Module]) -> str:
 def without_wrappers(name: str) -> str:
     """Return a name without the parts that can be told from it to be those of wrappers."""
     return _WRAPPER_PART.sub("", name)
+
+
+def _is_parametrized(path: str, attribute: str, holder: nn.Module) -> bool:
+    if isinstance(holder, ParametrizationList):
+        return True
+    # Scripted, traced and exported lists have another type.
+    return path.split(".")[-2:-1] == ["parametrizations"] and _ORIGINAL.fullmatch(attribute) is not None
+
+
+def _is_length(parametrized: nn.Module, attribute: str) -> bool:
+    """Tell whether this is what weight normalization scales with, which it calls ``weight_g`` elsewhere."""
+    if attribute != "original0" or not isinstance(parametrized, ParametrizationList):
+        return attribute == "original0"  # torch has no other parametrization that splits a weight
+    return type(parametrized[0]).__name__ == "_WeightNorm"  # which has no public name
 
 
 def _is_parallel(module: nn.Module) -> bool:

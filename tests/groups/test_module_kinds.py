@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from lightning_lars import LARS, build_optimizer, explain_param_groups, param_groups
 
@@ -104,6 +105,17 @@ def test_the_groups_are_those_of_the_original(stand_in):
     assert expected["adapted"] == ["blocks.0.weight", "head.weight", "stem.weight"]
     inside = nn.Sequential(other)
     assert {name.removeprefix("0.") for name in names(inside)["adapted"]} == set(expected["adapted"])
+
+
+@pytest.mark.parametrize("stand_in", STAND_INS)
+def test_layers_with_weight_normalization_are_those_of_the_original(stand_in):
+    """Whose matrix has the shape of a token where there is one output."""
+    layers = nn.Linear(1, 4), nn.Conv1d(3, 1, 1)
+    module = nn.Sequential(*map(parametrizations.weight_norm, layers))
+    assert {group: sorted(held) for group, held in names(stand_in(module)).items()} == {
+        "adapted": [f"{i}.parametrizations.weight.original1" for i in (0, 1)],
+        "excluded": [f"{i}.{name}" for i in (0, 1) for name in ("bias", "parametrizations.weight.original0")],
+    }
 
 
 @pytest.mark.parametrize("stand_in", STAND_INS)
