@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_lars.groups.param_groups import build_optimizer, explain_param_groups, param_groups
     from lightning_lars.learning_rate import WarmupDecayLR
     from lightning_lars.mixin import LargeBatchMixin
-    from lightning_lars.optim import LAMB, LARS, LAMB8bit, LARS8bit
+    from lightning_lars.optim import LAMB, LARS, LAMB8bit, LARS8bit, NovoGrad
     from lightning_lars.trainer.batch_size import effective_batch_size
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "LARS8bit",
     "LargeBatchMixin",
     "LearningRateWarmup",
+    "NovoGrad",
     "ParamGroupSummary",
     "PercentileGradientClipping",
     "PreciseBatchNorm",
@@ -59,7 +60,7 @@ _MODULES = {
     "lightning_lars.groups.param_groups": ("build_optimizer", "explain_param_groups", "param_groups"),
     "lightning_lars.learning_rate": ("WarmupDecayLR",),
     "lightning_lars.mixin": ("LargeBatchMixin",),
-    "lightning_lars.optim": ("LAMB", "LARS", "LAMB8bit", "LARS8bit"),
+    "lightning_lars.optim": ("LAMB", "LARS", "LAMB8bit", "LARS8bit", "NovoGrad"),
     "lightning_lars.trainer.batch_size": ("effective_batch_size",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -46,6 +46,16 @@ NONE_OR_POSITIVE = Rule("None or above 0", lambda value: value is None or is_pos
 WHOLE = Rule("a whole number, at least 0", lambda value: is_whole(value) and value >= 0)
 
 
+def is_pair(value: object) -> TypeGuard[tuple[float, float]]:
+    """Return whether the value is two numbers, in a tuple or, as YAML gives them, in a list."""
+    return isinstance(value, tuple | list) and len(value) == 2 and all(map(is_number, value))
+
+
+TWO_FRACTIONS = Rule(
+    "two numbers in [0, 1)", lambda value: is_pair(value) and all(0 <= share < 1 for share in value)
+)
+
+
 def one_of(*words: str) -> Rule:
     """Return the rule that a value is one of these words."""
     return Rule(f"one of {words}", lambda value: value in words)

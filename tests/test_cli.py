@@ -119,6 +119,7 @@ HELP = [
     ("stock_cli.py", "optimizer", "lightning_lars.LAMB"),
     ("stock_cli.py", "optimizer", "lightning_lars.LARS8bit"),
     ("stock_cli.py", "optimizer", "lightning_lars.LAMB8bit"),
+    ("stock_cli.py", "optimizer", "lightning_lars.NovoGrad"),
     ("large_batch_cli.py", "optimizer", "lightning_lars.LARS"),
     ("large_batch_cli.py", "lr_scheduler", "lightning_lars.WarmupDecayLR"),
 ]

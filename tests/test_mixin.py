@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import BackboneFinetuning
 from torch import nn
 
-from lightning_lars import LAMB, LARS, LargeBatchMixin
+from lightning_lars import LAMB, LARS, LargeBatchMixin, NovoGrad
 from tests.support.boring import Boring, boring, trainer
 
 
@@ -24,7 +24,14 @@ def assert_equal_states(left, right):
 
 
 @pytest.mark.parametrize(
-    "optimizer", [partial(LARS, lr=1.0), LAMB, partial(torch.optim.SGD, lr=0.1), torch.optim.AdamW]
+    "optimizer",
+    [
+        partial(LARS, lr=1.0),
+        LAMB,
+        partial(NovoGrad, lr=1.0),
+        partial(torch.optim.SGD, lr=0.1),
+        torch.optim.AdamW,
+    ],
 )
 def test_training_moves_every_layer(tmp_path, optimizer):
     module = boring(optimizer)

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
 from torch.testing import assert_close
 
-from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit, PercentileGradientClipping
+from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit, NovoGrad, PercentileGradientClipping
 from lightning_lars.gradients.percentile_clipping import PercentileClipping
 from tests.support.peers import PEERS, peer
 from tests.support.reference import autoclip, percentile_clipping
@@ -500,6 +500,53 @@ def test_lamb_reproduces_pytorch_optimizer_given_its_learning_rate(theirs, ours,
         torch_step(lambda g: pytorch_optimizer.Lamb(g, foreach=foreach, **FOR_LAMB | theirs), start()),
         our_lr=lambda t, lr: lr / (1 - 0.9**t),
     )
+
+
+def novograd_step(**options: Any) -> Step:
+    return torch_step(lambda groups: NovoGrad(groups, **FOR_LAMB | options), start(), ())
+
+
+def in_float64(step: Step) -> Step:
+    """Step a peer whose moments of norms are of the default dtype."""
+
+    def step_in_float64(lr: float, grads: Grads) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+        torch.set_default_dtype(torch.float64)
+        try:
+            return step(lr, grads)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    return step_in_float64
+
+
+@on_each_row
+def test_novograd_reproduces_timm(theirs, ours):
+    timm = peer(TIMM, "timm.optim.nvnovograd")
+    peers = torch_step(lambda g: timm.NvNovoGrad(g, **FOR_LAMB | theirs), start())
+    assert_same_after_every_step(novograd_step(**ours), in_float64(peers))
+
+
+@on_each_row
+def test_novograd_reproduces_torch_optimizer(theirs, ours):
+    torch_optimizer = peer(TORCH_OPTIMIZER, "torch_optimizer.novograd")
+    peers = torch_step(lambda g: torch_optimizer.NovoGrad(g, **FOR_LAMB | theirs), start())
+    assert_same_after_every_step(novograd_step(**ours), in_float64(peers))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_novograd_without_adaptation_is_torch_sgd_bit_for_bit(weight_decay):
+    ours, theirs = start(dtype=torch.float32), start(dtype=torch.float32)
+    group = {"params": list(ours.values()), "layer_adaptation": False}
+    novograd = NovoGrad([group], lr=0.1, betas=(0.9, 0.98), weight_decay=weight_decay)
+    sgd = SGD(theirs.values(), lr=0.1, momentum=0.9, weight_decay=weight_decay)
+    for grads in gradients(dtype=torch.float32):
+        for name, grad in grads.items():
+            ours[name].grad, theirs[name].grad = grad, grad.clone()
+        novograd.step()
+        sgd.step()
+        for name, w in ours.items():
+            assert torch.equal(w, theirs[name])
+    assert novograd.trust_ratios() == {}
 
 
 def optax_lamb(w, g, state, lr, adapted, *, eps=1e-6):

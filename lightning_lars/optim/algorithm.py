@@ -5,6 +5,7 @@ its equations, in this order, on the layers of a batch::
 
     d = direction(w, g, *state, *factors)  if adapts_direction()  else  measured(w, g)
     |w|, |d|                                       # whole, where layers are sharded
+    |d| = averaged(|d|)                            # in an algorithm that keeps a moment of it
     trust_ratio = ratio(|w|, |d|)
     rate, *factors = factors(trust_ratio)
     d, *state = direction(w, g, *state, *factors)  # unless it is there already
@@ -72,7 +73,7 @@ class Algorithm(ABC):
     """Whether the number ``t`` of a layer's steps is kept too, as ``"step"``."""
 
     norm_moment: ClassVar[str | None] = None
-    """The name of a moment of a layer's norm, one number, that :meth:`averaged` makes."""
+    """The name of a moment of a layer's norm, one number, which :meth:`averaged` advances."""
 
     cpu: ClassVar["type[Eager] | None"] = None
     """A shortcut by torch's fused kernels for the CPU."""
@@ -117,8 +118,8 @@ class Algorithm(ABC):
         return g
 
     @staticmethod
-    def averaged(d_norm: PerLayer, moment: PerLayer, is_first: bool, h: Hyperparameters) -> PerLayer:
-        """Return the new :attr:`norm_moment`, which :meth:`ratio` then takes in place of ``d_norm``."""
+    def averaged(d_norm: Tensor, moment: Tensor, h: Hyperparameters) -> Tensor:
+        """Return the new :attr:`norm_moment`, 0 at first, which :meth:`ratio` takes for ``d_norm``."""
         raise NotImplementedError
 
     @staticmethod

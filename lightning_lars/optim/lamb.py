@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch import Tensor, sqrt
 
@@ -10,15 +10,16 @@ from lightning_lars.optim.algorithm import SHARED, Factors, Hyperparameters, Per
 from lightning_lars.optim.backends.cpu_adam import CpuAdam
 from lightning_lars.optim.layerwise import LayerwiseOptimizer
 from lightning_lars.optim.trust_ratio import Number, TrustRatios, clip, one_minus_power, trust_ratio
-from lightning_lars.rules import FLAG, NON_NEGATIVE, NONE_OR_POSITIVE, Rule, is_number, is_positive
+from lightning_lars.rules import (
+    FLAG,
+    NON_NEGATIVE,
+    NONE_OR_POSITIVE,
+    TWO_FRACTIONS,
+    Rule,
+    is_pair,
+    is_positive,
+)
 
-
-def is_pair(value: object) -> TypeGuard[tuple[float, float]]:
-    """Tell whether the value is two numbers, in a tuple or, as YAML gives them, in a list."""
-    return isinstance(value, tuple | list) and len(value) == 2 and all(map(is_number, value))
-
-
-BETAS = Rule("two numbers in [0, 1)", lambda value: is_pair(value) and all(0 <= beta < 1 for beta in value))
 CLIP = Rule(
     "None, a number above 0, or a pair (low, high) with 0 <= low <= high and high > 0",
     lambda value: 0 <= value[0] <= value[1] > 0 if is_pair(value) else value is None or is_positive(value),
@@ -83,7 +84,7 @@ class LAMB(LayerwiseOptimizer):
     """
 
     RULES = SHARED | {
-        "betas": BETAS,
+        "betas": TWO_FRACTIONS,
         "eps": NON_NEGATIVE,
         "bias_correction": FLAG,
         "grad_averaging": FLAG,

@@ -258,7 +258,9 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
 
         def adapt(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             groups, keys = self.param_groups, self.state_keys
-            adapted.update(adapt_state_dict(saved, groups, keys, self._check_groups, caveats.append))
+            adapted.update(
+                adapt_state_dict(saved, groups, keys, self.moments, self._check_groups, caveats.append)
+            )
             return adapted
 
         def fit(_: Optimizer) -> None:

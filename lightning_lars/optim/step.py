@@ -15,7 +15,7 @@ from lightning_lars.optim.backends.scratch import Scratch
 from lightning_lars.optim.backends.triton_table import LayerTables
 from lightning_lars.optim.batches import Batch, Shards, sort_layers
 from lightning_lars.optim.exchange import Norms, exchange_norms, gradient_scale, moves_elsewhere, stack_norms
-from lightning_lars.optim.state.plain import BatchState, PlainState, States, lay_out_state
+from lightning_lars.optim.state.plain import BatchState, PlainState, States, lay_out_state, number_of
 from lightning_lars.optim.trust_ratio import TrustRatios
 
 Ratios = tuple[Tensor, ...] | list[TrustRatios[float]]
@@ -138,17 +138,23 @@ class Step:
             elif backend.in_floats:
                 backend.move(self._ratios_in_floats(batch, norms, float(backend.lr)))
             else:
-                backend.move(self._ratios(batch.params, norms, backend.lr, batch.h, batch.is_first))
+                backend.move(self._ratios(batch.params, norms, backend.lr, batch.h))
 
-    def _ratios(
-        self, params: list[Tensor], norms: Norms, lr: float | Tensor, h: Hyperparameters, is_first: bool
-    ) -> Tensor:
+    def _ratios(self, params: list[Tensor], norms: Norms, lr: float | Tensor, h: Hyperparameters) -> Tensor:
         """Return the trust ratios of layers of one dtype, and remember them."""
         w_norm, d_norm = norms
+        if self.algorithm.norm_moment is not None:
+            d_norm = self._averaged(params, d_norm, self.algorithm.norm_moment, h)
         ratios = self.algorithm.ratio(w_norm, d_norm, lr, h)
         ratios = ratios._replace(ratio=ratios.ratio.to(dtype_of_step(params[0])))
         self.ratios.append((params, tuple(ratios)))
         return ratios.ratio
+
+    def _averaged(self, params: list[Tensor], d_norm: Tensor, key: str, h: Hyperparameters) -> Tensor:
+        moments = [number_of(self.states, p, key) for p in params]
+        averaged = self.algorithm.averaged(d_norm, torch.stack(moments).to(d_norm.dtype), h)
+        torch._foreach_copy_(moments, list(averaged.unbind()))
+        return averaged
 
     def _ratios_in_floats(self, batch: Batch, norms: Norms, lr: float) -> list[float]:
         """Return the ratios in floats, for which the equations take a tenth of the time; remember them."""
@@ -174,7 +180,8 @@ class Step:
                     self.algorithm.hyperparameters(group),
                     stack_norms(elsewhere, norms, elsewhere[0].device),
                 )
-                self._ratios(elsewhere, own, group["lr"], h, False)
+                h = self.algorithm.hyperparameters(group)
+                self._ratios(elsewhere, own, group["lr"], h)
 
 
 def params_of(groups: Iterable[Mapping[str, Any]]) -> Iterable[Tensor]:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer, lr_scheduler, swa_utils
 from torch.serialization import add_safe_globals, get_safe_globals, safe_globals
 
 from lightning_lars.learning_rate.warmup_decay import WarmupDecayLR
-from lightning_lars.optim import LAMB, LARS, LAMB8bit, LARS8bit
+from lightning_lars.optim import LAMB, LARS, LAMB8bit, LARS8bit, NovoGrad
 
 _Module = TypeVar("_Module")
 
@@ -30,7 +30,7 @@ def known_globals() -> list[Any]:
     of_torch = (*vars(torch.optim).values(), *vars(lr_scheduler).values(), *vars(swa_utils).values())
     rules = (Optimizer, lr_scheduler.LRScheduler)
     of_torch = tuple(each for each in of_torch if isclass(each) and issubclass(each, rules))
-    return list(dict.fromkeys([partial, *globals_of([*_EARLIER_NAMES, *of_torch])]))
+    return list(dict.fromkeys([partial, *globals_of([*_EARLIER_NAMES, NovoGrad, *of_torch])]))
 
 
 def globals_of(value: Any) -> Iterator[Any]:

@@ -22,8 +22,8 @@ _told: WeakSet[Any] = WeakSet()
 
 
 def excluded_as(group: Mapping[str, Any]) -> str:
-    """Return what a group without adaptation is: ``"SGD"`` of LARS, or ``"Adam"`` of LAMB."""
-    return "Adam" if "betas" in group else "SGD"
+    """Return what a group without adaptation is: ``"SGD"`` of LARS and NovoGrad, or ``"Adam"`` of LAMB."""
+    return "Adam" if "bias_correction" in group else "SGD"
 
 
 class ExcludedRatePeak:

@@ -23,6 +23,7 @@ from lightning_lars import (
     LARS,
     BatchSizeScaling,
     LearningRateWarmup,
+    NovoGrad,
     TrustRatioMonitor,
     WarmupDecayLR,
     build_optimizer,
@@ -104,6 +105,16 @@ def test_logs_the_ratio_that_each_layer_used(tmp_path, optimizer):
         assert row["trust_ratio/min"] == min(ratios.values())
         assert row["trust_ratio/max"] == max(ratios.values())
         assert row["trust_ratio/median"] == pytest.approx(median(ratios.values()), rel=1e-6)
+
+
+def test_logs_the_factors_of_novograd(tmp_path):
+    logger, spy = CSVLogger(tmp_path), Spy()
+    monitor = TrustRatioMonitor("*")
+    trainer(tmp_path, logger=logger, log_every_n_steps=1, callbacks=[monitor, spy]).fit(boring(NovoGrad))
+    for step, row in logged(logger).items():
+        ratios = {f"trust_ratio_per_layer/{name}": ratio for name, ratio in spy.ratios[step].items()}
+        assert ratios
+        assert ratios.items() <= row.items()
 
 
 def test_logs_on_the_steps_on_which_lightning_logs(tmp_path):

@@ -31,13 +31,17 @@ CASES_OF = {
     **dict.fromkeys(ALL, CASES_OF_ALL),
     **{setup: list(CASES) for setup in HAVE_ALL_CASES},
     "ddp_zero-2": CASES_OF_ZERO,
+    "full_shard-2": [*CASES_OF_ALL, "NovoGrad"],
 }
 RUNS = [(setup, case) for setup in ALL for case in CASES_OF[setup]]
 # The state of LAMB has all that of LARS has, and more. Lightning gathers that of ZeroRedundancyOptimizer.
 RESUMED = [(setup, "LAMB clipping") for setup in ALL if setup != "ddp_zero-2"]
 RESUMED += [("full_shard-2", "LARS nesterov"), ("fsdp2-2", "LARS nesterov")]
+# NovoGrad has a number of each layer beside, which all ranks hold.
+RESUMED += [("full_shard-2", "NovoGrad"), ("fsdp2-2", "NovoGrad")]
 # With parts of some layers on some processes only, and gradients that must be added up first.
 IN_TRITON = [("full_shard-2", "LARS nesterov"), ("sequence_parallel-2", "LAMB"), ("fsdp2-4", "LARS nesterov")]
+IN_TRITON += [("full_shard-2", "NovoGrad")]
 
 # What the table says: without and with max_grad_norm.
 EXCHANGES = {

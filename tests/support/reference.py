@@ -118,3 +118,22 @@ def percentile_clipping(norms, percentile):
         squares[step % 100] = norm**2
         current, clip = math.sqrt(squares[step % 100]), math.sqrt(np.sort(squares)[percentile])
         yield clip, (clip / current if current > clip else 1.0)
+
+
+def novograd(
+    w, g, state, *, lr, betas=(0.95, 0.98), eps=1e-8, weight_decay=0.0, grad_averaging=False,
+    decoupled_weight_decay=False, maximize=False, layer_adaptation=True,
+):  # fmt: skip
+    """Return w, the state, which is empty before the first step, and the factor on the gradient."""
+    beta1, beta2 = betas
+    v, m = state.get("exp_avg_sq", 0.0), state.get("exp_avg", 0.0)
+    g = -g if maximize else g
+    if decoupled_weight_decay:
+        w = (1.0 - lr * weight_decay) * w
+        weight_decay = 0.0
+    factor = 1.0
+    if layer_adaptation:
+        v = norm(g) ** 2 if v == 0.0 else beta2 * v + (1.0 - beta2) * norm(g) ** 2
+        factor = 1.0 if v == 0.0 else 1.0 / (math.sqrt(v) + eps)
+    m = beta1 * m + (1.0 - beta1 if grad_averaging else 1.0) * (factor * g + weight_decay * w)
+    return w - lr * m, {"exp_avg": m, "exp_avg_sq": v}, factor

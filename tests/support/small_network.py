@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lightning_lars import LAMB, LARS, param_groups
+from lightning_lars import LAMB, LARS, NovoGrad, param_groups
 
 STEPS, RESUMED = 5, 3
 
@@ -22,9 +22,10 @@ CASES = {
         },
     ),
     "LAMB": (LAMB, {"weight_decay": 0.1}),
+    "NovoGrad": (NovoGrad, {"weight_decay": 0.1}),
     "LAMB clipping": (LAMB, {"weight_decay": 0.1, "max_grad_norm": 0.5, "decoupled_weight_decay": True}),
 }
-RATES = {LARS: {"lr": 0.2, "trust_coefficient": 0.1}, LAMB: {"lr": 0.05}}
+RATES = {LARS: {"lr": 0.2, "trust_coefficient": 0.1}, LAMB: {"lr": 0.05}, NovoGrad: {"lr": 0.02}}
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""Compile the kernels in Triton for a GPU of a compute capability, and print what of."""
+"""Compile the kernels in Triton for a GPU of a compute capability, all or ``few``, and print what of."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from triton import language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from lightning_lars import LAMB, LARS
+from lightning_lars import LAMB, LARS, NovoGrad
 from lightning_lars.optim.backends import triton
 from lightning_lars.optim.backends.triton_table import CHUNK
 from lightning_lars.optim.backends.triton_walk import BLOCK, gather, norms, walk
@@ -23,8 +23,11 @@ CASES = {
     "lars nesterov": (LARS, {"nesterov": True, "lr_in_momentum": True, **EVERYTHING}),
     "lars without momentum": (LARS, {"momentum": 0.0, "weight_decay": 0.1}),
     "lamb": (LAMB, {}),
+    "novograd": (NovoGrad, {"weight_decay": 0.1}),
     "lamb everything": (LAMB, {"bias_correction": False, "grad_averaging": False, **EVERYTHING}),
 }
+HALF = ("lars gradient", "lamb")
+FEW = (*HALF, "lars momentum", "novograd")
 WHOLE = torch.zeros(64, dtype=torch.int64)
 FLOATS, DOUBLES = torch.zeros(64), torch.zeros(64, dtype=torch.float64)
 
@@ -52,10 +55,14 @@ def counted(kernel) -> tuple[dict[str, int], int]:
     return counts, len(kernel.asm["cubin"])
 
 
+def group_of(algorithm, options: dict[str, object]) -> dict[str, object]:
+    """Return a group of an optimizer."""
+    return algorithm([torch.nn.Parameter(torch.ones(2))], **options).param_groups[0]
+
+
 def compiled(algorithm, options: dict[str, object], dtype, does: str):
     """Compile what a batch would launch, as :class:`~lightning_lars.optim.backends.triton.Triton` does."""
-    group = algorithm([torch.nn.Parameter(torch.ones(2))], **options).param_groups[0]
-    h = algorithm.hyperparameters(group)
+    h = algorithm.hyperparameters(group_of(algorithm, options))
     factors = algorithm.factors(FLOATS, FLOATS[0], False, DOUBLES, h)
     kept = algorithm.kept(h)
     return walk.warmup(
@@ -80,11 +87,12 @@ if __name__ == "__main__":
     driver.set_active(Nowhere(int(sys.argv[1])))
     results = {}
     for name, (algorithm, options) in CASES.items():
-        adapts = algorithm is LAMB or options.get("denominator") == "momentum"
+        if name not in FEW and "few" in sys.argv:
+            continue
+        adapts = algorithm.adapts_direction(algorithm.hyperparameters(group_of(algorithm, options)))
         for does in ("measure", "move", *(("apply",) if adapts else ())):
-            for dtype in (tl.float32, tl.bfloat16):
-                if dtype is tl.float32 or name in ("lars gradient", "lamb"):
-                    results[f"{name} {does} {dtype}"] = counted(compiled(algorithm, options, dtype, does))
+            for dtype in (tl.float32, tl.bfloat16) if name in HALF else (tl.float32,):
+                results[f"{name} {does} {dtype}"] = counted(compiled(algorithm, options, dtype, does))
     results["norms"] = counted(
         norms.warmup(DOUBLES, FLOATS, WHOLE, 64, 64, rounds=2, chunks_at_once=256, grid=(1,))
     )

@@ -1,7 +1,7 @@
 """State dicts, of these optimizers and of torch.optim's, made to fit."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from itertools import chain
 from typing import Any
 
@@ -19,6 +19,7 @@ def adapt_state_dict(
     saved: Mapping[str, Any],
     own_groups: Sequence[Mapping[str, Any]],
     state_keys: Set[str],
+    moments: Collection[str],
     check_groups: Callable[[Sequence[Mapping[str, Any]]], None],
     warn: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -30,6 +31,7 @@ def adapt_state_dict(
         saved: A state dict of LARS or LAMB, of ``torch.optim``, or of another package.
         own_groups: Of the optimizer.
         state_keys: What the optimizer keeps for each layer.
+        moments: What of that is of the size of the layer.
         check_groups: Raises if the hyperparameters of groups break a rule.
         warn: Called with what the user should know of.
 
@@ -53,7 +55,7 @@ def adapt_state_dict(
     check_groups(groups)
     names = (name for name, _ in named_params(own_groups))
     for name, (number, p) in zip(names, pair_params(groups, own_groups), strict=True):
-        _check_state(saved["state"].get(number) or {}, name, p, state_keys)
+        _check_state(saved["state"].get(number) or {}, name, p, state_keys, moments)
     return {**saved, "param_groups": groups}
 
 
@@ -99,7 +101,9 @@ def pair_params(
     return zip(saved_ids, chain.from_iterable(group["params"] for group in own_groups), strict=True)
 
 
-def _check_state(state: Mapping[str, Any], name: str, p: Tensor, state_keys: Set[str]) -> None:
+def _check_state(
+    state: Mapping[str, Any], name: str, p: Tensor, state_keys: Set[str], moments: Collection[str]
+) -> None:
     if not state:
         return
     if state.keys() != state_keys:
@@ -118,6 +122,13 @@ def _check_state(state: Mapping[str, Any], name: str, p: Tensor, state_keys: Set
             raise ValueError(
                 f"state_dict must hold a tensor for {key!r} of parameter {name!r}, got {value!r}"
             )
+        if key not in moments:
+            if value.numel() != 1:
+                raise ValueError(
+                    f"state_dict must hold one number for {key!r} of parameter {name!r}, got a tensor of "
+                    f"shape {tuple(value.shape)}: it was saved by another optimizer"
+                )
+            continue
         if value.shape != p.shape:
             raise ValueError(
                 f"state_dict must hold {key!r} of {name!r} in the shape of the parameter, {tuple(p.shape)}, "

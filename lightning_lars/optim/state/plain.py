@@ -117,10 +117,22 @@ class BatchState:
     def _begin(self, p: Tensor, part: Tensor, of_layer: dict[str, Any]) -> None:
         if self._algorithm.counts_steps and "step" not in of_layer:
             of_layer["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
+        if self._algorithm.norm_moment is not None:
+            number_of(self._states, p, self._algorithm.norm_moment)
         dtype = torch.promote_types(part.dtype, torch.float32)
         for key in self._kept:
             if of_layer.get(key) is None:
                 of_layer[key] = laid_out_as(p, torch.zeros_like(part, dtype=dtype))
+
+
+def number_of(states: States, p: Tensor, key: str) -> Tensor:
+    """Return a number that is kept for a layer, 0 at first."""
+    of_layer = states[p]
+    if of_layer.get(key) is None:
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        of_layer[key] = torch.zeros((), dtype=dtype, device=p.device)
+    number: Tensor = of_layer[key]
+    return number
 
 
 def lay_out_state(
