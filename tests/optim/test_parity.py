@@ -362,7 +362,7 @@ def runs(draw, options):
     }
 
 
-@pytest.mark.parametrize("examples", [75, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [75, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
 def test_a_step_follows_the_reference_under_all_options_at_once(optimizer_class, examples):
     options = lars_options if optimizer_class is LARS else lamb_options
