@@ -1,6 +1,6 @@
-"""Deprecated path of what :mod:`lightning_lars.learning_rate` and :mod:`lightning_lars.trainer` hold.
+"""Deprecated alias of :mod:`lightning_lars.learning_rate` and :mod:`lightning_lars.trainer`.
 
-Goes in the release after the next.
+The release after the next removes it.
 """
 
 import warnings
@@ -37,7 +37,7 @@ __all__ = [
 
 warnings.warn(
     "lightning_lars.batch_size is deprecated: import effective_batch_size from lightning_lars, and the "
-    "rules of scaling from lightning_lars.learning_rate",
+    "scaling rules from lightning_lars.learning_rate",
     DeprecationWarning,
     stacklevel=2,
 )

@@ -1,12 +1,12 @@
 """Recognizes classes by name.
 
-``lightning`` and ``pytorch_lightning`` hold the same classes twice, and a package that defines a class may be
-missing.
+``lightning`` and ``pytorch_lightning`` define the same classes twice, and the package that defines a class
+may not be installed.
 """
 
 
 def has_class_named(value: object, *names: str) -> bool:
-    """Return whether the class of an object, or a base of it, has one of these names.
+    """Return whether the class of an object, or one of its base classes, has one of these names.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Deprecated path of :mod:`lightning_lars.groups.param_groups`; goes in the release after the next."""
+"""Deprecated alias of :mod:`lightning_lars.groups.param_groups`; the release after the next removes it."""
 
 import sys
 import warnings
@@ -23,7 +23,7 @@ warnings.warn(
 
 
 class _ModuleAndFunction(ModuleType):
-    """A module that, once imported, stands in the place of the package's function: it is called as that."""
+    """A callable module: importing it replaces the function of the same name in the package."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
         return param_groups(*args, **kwargs)

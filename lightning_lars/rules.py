@@ -1,4 +1,4 @@
-"""Rules of arguments, and errors that name the argument, its rule and its value."""
+"""Rules for arguments, and errors that name the argument, its rule and its value."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 
 class Rule(NamedTuple):
-    """What a value may be.
+    """A condition on a value, with its wording in error messages.
 
     Example:
         >>> from lightning_lars.rules import FRACTION, check
@@ -17,7 +17,7 @@ class Rule(NamedTuple):
     """
 
     text: str
-    """What stands in the error after "must be"."""
+    """The text that follows "must be" in the error."""
 
     holds: Callable[[Any], bool]
 

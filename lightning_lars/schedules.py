@@ -1,4 +1,4 @@
-"""Deprecated path of :mod:`lightning_lars.learning_rate`; goes in the release after the next."""
+"""Deprecated alias of :mod:`lightning_lars.learning_rate`; the release after the next removes it."""
 
 import warnings
 

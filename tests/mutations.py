@@ -195,8 +195,8 @@ MUTATIONS = (
     ),
     Mutation(
         "batch_norm.py",
-        "variance = add_up(squares + count * (mean - pooled).square()) / (total - 1)",
-        "variance = add_up(squares + count * (mean - pooled).square()) / total",
+        "variance = all_reduce(squares + count * (mean - pooled).square()) / (total - 1)",
+        "variance = all_reduce(squares + count * (mean - pooled).square()) / total",
         "tests/callbacks/test_precise_batch_norm.py -k 'not process'",
     ),
 )

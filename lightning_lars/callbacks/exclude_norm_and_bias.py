@@ -26,8 +26,8 @@ from lightning_lars.groups.introspection import check_switches, classify
 from lightning_lars.groups.param_groups import check_holds_parameters
 from lightning_lars.groups.regrouping import (
     all_or_nothing,
-    are_apart,
-    follow,
+    are_split,
+    extend_per_group_values,
     inner_optimizer,
     schedulers_in,
     split_groups,
@@ -120,10 +120,10 @@ class ExcludeNormAndBias(Callback):
         # Names are for trust ratios. Without them, finetuning callbacks can add what they unfreeze.
         named = names if hasattr(optimizer, "trust_ratios") else {}
         split = split_groups(optimizer.param_groups, excluded, named)
-        if not are_apart(optimizer.param_groups, split):
+        if not are_split(optimizer.param_groups, split):
             for scheduler in schedulers:
                 try:
-                    follow(scheduler, optimizer, [origin for origin, _ in split])
+                    extend_per_group_values(scheduler, optimizer, [origin for origin, _ in split])
                 except TypeError as error:
                     raise MisconfigurationException(
                         f"ExcludeNormAndBias cannot regroup {type(optimizer).__name__}, as {error}: build it "

@@ -1,4 +1,5 @@
 """Parameter groups: which parameters are adapted, which are excluded, and why.
 
-From modules and original shapes to the groups of an optimizer, and from an optimizer back to what it holds.
+Decides by modules and original shapes, builds the groups of an optimizer, and describes those of an existing
+one.
 """

@@ -1,4 +1,4 @@
-"""What optimizers hold, by name and group, and which rule put it there."""
+"""Lists the parameters of optimizers by name and group, with the rule that put them there."""
 
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -11,7 +11,7 @@ from lightning_lars.groups.excluded_rate import part_of
 from lightning_lars.groups.introspection import Layer, classify
 from lightning_lars.groups.optimizer_names import by_name
 
-# In parentheses, as the groups have names of the user's choice.
+# In parentheses, because users choose the names of groups.
 LOST, FROZEN = "(in no optimizer)", "(frozen)"
 
 
@@ -27,7 +27,7 @@ class Entry(NamedTuple):
 
 
 def groups_by_name(optimizers: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """Return every group by its name, or its number, as LearningRateMonitor calls them."""
+    """Return every group by its name, or its number, in the notation of LearningRateMonitor."""
     groups: dict[str, dict[str, Any]] = {}
     for prefix, optimizer in by_name(optimizers).items():
         for number, group in enumerate(optimizer.param_groups, 1):
@@ -37,7 +37,7 @@ def groups_by_name(optimizers: Sequence[Any]) -> dict[str, dict[str, Any]]:
 
 
 def entries_of(module: nn.Module, groups: Mapping[str, dict[str, Any]]) -> list[Entry]:
-    """Return the module's parameters in its order, then those of the optimizers that are not the module's."""
+    """List the module's parameters in their order, then the optimizers' other parameters."""
     held: dict[Tensor, dict[str, str]] = {}
     for group_name, group in groups.items():
         names = group.get("param_names") or ["(no name)"] * len(group["params"])

@@ -1,4 +1,4 @@
-"""The learning rate of the excluded group: a share of the others', or one of its own."""
+"""The learning rate of the excluded group: proportional to that of the others, or a separate one."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_lars.rules import is_number, require
 
-# What torch's schedulers keep of rates: in each group, and in lists with an entry for each group.
+# Where torch's schedulers keep rates: in each group, and in lists with an entry for each group.
 _IN_GROUP = ("lr", "initial_lr", "max_lr", "min_lr")
 _IN_LISTS = ("base_lrs", "max_lrs", "_last_lr")
 
@@ -23,21 +23,21 @@ def check_excluded_rate(excluded_lr: float | None, excluded_lr_scale: float) -> 
         if not is_number(value) or not 0 < value < math.inf:
             raise ValueError(
                 f"{argument} must be above 0 and finite, got {value!r}: "
-                "to keep parameters as they are, use requires_grad_(False)"
+                "to freeze parameters, use requires_grad_(False)"
             )
-    rule = f"left out with excluded_lr_scale={excluded_lr_scale!r}: one of them sets the rate"
+    rule = f"None with excluded_lr_scale={excluded_lr_scale!r}: only one of the two may set the rate"
     require("excluded_lr", rule, excluded_lr, excluded_lr is None or excluded_lr_scale == 1.0)
 
 
 def is_own_rate(excluded_lr: float | None, excluded_lr_scale: float) -> bool:
-    """Tell whether the excluded group is to have another rate than the rest."""
+    """Return whether the excluded group has a different rate from the rest."""
     return excluded_lr is not None or excluded_lr_scale != 1.0
 
 
 def set_excluded_rate(
     groups: Sequence[dict[str, Any]], excluded_lr: float | None, excluded_lr_scale: float
 ) -> None:
-    """Give excluded groups their learning rate, before there is a scheduler.
+    """Set the learning rate of excluded groups, before a scheduler is created.
 
     Raises:
         ValueError: If there is a rate to set and no group, or no group with a learning rate.
@@ -64,20 +64,20 @@ def set_excluded_rate(
 
 
 def mark_own_rate(group: dict[str, Any], excluded_lr: float | None) -> None:
-    """Keep ``BatchSizeScaling`` from a rate that was set whatever the others are."""
+    """Exempt a group from ``BatchSizeScaling`` if its rate was set independently of the others."""
     if excluded_lr is not None:
         group["batch_size_scaling"] = False
 
 
 def part_of(group: Mapping[str, Any]) -> str:
-    """Return ``"adapted"`` or ``"excluded"`` for the groups that have names of ours, else ""."""
-    # ExcludeNormAndBias puts the name of the group that it has split before its own, param_groups a prefix.
+    """Return ``"adapted"`` or ``"excluded"`` for groups named by this package, else ""."""
+    # ExcludeNormAndBias prepends the name of the group that it has split, param_groups a prefix.
     part = re.split(r"[./]", str(group.get("name", "")))[-1]
     return part if part in ("adapted", "excluded") else ""
 
 
 def is_excluded(group: Mapping[str, Any]) -> bool:
-    """Tell whether a group is what ``param_groups`` or ``ExcludeNormAndBias`` calls excluded."""
+    """Return whether a group is the excluded one of ``param_groups`` or ``ExcludeNormAndBias``."""
     return part_of(group) == "excluded"
 
 
@@ -87,7 +87,7 @@ def keep_excluded_rate(
     excluded_lr: float | None,
     excluded_lr_scale: float,
 ) -> None:
-    """Give the excluded groups their rate under a scheduler that has set one for all groups.
+    """Restore the rate of the excluded groups under a scheduler that has set one for all groups.
 
     Args:
         scheduler: A scheduler that has not stepped yet.
@@ -96,16 +96,17 @@ def keep_excluded_rate(
         excluded_lr_scale: As in :func:`~lightning_lars.build_optimizer`.
 
     Raises:
-        ValueError: If the scheduler has rates for each group that say otherwise, or ends above the rate, or
-            is of a kind whose rates are not known.
+        ValueError: If the scheduler has per-group rates that contradict it, or ends above the rate, or is of
+            an unknown class.
     """
     if not is_own_rate(excluded_lr, excluded_lr_scale):
         return
     argument = f"{excluded_lr=!r}" if excluded_lr is not None else f"{excluded_lr_scale=!r}"
     kind = type(scheduler).__name__
     one_rate_for_all = ValueError(
-        f"{argument} must be left out with {kind}, which sets one learning rate for all groups: return an "
-        "optimizer of build_optimizer, and a scheduler with a rate for each group, from configure_optimizers"
+        f"{argument} must not be set with {kind}, which sets one learning rate for all groups: return an "
+        "optimizer from build_optimizer, and a scheduler with a rate for each group, from "
+        "configure_optimizers"
     )
     peaks = [peak([scheduler], group, index) for index, group in enumerate(groups)]
     excluded = [index for index, group in enumerate(groups) if is_excluded(group)]
@@ -119,7 +120,7 @@ def keep_excluded_rate(
             if len(set(peaks)) > 1:
                 raise ValueError(
                     f"{argument} and the rates of {kind} must agree, got {peaks[index]:g} for the excluded "
-                    "group: leave one of them out"
+                    "group: pass only one of them"
                 )
             if unknown(scheduler):
                 raise one_rate_for_all
@@ -131,7 +132,7 @@ def keep_excluded_rate(
 
 
 def rescale(schedulers: Sequence[Any], group: dict[str, Any], index: int, factor: float) -> None:
-    """Multiply the rates of one group, and what torch's schedulers keep of them."""
+    """Multiply the rates of one group, including the copies that torch's schedulers keep."""
     for key in _IN_GROUP:
         if key in group:
             group[key] = group[key] * factor
@@ -143,7 +144,7 @@ def rescale(schedulers: Sequence[Any], group: dict[str, Any], index: int, factor
 
 
 def unknown(*schedulers: Any) -> list[str]:
-    """Return the types of the schedulers that compute rates in a way that neither torch nor we wrote."""
+    """Return the class names of schedulers that compute rates by code of neither torch nor this package."""
     getters = {type(each): getattr(type(each), "get_lr", None) for each in tree(*schedulers)}
     return [
         kind.__name__
@@ -154,7 +155,7 @@ def unknown(*schedulers: Any) -> list[str]:
 
 
 def tree(*schedulers: Any) -> Iterator[Any]:
-    """Return schedulers and those inside them, as in ``SequentialLR`` and ``ChainedScheduler``."""
+    """Yield schedulers and those nested in them, as in ``SequentialLR`` and ``ChainedScheduler``."""
     for scheduler in schedulers:
         yield scheduler
         yield from tree(*getattr(scheduler, "_schedulers", ()))
@@ -167,15 +168,15 @@ def peak(schedulers: Sequence[Any], group: Mapping[str, Any], index: int) -> flo
 
 
 def share(wanted: float, highest: float) -> float:
-    """Return the factor from one rate to another.
+    """Return ``wanted / highest``.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If ``highest`` is 0.
     """
     if highest == 0:
         raise ValueError(
-            "lr must be above 0 under a scheduler where what is excluded has a rate of its own, got 0: the "
-            "schedule cannot be told from it"
+            "lr must be above 0 under a scheduler where excluded parameters have a separate rate, got 0: the "
+            "schedule cannot be inferred from it"
         )
     return wanted / highest
 
@@ -189,13 +190,13 @@ def _rate(lr: float | Tensor, excluded_lr: float | None, excluded_lr_scale: floa
 def check_end(
     scheduler: Any, groups: Sequence[dict[str, Any]], index: int, wanted: float, argument: str
 ) -> None:
-    """Raise ValueError where the scheduler leads all groups to one rate, and this one up to it."""
+    """Raise ValueError if the scheduler ends at one rate for all groups, at or above that of this group."""
     for each in tree(scheduler):
         floor = getattr(each, "eta_min", 0.0)
         if floor > 0 and floor >= wanted:
             raise ValueError(
-                f"{type(each).__name__} must end below {argument}, got eta_min={floor!r}, where "
-                "all groups end: lower it"
+                f"{type(each).__name__} must end below {argument}, got eta_min={floor!r} for all groups: "
+                "lower it"
             )
         if type(each).__name__ == "SWALR" and len({float(group["swa_lr"]) for group in groups}) == 1:
             raise ValueError(

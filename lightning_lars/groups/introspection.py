@@ -1,4 +1,4 @@
-"""Which parameters are adapted, and the rule that excludes the others."""
+"""Decides which parameters are adapted, and by which rule the others are excluded."""
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,11 +22,11 @@ Exclusion = type[nn.Module] | Predicate | str
 """A module type, an fnmatch pattern over parameter names, or a predicate."""
 
 DEFAULT_EXCLUDED: tuple[Exclusion, ...] = (*NORMS, named_norm, running_statistics)
-"""What makes a normalization layer, which ``exclude_norm`` stands for."""
+"""The criteria for a normalization layer, which ``exclude_norm`` enables."""
 
 
 class Layer(NamedTuple):
-    """A parameter, the group that it belongs to if it is trained, and the rule that decided."""
+    """A parameter, the group that it belongs to if it is trained, and the rule that decided this."""
 
     name: str
     parameter: nn.Parameter
@@ -34,9 +34,9 @@ class Layer(NamedTuple):
     group: str
     rule: str
     shape: Size | None
-    """That of the whole layer, where the parameter is a shard of it; None where it is not known."""
+    """Shape of the whole layer, where the parameter is a shard of it; None where it is unknown."""
     module: str
-    """What the owner is called, or what it stands for."""
+    """Class name of the owner, or of the module that it was scripted, traced or exported from."""
 
 
 def classify(
@@ -49,20 +49,20 @@ def classify(
     prefix: str = "",
     strict: bool = True,
 ) -> list[Layer]:
-    """Say of every parameter, frozen ones too, whether it is ``"adapted"`` or ``"excluded"``, and why.
+    """Classify every parameter, frozen ones included, as ``"adapted"`` or ``"excluded"``, with the reason.
 
-    The arguments are those of :func:`~lightning_lars.param_groups`. Where it is not ``strict``,
-    what cannot be known leaves a parameter adapted.
+    The arguments are those of :func:`~lightning_lars.param_groups`. Unless ``strict``, a parameter whose
+    shape or module is unknown stays adapted.
 
     Raises:
-        ValueError: If a pattern matches no name, or a switch is no bool; or if a rule would need to know of a
-            trained parameter what cannot be known, its shape or the module that it is part of.
-        TypeError: If ``module`` is no module, or ``exclude`` holds something else than it may.
+        ValueError: If a pattern matches no name, or a switch is no bool; or if a rule depends on the shape or
+            the module of a trained parameter, and this is unknown.
+        TypeError: If ``module`` is no module, or ``exclude`` holds an object of an unsupported type.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {module!r}: pass the model itself")
     check_switches(exclude_norm=exclude_norm, exclude_bias=exclude_bias, exclude_gain=exclude_gain)
-    # The keys of a dict and the numbers of bytes are nobody's patterns.
+    # Iterating a dict or bytes would yield keys or integers, not patterns.
     if isinstance(exclude, str | bytes | Mapping) or not isinstance(exclude, Iterable):
         exclude = [exclude]  # type: ignore[list-item]
     exclusions = list(exclude)
@@ -104,13 +104,13 @@ def classify(
 
 
 def check_switches(**switches: bool) -> None:
-    """Raise ValueError unless every one of ``exclude_norm`` and its like is True or False."""
+    """Raise ValueError unless every switch (``exclude_norm`` and the like) is True or False."""
     for argument, value in switches.items():
         require(argument, "True or False", value, isinstance(value, bool))
 
 
 def _own_rule(place: Place, parameter: nn.Parameter, exclusions: Sequence[Exclusion], prefix: str) -> str:
-    """Return the user's own rule that excludes the parameter, in the user's words, or ""."""
+    """Return the user's rule that excludes the parameter, as the user wrote it, or ""."""
     name, owner = place.alias.name, place.alias.owner
     for exclusion in exclusions:
         if isinstance(exclusion, str):
@@ -144,33 +144,33 @@ def _check_exclusions(exclusions: Iterable[Exclusion], names: list[str], prefix:
         ):
             raise TypeError(
                 "exclude must hold module types, patterns over parameter names, or predicates "
-                f"(name, parameter, owner) -> bool, got {exclusion!r}: a module in it is meant by its type, "
-                "or by a pattern such as 'head.*'"
+                f"(name, parameter, owner) -> bool, got {exclusion!r}: to exclude one module, use its type "
+                "or a pattern such as 'head.*'"
             )
 
 
 def _unknown_module(name: str) -> ValueError:
     return ValueError(
-        f"module must tell what every parameter is part of, got {name!r} in a graph that does not: group the "
-        "module that was traced or exported, and pass the names that are excluded there as exclude, with "
+        f"module must tell which module owns each parameter, got {name!r} in a graph that does not: group "
+        "the module that was traced or exported, and pass the names that are excluded there as exclude, with "
         "exclude_norm=False and exclude_gain=False"
     )
 
 
 def _unknown_shape(name: str, parameter: nn.Parameter) -> ValueError:
-    way_out = (
-        "call this after a first forward, which gives it one"
+    remedy = (
+        "call this after a first forward, which initializes it"
         if is_lazy(parameter)
-        else "FSDP has cut it, and the wrapper around this module knows it: pass that instead"
+        else "FSDP has sharded it, and only the wrapper around this module knows its shape: pass that instead"
     )
     return ValueError(
-        f"module must tell the shape of {name!r}, which decides whether it is a gain: {way_out}, or pass "
+        f"module must tell the shape of {name!r}, which decides whether it is a gain: {remedy}, or pass "
         "exclude_gain=False"
     )
 
 
 def _flat(name: str) -> ValueError:
     return ValueError(
-        f"module must have its layers as parameters, got {name!r}, into which FSDP has put many: pass "
+        f"module must have one parameter per layer, got {name!r}, into which FSDP has flattened many: pass "
         "use_orig_params=True to FSDP"
     )

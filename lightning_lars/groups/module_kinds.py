@@ -1,4 +1,4 @@
-"""What type a module has, also where it stands for one of another type: scripted, traced or exported."""
+"""Finds the original class of a module, also after it was scripted, traced, exported or wrapped."""
 
 import re
 import sys
@@ -10,15 +10,15 @@ from torch.fx import GraphModule
 
 
 class Kind(NamedTuple):
-    """The type of a module, or of what it stands for."""
+    """The class of a module, or of the original that it was made from."""
 
     known: type[nn.Module] | None
-    """None where only its name is."""
+    """None where only its name is known."""
     name: str
     """Empty where nothing is known."""
 
     def is_a(self, *types: type[nn.Module]) -> bool:
-        """Tell whether the type is one of these, or a subclass."""
+        """Return whether the class is one of these, or a subclass."""
         return self.known is not None and issubclass(self.known, types)
 
 
@@ -26,10 +26,10 @@ UNKNOWN = Kind(None, "")
 
 
 def kinds_of(root: nn.Module) -> dict[nn.Module, Kind]:
-    """Return what every module is, by what it was before it was scripted, traced, exported or wrapped."""
+    """Return the original class of every module, before it was scripted, traced, exported or wrapped."""
     kinds = {module: _kind(module) for module in root.modules()}
     for graph in root.modules():
-        # An exported program, and a traced function of a module, keep parameters in modules without a type.
+        # An exported program, and a traced function of a module, keep parameters in plain nn.Modules.
         if isinstance(graph, GraphModule):
             types = _types_by_path(graph)
         elif _is_unflattened(graph):
@@ -46,7 +46,7 @@ def kinds_of(root: nn.Module) -> dict[nn.Module, Kind]:
 
 def _kind(module: nn.Module) -> Kind:
     if isinstance(module, torch.jit.ScriptModule):
-        # Its compiled type alone remembers where the class was defined.
+        # Only its compiled type records where the class was defined.
         compiled = getattr(module, "_c", None)
         name = compiled._type().qualified_name() if compiled is not None else module.original_name
         return _resolve(name.removeprefix("__torch__."))
@@ -54,7 +54,7 @@ def _kind(module: nn.Module) -> Kind:
         name = getattr(module, "type_name", lambda: None)()
         return _resolve(name) if name else UNKNOWN
     kind = type(module)
-    # FSDP2 and parametrizations put a subclass in the place of a type, with a name made of its name.
+    # FSDP2 and parametrizations replace a class by a subclass, with a name derived from it.
     while True:
         names = {
             f"{prefix}{base.__name__}": base for prefix in ("FSDP", "Parametrized") for base in kind.__bases__
@@ -65,7 +65,7 @@ def _kind(module: nn.Module) -> Kind:
 
 
 def _resolve(qualified_name: str) -> Kind:
-    """Return the type of that name if its module has been imported here."""
+    """Return the class of that name if its module has been imported."""
     parts = [part for part in qualified_name.split(".") if not part.startswith("___torch_mangle_")]
     path, name = ".".join(parts[:-1]), parts[-1]
     known: Any = getattr(sys.modules.get(path or "__main__"), name, None)
@@ -79,11 +79,11 @@ def _resolve(qualified_name: str) -> Kind:
 
 
 def _types_by_path(graph: GraphModule) -> dict[str, Kind]:
-    """Return the types of the modules whose code a graph holds, by where they were in the original."""
+    """Return the classes of the modules that a graph was traced from, by their original paths."""
     kinds = {}
     for node in graph.graph.nodes:
         for path, kind in (node.meta.get("nn_module_stack") or {}).values():
-            # A module that is called again has a number behind its path.
+            # Repeated calls of a module append a number to its path.
             path = re.sub(r"@\d+", "", path)
             kinds[path] = Kind(kind, kind.__name__) if isinstance(kind, type) else _resolve(str(kind))
     return kinds

@@ -1,4 +1,4 @@
-"""What a model itself leaves out of weight decay, by the convention of timm, Swin and BEiT."""
+"""Parameters that a model itself excludes from weight decay, by the convention of timm, Swin and BEiT."""
 
 import inspect
 from collections.abc import Collection, Iterator
@@ -12,16 +12,16 @@ from lightning_lars.groups.parameter_names import clean_path, without_wrappers
 
 
 class Listed(NamedTuple):
-    """What a module lists, by where it stands in the model."""
+    """The names that a module lists, with its path in the model."""
 
     path: str
     names: frozenset[str]
-    """Of parameters, or of modules with all that they hold."""
+    """Names of parameters, or of modules with all their parameters."""
     keywords: frozenset[str]
-    """Parts of names."""
+    """Substrings of names."""
 
     def holds(self, name: str) -> bool:
-        """Tell whether a parameter is listed, by its name in the whole model."""
+        """Return whether a parameter is listed, by its name in the whole model."""
         if self.path:
             if not name.startswith(f"{self.path}."):
                 return False
@@ -32,11 +32,10 @@ class Listed(NamedTuple):
 
 
 def listed_in(model: nn.Module) -> list[Listed]:
-    """Return what the model, and each of its submodules, lists in ``no_weight_decay()``.
+    """Return the names that the model, and each of its submodules, lists in ``no_weight_decay()``.
 
-    The names are those that the module itself knows. Swin lists parts of names in
-    ``no_weight_decay_keywords()`` too. Anything of these names that is no list of strings is not the
-    convention.
+    The names are relative to the module. Swin also lists substrings in ``no_weight_decay_keywords()``. An
+    attribute of these names that is no collection of strings is ignored.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     listed = (
@@ -65,9 +64,9 @@ def _strings(module: nn.Module, attribute: str) -> frozenset[str]:
 
 @contextmanager
 def _no_collectives(module: nn.Module) -> Iterator[None]:
-    """Keep models that look for names in their ``state_dict()`` from gathering what FSDP1 has cut.
+    """Keep models that look up names in their ``state_dict()`` from gathering the shards of FSDP1.
 
-    A part of a model that is asked before its first forward would also take itself for the whole.
+    A submodule that is asked before its first forward would also become an FSDP root.
     """
     if any(isinstance(each, FullyShardedDataParallel) for each in module.modules()):
         names = {without_wrappers(name): tensor for name, tensor in module.named_parameters()}

@@ -1,4 +1,4 @@
-"""What the optimizers of a training are called in its log, and in messages."""
+"""Names of a run's optimizers, in the log and in messages."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ AnyOptimizer = TypeVar("AnyOptimizer")
 
 
 def kinds(optimizers: Sequence[Optimizer]) -> list[str]:
-    """Return the types of the optimizers, without the stand-in that Lightning takes for none.
+    """Return the class names of the optimizers, without Lightning's placeholder for none.
 
     Example:
         >>> import torch
@@ -22,9 +22,9 @@ def kinds(optimizers: Sequence[Optimizer]) -> list[str]:
 
 
 def by_name(optimizers: Sequence[AnyOptimizer]) -> dict[str, AnyOptimizer]:
-    """Return the optimizers by what stands before the last part of their keys.
+    """Return the optimizers by the prefix of their keys in the log.
 
-    Several are numbered as ``LearningRateMonitor`` does.
+    Several optimizers of one class are numbered as in ``LearningRateMonitor``.
 
     Example:
         >>> from lightning_lars.groups.optimizer_names import by_name

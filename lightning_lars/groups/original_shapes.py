@@ -1,4 +1,4 @@
-"""The shapes that parameters had before a strategy flattened and cut them."""
+"""The shapes that parameters had before a strategy flattened and sharded them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,15 +9,15 @@ from torch.nn.parameter import is_lazy
 
 
 def sharded_shapes(module: nn.Module) -> dict[Tensor, Size]:
-    """Return the original shapes of the parameters that FSDP1 has flattened and cut.
+    """Return the original shapes of the parameters that FSDP1 has flattened and sharded.
 
-    Those that belong to no wrapper inside the module are known to the one around it, which a LightningModule
-    leads to through ``trainer.model``.
+    Parameters outside any wrapper within the module belong to the one around it, which a LightningModule
+    reaches through ``trainer.model``.
     """
     shapes: dict[Tensor, Size] = {}
     for root in {module, _model_of_trainer(module)}:
         for each in root.modules():
-            # Only its handle knows them, which has no public name.
+            # Only its handle knows the shapes, and has no public name.
             handle: Any = getattr(each, "_handle", None) if _is_fsdp1(each) else None
             if handle is not None:
                 flat = handle.flat_param
@@ -26,25 +26,25 @@ def sharded_shapes(module: nn.Module) -> dict[Tensor, Size]:
 
 
 def original_shape(parameter: Tensor, shapes: Mapping[Tensor, Size]) -> Size | None:
-    """Return the shape of a whole layer; None where it cannot be known.
+    """Return the shape of a whole layer; None where it is unknown.
 
     Args:
-        parameter: A parameter, or what a strategy has put in its place. That of a DTensor is whole anyway.
-        shapes: What :func:`sharded_shapes` returned.
+        parameter: A parameter, or the shard that has replaced it. A DTensor has the global shape.
+        shapes: The result of :func:`sharded_shapes`.
     """
     if parameter in shapes:
         return Size(shapes[parameter])
     # Set by DeepSpeed ZeRO stage 3, which leaves an empty tensor.
     if hasattr(parameter, "ds_shape"):
         return Size(parameter.ds_shape)
-    # FSDP1 marks what is part of a flat parameter.
+    # FSDP1 marks views of a flat parameter.
     if is_lazy(parameter) or is_flat(parameter) or getattr(parameter, "_fsdp_flattened", False):
         return None
     return parameter.shape
 
 
 def is_flat(parameter: Tensor) -> bool:
-    """Tell whether FSDP1, torch's or fairscale's, has put many layers into this one parameter."""
+    """Return whether FSDP1, torch's or fairscale's, has flattened many layers into this parameter."""
     return isinstance(parameter, FlatParameter) or type(parameter).__name__ == "FlatParameter"
 
 

@@ -1,4 +1,4 @@
-"""Which layers are adapted and decayed, by module introspection."""
+"""Builds parameter groups, and optimizers over them, by module introspection."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,7 +12,7 @@ from lightning_lars.groups.excluded_rate import check_excluded_rate, is_excluded
 from lightning_lars.groups.introspection import Exclusion, classify
 
 EXCLUDED = {"layer_adaptation": False, "weight_decay": 0.0}
-"""What a group is given to take steps of plain SGD or Adam, without decay."""
+"""The group keys for plain SGD or Adam steps without weight decay."""
 
 
 def param_groups(
@@ -24,40 +24,40 @@ def param_groups(
     exclude_gain: bool = True,
     prefix: str = "",
 ) -> list[dict[str, Any]]:
-    """Split a module's parameters into those that are adapted and decayed and those that are not.
+    """Split a module's parameters into an adapted and decayed group and one excluded from both.
 
-    The split is by what a parameter is part of, and by its original shape: the same for a module and for what
-    FSDP, FSDP2, tensor parallelism, DDP, Fabric, ``torch.compile`` or activation checkpointing make of it.
-    Excluded are
+    The split depends on the module that owns a parameter and on its original shape: it is the same before and
+    after wrapping by FSDP, FSDP2, tensor parallelism, DDP, Fabric, ``torch.compile`` or activation
+    checkpointing. Excluded are
 
-    1. every parameter of a normalization layer: torch's, with their subclasses, and modules that have "norm"
-       in the name of their type or keep running statistics;
-    2. every bias, those of recurrent and attention layers included, except tables of biases to look up;
-    3. every gain: scalars and vectors, whatever they are broadcast along, that are no weights of a linear,
-       convolutional, embedding, attention or recurrent layer (layer scale, gates, temperatures, slopes), and
-       what a module of another kind broadcasts over the batch, with a first dimension of 1 (class tokens,
-       position embeddings);
-    4. what the model, or a submodule, lists in ``no_weight_decay()``, by name or by module.
+    1. every parameter of a normalization layer: torch's and their subclasses, and modules that have "norm"
+       in their class name or keep running statistics;
+    2. every bias, including those of recurrent and attention layers, except lookup tables of biases;
+    3. every gain: scalars and vectors, whichever dimensions they are broadcast along, that are not weights of
+       a linear, convolutional, embedding, attention or recurrent layer (layer scale, gates, temperatures,
+       slopes), and parameters that other modules broadcast over the batch, with a first dimension of 1 (class
+       tokens, position embeddings);
+    4. parameters that the model, or a submodule, lists in ``no_weight_decay()``, by name or by module.
 
     Args:
         module: The model, wrapped or not.
-        exclude: What is neither adapted nor decayed beside these: module types (with their subclasses),
-            fnmatch patterns over parameter names, and predicates ``(name, parameter, owner) -> bool``.
+        exclude: Further parameters to exclude: module types (with their subclasses), fnmatch patterns over
+            parameter names, and predicates ``(name, parameter, owner) -> bool``.
         exclude_norm: Whether normalization layers are excluded.
-        exclude_bias: Whether biases are excluded, those of normalization layers too.
+        exclude_bias: Whether biases are excluded, including those of normalization layers.
         exclude_gain: Whether gains are excluded.
-        prefix: Stands, with a dot, before the names of parameters and groups, so that an optimizer can have
+        prefix: Prepended, with a dot, to the names of parameters and groups, so that an optimizer can hold
             the groups of several modules: ``"backbone"``.
 
     Returns:
         Up to two groups of ``(name, parameter)`` pairs for any ``torch.optim`` optimizer: ``"adapted"``,
-        and ``"excluded"`` with ``layer_adaptation=False, weight_decay=0.0``. Every trainable parameter
-        stands in one of them once, a tied one under its first name.
+        and ``"excluded"`` with ``layer_adaptation=False, weight_decay=0.0``. Every trainable parameter is in
+        one of them once, a tied one under its first name.
 
     Raises:
         ValueError: If the module has no trainable parameter, a pattern matches none of its names, or a rule
-            would need to know of a parameter what cannot be known: the original shape of a lazy one, or what
-            one is part of in an exported graph that does not tell.
+            depends on unknown facts about a parameter: the original shape of a lazy one, or its module in an
+            exported graph that does not record it.
 
     Example:
         >>> from torch import nn
@@ -84,7 +84,7 @@ def param_groups(
     if not any(named.values()):
         raise ValueError(
             f"module must have at least one parameter with requires_grad=True, got {type(module).__name__} "
-            f"with {len(layers)} frozen ones: unfreeze some, or call this where the layers exist already"
+            f"with {len(layers)} frozen ones: unfreeze some, or call this after the layers were created"
         )
     groups: list[dict[str, Any]] = [
         {"params": named["adapted"], "name": f"{prefix}adapted"},
@@ -113,9 +113,9 @@ def explain_param_groups(
         prefix: As for :func:`param_groups`.
 
     Returns:
-        A table to print with rich: name, original shape, type of the owning module, group (``"frozen"`` for
-        parameters without ``requires_grad``), and the rule that decided: what makes the module a
-        normalization layer, ``bias``, ``gain``, ``no_weight_decay``, or your own.
+        A table to print with rich: name, original shape, class of the owning module, group (``"frozen"`` for
+        parameters without ``requires_grad``), and the rule that decided: the criterion for a normalization
+        layer, ``bias``, ``gain``, ``no_weight_decay``, or your own.
 
     Raises:
         ValueError: As :func:`param_groups`, though not for a module without trainable parameters.
@@ -168,7 +168,7 @@ def build_optimizer(
     excluded_lr_scale: float = 1.0,
     **optimizer_kwargs: Any,
 ) -> Optimizer:
-    """Build an optimizer over :func:`param_groups`: what a ``configure_optimizers`` calls.
+    """Build an optimizer over :func:`param_groups`, for use in ``configure_optimizers``.
 
     Args:
         module: As for :func:`param_groups`.
@@ -178,24 +178,24 @@ def build_optimizer(
         exclude_norm: As for :func:`param_groups`.
         exclude_bias: As for :func:`param_groups`.
         exclude_gain: As for :func:`param_groups`.
-        prefix: As for :func:`param_groups`. More parts join by ``optimizer.add_param_group(group)`` for each
-            group of :func:`param_groups`, under another prefix.
-        excluded_lr: Learning rate of the excluded group, above 0, whatever ``lr`` is. What is excluded
-            takes steps of plain SGD (LARS) or Adam (LAMB), whose rates are far below those of layers with
-            trust ratios. Schedules and warmup act on it; ``BatchSizeScaling`` does not, as the group has
-            ``batch_size_scaling=False``. None leaves ``lr``.
-        excluded_lr_scale: The same as a factor, above 0, on ``lr`` (Barlow Twins: 0.024). Not together with
-            ``excluded_lr``. Both are lost to schedulers that set one rate for all groups: pass a list, as in
-            ``OneCycleLR(optimizer, max_lr=[3.2, 0.05])``.
-        **optimizer_kwargs: Handed to ``optimizer``.
+        prefix: As for :func:`param_groups`. To add further modules, call ``optimizer.add_param_group(group)``
+            for each of their :func:`param_groups`, with another prefix.
+        excluded_lr: Learning rate of the excluded group, above 0, independent of ``lr``. Excluded parameters
+            take plain SGD (LARS) or Adam (LAMB) steps, whose rates are far below those of layers with trust
+            ratios. Schedules and warmup apply to it; ``BatchSizeScaling`` does not, because the group has
+            ``batch_size_scaling=False``. None keeps ``lr``.
+        excluded_lr_scale: The same as a factor, above 0, on ``lr`` (Barlow Twins: 0.024). Mutually exclusive
+            with ``excluded_lr``. Schedulers that set one rate for all groups overwrite both: pass a list, as
+            in ``OneCycleLR(optimizer, max_lr=[3.2, 0.05])``.
+        **optimizer_kwargs: Passed to ``optimizer``.
 
     Returns:
-        What ``optimizer`` returned.
+        The optimizer that ``optimizer`` returned.
 
     Raises:
         ValueError: As :func:`param_groups`; if ``excluded_lr`` or ``excluded_lr_scale`` is not above 0, if
-            both are given, or if there is no excluded group for them to act on.
-        TypeError: If ``optimizer`` cannot be called, or what it returns is no optimizer.
+            both are given, or if there is no excluded group to apply them to.
+        TypeError: If ``optimizer`` is not callable, or does not return an optimizer.
 
     Example:
         >>> from torch import nn
@@ -223,7 +223,7 @@ def build_optimizer(
         raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {built!r} from {optimizer!r}")
     for group in built.param_groups:
         if isinstance(group.get("lr"), Tensor):
-            # A scheduler writes into the tensor of each group: one that is shared would be scaled twice.
+            # A scheduler writes into the tensor of each group: a shared tensor would be scaled twice.
             group["lr"] = group["lr"].clone()
     excluded = [group for group in built.param_groups if is_excluded(group)]
     set_excluded_rate(excluded, excluded_lr, excluded_lr_scale)
@@ -237,17 +237,18 @@ def _with_dot(prefix: str) -> str:
 
 
 def check_holds_parameters(optimizer: Optimizer, module: nn.Module) -> None:
-    """Raise if an optimizer would train nothing of a module.
+    """Raise if an optimizer holds none of a module's parameters, and so would not train it.
 
-    So it is with one that was built before ``configure_model`` or a strategy replaced the parameters.
+    This happens if it was built before ``configure_model`` or a strategy replaced the parameters.
 
     Raises:
-        ValueError: If no parameter of the optimizer is one of the module.
+        ValueError: If the optimizer holds none of the module's parameters.
     """
-    of_module = set(module.parameters())
-    if not any(p in of_module for group in optimizer.param_groups for p in group["params"]):
+    params = set(module.parameters())
+    if not any(p in params for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
             f"optimizer must hold parameters of the module, got {type(optimizer).__name__} with none of "
             f"{type(module).__name__}: it was built before they were replaced (configure_model, FSDP2, "
-            "tensor parallel). Build it in configure_optimizers, or use LargeBatchCLI, which builds it late"
+            "tensor parallelism). Build it in configure_optimizers, or use LargeBatchCLI, which builds it "
+            "after configure_model and the strategy have run"
         )

@@ -1,4 +1,4 @@
-"""The names of parameters, which no wrapper changes, and the modules that they are part of."""
+"""Names of parameters, free of wrapper prefixes, and the modules that own them."""
 
 import re
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_lars.class_names import has_class_named
 
-# What torch.compile, FSDP1, activation checkpointing and Fabric call what they wrap.
+# Attributes of torch.compile, FSDP1, activation checkpointing and Fabric for the wrapped module.
 _WRAPPED = (
     "_orig_mod",
     "_fsdp_wrapped_module",
@@ -20,24 +20,24 @@ _WRAPPER_PART = re.compile(rf"(?<![^.])({'|'.join(_WRAPPED)})\.")
 
 _ORIGINAL = re.compile(r"original\d*")
 
-# These call it "module", as users do too. By name, as several packages have a class of it.
+# These call it "module", as users may too. By class name, because several packages define such a class.
 _DATA_PARALLEL = {"AveragedModel", "DataParallel", "DeepSpeedEngine", "DistributedDataParallel",
                   "FullyShardedDataParallel", "ShardedDataParallel"}  # fmt: skip
 
 
 class Alias(NamedTuple):
-    """One way to reach a parameter: tied parameters have several."""
+    """One path to a parameter; tied parameters have several."""
 
     name: str
     attribute: str
     owner: nn.Module
-    """What the parameter is part of: not the list that holds it."""
+    """The module that the parameter belongs to; never a ParameterList or parametrization."""
     holder: nn.Module
     """Where it is registered."""
 
 
 def aliases_of(module: nn.Module) -> dict[nn.Parameter, list[Alias]]:
-    """Return all ways to reach each parameter of a module, in its order."""
+    """Return all paths to each parameter of a module, in the module's order."""
     aliases: dict[nn.Parameter, list[Alias]] = {}
     modules = dict(module.named_modules(remove_duplicate=False))
     for path, holder in modules.items():
@@ -46,7 +46,7 @@ def aliases_of(module: nn.Module) -> dict[nn.Parameter, list[Alias]]:
             name = f"{clean}.{attribute}" if clean else attribute
             owner = holder
             if _is_parametrized(path, attribute, holder):
-                # `fc.parametrizations.weight` holds what the `weight` of `fc` is computed from.
+                # `fc.parametrizations.weight` holds the tensors from which `fc.weight` is computed.
                 *outer, _, of = path.split(".")
                 attribute = f"{of}_g" if _is_length(holder, attribute) else of
                 owner = holder = modules[".".join(outer)]
@@ -64,11 +64,11 @@ def names_of(module: nn.Module) -> dict[Tensor, str]:
 
 
 def clean_path(path: str, modules: dict[str, nn.Module]) -> str:
-    """Return the path of a module without the parts that wrappers add.
+    """Return the path of a module without the components that wrappers add.
 
     Args:
-        path: As ``named_modules`` calls it.
-        modules: What ``named_modules`` returned.
+        path: A path of ``named_modules``.
+        modules: All modules by their paths of ``named_modules``.
     """
     parts = path.split(".")
     return ".".join(
@@ -79,7 +79,7 @@ def clean_path(path: str, modules: dict[str, nn.Module]) -> str:
 
 
 def without_wrappers(name: str) -> str:
-    """Return a name without the parts that can be told from it to be those of wrappers."""
+    """Return a name without components that are unambiguously those of wrappers."""
     return _WRAPPER_PART.sub("", name)
 
 

@@ -1,4 +1,4 @@
-"""What a parameter does in the module that it is part of: norm, bias, gain or weight."""
+"""The role of a parameter in the module that owns it: norm, bias, gain or weight."""
 
 import math
 import re
@@ -11,14 +11,14 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_lars.groups.module_kinds import Kind, kinds_of
 from lightning_lars.groups.parameter_names import Alias
 
-# _NormBase is the one ancestor of the batch, sync-batch and instance norms and their lazy forms.
+# _NormBase is the common base class of the batch, sync-batch and instance norms and their lazy variants.
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
 
-# "Norm" as a word of its own: LayerNorm, RMSNorm2d, batch_norm, BatchNormalization; neither
+# "Norm" as a separate word: LayerNorm, RMSNorm2d, batch_norm, BatchNormalization; neither
 # NormalizedLinear, nor the reparametrizations WeightNorm and SpectralNorm, which normalize no activation.
 _NORM_WORD = re.compile(r"(?<!Weight)(?<!Spectral)(Norm|norm|NORM)(alization)?(?![a-z])")
 
-# What has weights to adapt, by its base class, or by a word in its name.
+# Layers with weights to adapt, by base class, or by a word in the class name.
 _WEIGHTED = (
     nn.Bilinear,
     nn.Embedding,
@@ -34,12 +34,12 @@ _WEIGHTED_WORD = re.compile(
     r"MLP|Mlp|Proj|RNN|Router"
 )
 
-# The weights of these layers in torch, also as weight_norm and spectral_norm split them, but for the lengths
-# of rows, which scale them as gains do.
+# The weights of these layers in torch, also as split by weight_norm and spectral_norm, except for the lengths
+# of rows, which act as gains.
 _WEIGHT = re.compile(r"((in|[qkv])_proj_)?weight(_(ih|hh|hr)(_l\d+)?(_reverse)?)?(_v|_orig)?")
 _LENGTH = re.compile(r".*weight.*_g")
 _WEIGHT_WORD = re.compile(r"(.*_)?weights?")
-# A table of biases to look up is none, nor is what computes or scales one.
+# A lookup table of biases is no bias, nor is a parameter that computes or scales one.
 _NO_BIAS = {
     "embed",
     "embedding",
@@ -52,7 +52,7 @@ _NO_BIAS = {
     "weight",
     "weights",
 }
-# Gains of several heads or branches, and tokens, can be stacked in a matrix: only their names tell.
+# Gains of several heads or branches, and tokens, may be stacked in a matrix: only their names tell.
 _GAIN_WORDS = {
     "alpha",
     "gain",
@@ -68,20 +68,20 @@ _GAIN_WORDS = {
     "token",
     "tokens",
 }
-# What a table is looked up by is a position: others are matrices of what their names say.
+# Only tables indexed by position are lookup tables; others are matrices of what their names say.
 _TABLE_WORDS = {"table", "tables"}
 _POSITION_WORDS = {"bias", "pos", "position", "rel", "relative"}
 
 
 class Place(NamedTuple):
-    """One of the places where a parameter stands."""
+    """One occurrence of a parameter in a model: tied parameters have several."""
 
     alias: Alias
     kind: Kind
-    """What its owner is."""
+    """Class of its owner."""
 
     def norm(self) -> str:
-        """Return what makes the owner a normalization layer, or ""."""
+        """Return the criterion by which the owner is a normalization layer, or ""."""
         for norm in NORMS:
             if self.kind.is_a(norm):
                 return norm.__name__.removeprefix("_")
@@ -90,25 +90,25 @@ class Place(NamedTuple):
         return running_statistics.__name__ if _keeps_statistics(self.alias.owner, self.kind) else ""
 
     def is_bias(self, shape: Size | None) -> bool:
-        """Tell whether the parameter is added as it is: an own ``pos_bias_u`` of an attention is one too."""
+        """Return whether the parameter is a bias, including an attention's own ``pos_bias_u``."""
         words = _words(self.alias.attribute)
         if "bias" not in words or _NO_BIAS & set(words[words.index("bias") :]):
             return False
-        # Added to attention as it is, a relative bias would have a dimension for each of head, query and key.
+        # A relative bias added to attention directly would have dimensions for head, query and key.
         return not (_is_matrix(shape) and (set(words) & {"rel", "relative"} or "Embedding" in self.kind.name))
 
     def is_gain(self, shape: Size | None) -> bool | None:
-        """Tell whether the parameter scales or shifts what a layer gives, or stands for an input.
+        """Return whether the parameter scales or shifts activations, or replaces an input.
 
-        Such are scalars, vectors whatever they are broadcast along, what is broadcast over the batch, and
-        matrices of gains or tokens that are called so. Not so the weights of a layer, which can have an input
+        Gains are scalars, vectors whichever dimensions they are broadcast along, parameters broadcast over
+        the batch, and matrices of gains or tokens by name; never the weights of a layer, even with an input
         or output of size 1.
 
         Args:
-            shape: That of the whole parameter, if it is known.
+            shape: Shape of the whole parameter, or None if unknown.
 
         Returns:
-            None where the answer hangs on a shape that is not known.
+            None where the answer depends on an unknown shape.
         """
         attribute, weighted = self.alias.attribute, self.kind.is_a(*_WEIGHTED)
         words = _words(attribute)
@@ -120,29 +120,29 @@ class Place(NamedTuple):
         if shape is None:
             return None
         is_vector = sum(size > 1 for size in shape) <= 1
-        # By its name alone: the type is the user's, or not known where it was scripted or exported elsewhere.
-        called = _WEIGHTED_WORD.search(self.kind.name) or self.kind.known is None
-        if called and _WEIGHT_WORD.fullmatch(attribute) and (len(shape) == 2 or not is_vector):
+        # By class name alone: the class is the user's, or unknown if it was scripted or exported elsewhere.
+        weighted_by_name = _WEIGHTED_WORD.search(self.kind.name) or self.kind.known is None
+        if weighted_by_name and _WEIGHT_WORD.fullmatch(attribute) and (len(shape) == 2 or not is_vector):
             return False
         last = next((word for word in reversed(words) if word not in _TABLE_WORDS), "")
         if weighted:
-            # What a subclass adds to its weight. Of two dimensions, it may be a factor of rank 1 (LoRA).
+            # A parameter that a subclass adds. With two dimensions, it may be a factor of rank 1 (LoRA).
             is_factor = len(shape) == 2 and math.prod(shape) > 1
             return last in _GAIN_WORDS or (is_vector and not is_factor)
         return is_vector or shape[0] == 1 or last in _GAIN_WORDS
 
 
 def named_norm(name: str, parameter: Tensor, owner: nn.Module) -> bool:
-    """Tell whether the owner is a normalization layer by the name of its type.
+    """Return whether the owner is a normalization layer by its class name.
 
     A module with submodules that own parameters is a block around a normalization (``PreNormBlock``), not
-    one itself; nor is one that its base class, or its name behind the norm, calls a linear layer or the like.
+    one itself; nor is a class that derives from a weighted layer, or that names one after "norm".
     """
     return _is_norm_by_name(owner, kinds_of(owner)[owner])
 
 
 def running_statistics(name: str, parameter: Tensor, owner: nn.Module) -> bool:
-    """Tell whether the owner is a normalization layer, whatever its name, as it keeps running statistics."""
+    """Return whether the owner is a normalization layer because it keeps running statistics."""
     return _keeps_statistics(owner, kinds_of(owner)[owner])
 
 
@@ -157,7 +157,7 @@ def _is_matrix(shape: Size | None) -> bool:
 
 def _is_norm_by_name(owner: nn.Module, kind: Kind) -> bool:
     norm = _NORM_WORD.search(kind.name)
-    # AttentionNorm is the norm of an attention, LayerNormMLP a norm and an MLP in one piece.
+    # AttentionNorm is the norm of an attention, LayerNormMLP a fused norm and MLP.
     if norm is None or _WEIGHTED_WORD.search(kind.name, norm.end()) or kind.is_a(*_WEIGHTED):
         return False
     return not _is_block(owner)

@@ -1,4 +1,4 @@
-"""Splits the groups of an optimizer that exists, and what schedulers keep for each of them."""
+"""Splits the groups of an existing optimizer, and the per-group values of its schedulers."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_lars.groups.param_groups import EXCLUDED
 
-# What the schedulers of torch and timm keep for each group, beside what they keep in it.
+# Lists of the schedulers of torch and timm with an entry for each group.
 _PER_GROUP = {
     "_last_lr",
     "base_lrs",
@@ -24,7 +24,7 @@ _PER_GROUP = {
     "restore_lr",
     "warmup_steps",
 }
-# What schedulers of other packages may keep in lists that have nothing to do with groups.
+# Lists of schedulers of other packages that are unrelated to groups.
 _NOT_PER_GROUP = {"_milestones", "_schedule_phases", "_schedulers", "decay_t", "milestones", "noise_range_t"}
 _KNOWN_PACKAGES = ("torch", "lightning_lars", "lightning", "pytorch_lightning", "timm")
 
@@ -32,27 +32,27 @@ _KNOWN_PACKAGES = ("torch", "lightning_lars", "lightning", "pytorch_lightning", 
 def split_groups(
     groups: Sequence[Mapping[str, Any]], excluded: Collection[Tensor], names: Mapping[Tensor, str]
 ) -> list[tuple[int, dict[str, Any]]]:
-    """Return the adapted and the excluded part of every group, each with the number of the group.
+    """Split every group into an adapted and an excluded one, each with the index of its origin.
 
     Args:
-        groups: The groups of an optimizer, which stay as they are.
+        groups: The groups of an optimizer, which are not modified.
         excluded: Parameters that are to be neither adapted nor decayed.
-        names: The names of parameters, or nothing to keep those that the groups have.
+        names: The names of parameters, or empty to keep those of the groups.
 
     Returns:
-        New groups. None of them shares a tensor, and no two have the same name.
+        New groups. They share no tensors, and their names are unique.
     """
     split: list[tuple[int, dict[str, Any]]] = []
     seen: Counter[str] = Counter()
     for number, group in enumerate(groups):
-        # As LearningRateMonitor calls a group without a name.
-        called = f"{group.get('name', f'pg{number + 1}')}/" if len(groups) > 1 or "name" in group else ""
+        # As in LearningRateMonitor, groups without a name are numbered.
+        prefix = f"{group.get('name', f'pg{number + 1}')}/" if len(groups) > 1 or "name" in group else ""
         known = names or dict(zip(group["params"], group.get("param_names", ()), strict=False))
         for part, overrides in (("adapted", {}), ("excluded", EXCLUDED)):
             params = [p for p in group["params"] if (p in excluded) == (part == "excluded")]
             if not params:
                 continue
-            name = called + part
+            name = prefix + part
             seen[name] += 1
             values = {
                 key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()
@@ -68,15 +68,15 @@ def split_groups(
     return split
 
 
-def are_apart(groups: Sequence[Mapping[str, Any]], split: Sequence[tuple[int, Mapping[str, Any]]]) -> bool:
-    """Tell whether the groups hold already what they would hold after they were split."""
+def are_split(groups: Sequence[Mapping[str, Any]], split: Sequence[tuple[int, Mapping[str, Any]]]) -> bool:
+    """Return whether the groups are already split as they would be."""
     return len(split) == len(groups) and all(
         groups[number].get(key) == part[key] for number, part in split for key in EXCLUDED if key in part
     )
 
 
-def follow(scheduler: Any, optimizer: Optimizer, origins: Sequence[int]) -> None:
-    """Give every new group what the scheduler, and those inside it, kept for the group that it came from.
+def extend_per_group_values(scheduler: Any, optimizer: Optimizer, origins: Sequence[int]) -> None:
+    """Extend the per-group values of a scheduler, and of those nested in it, to the new groups.
 
     Args:
         scheduler: A scheduler of the optimizer.
@@ -84,25 +84,25 @@ def follow(scheduler: Any, optimizer: Optimizer, origins: Sequence[int]) -> None
         origins: For each new group, the number of the old one.
 
     Raises:
-        TypeError: If a scheduler keeps lists of which it cannot be known whether they are of groups.
+        TypeError: If a scheduler has lists that may or may not be per group.
     """
     old = optimizer.param_groups
     for each in schedulers_in(scheduler, optimizer):
         is_known = type(each).__module__.split(".")[0] in _KNOWN_PACKAGES
         for attribute, kept in list(_attributes(each).items()):
-            if not _may_be_of_groups(kept, old):
+            if not _may_be_per_group(kept, old):
                 continue
             if attribute in _PER_GROUP:
-                setattr(each, attribute, _grown(kept, origins))
+                setattr(each, attribute, _extended(kept, origins))
             elif not is_known and attribute not in _NOT_PER_GROUP:
                 raise TypeError(
-                    f"{type(each).__name__} keeps {attribute!r}, of which it cannot be known whether it has "
-                    "an entry for each group of the optimizer"
+                    f"{type(each).__name__} keeps {attribute!r}, which may or may not have an entry for each "
+                    "group of the optimizer"
                 )
 
 
-def _may_be_of_groups(kept: Any, groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Tell whether a scheduler's attribute has an entry for each group: a list, an array or a dict."""
+def _may_be_per_group(kept: Any, groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether a scheduler's attribute may have an entry for each group: a list, an array or a dict."""
     if isinstance(kept, Mapping):
         names = [group.get("name") for group in groups]
         return list(kept) in (list(range(len(groups))), names)
@@ -113,7 +113,7 @@ def _may_be_of_groups(kept: Any, groups: Sequence[Mapping[str, Any]]) -> bool:
     return any(isinstance(entry, Real | Tensor | Mapping) or callable(entry) for entry in kept)
 
 
-def _grown(kept: Any, origins: Sequence[int]) -> Any:
+def _extended(kept: Any, origins: Sequence[int]) -> Any:
     if isinstance(kept, list | tuple):
         return type(kept)(kept[origin] for origin in origins)
     if isinstance(kept, Mapping):
@@ -123,9 +123,9 @@ def _grown(kept: Any, origins: Sequence[int]) -> Any:
 
 
 def schedulers_in(scheduler: Any, optimizer: Optimizer) -> list[Any]:
-    """Return a scheduler and those of the same optimizer inside it, whatever it calls them.
+    """Return a scheduler and those of the same optimizer nested in it, under any attribute.
 
-    Nothing, if neither it nor one inside it knows the optimizer.
+    Empty if neither it nor a nested one refers to the optimizer.
     """
     found = [scheduler]
     for outer in found:
@@ -146,7 +146,7 @@ def _attributes(scheduler: Any) -> dict[str, Any]:
 
 @contextmanager
 def all_or_nothing(optimizers: Iterable[Optimizer], schedulers: Sequence[Any]) -> Iterator[None]:
-    """Put groups and schedulers back as they were where an error ends the block."""
+    """Restore groups and schedulers if the block raises."""
     groups = [(optimizer, list(optimizer.param_groups)) for optimizer in optimizers]
     attributes = [
         (each, dict(_attributes(each)))
@@ -167,7 +167,7 @@ def all_or_nothing(optimizers: Iterable[Optimizer], schedulers: Sequence[Any]) -
 
 
 def inner_optimizer(optimizer: Optimizer) -> Optimizer | None:
-    """Return an optimizer inside this one that has groups of its own, which would not follow."""
+    """Return a nested optimizer with separate groups, which would not be split, or None."""
     for each in vars(optimizer).values():
         if isinstance(each, Optimizer) and each.param_groups is not optimizer.param_groups:
             return each

@@ -1,6 +1,6 @@
-"""The learning rate: its curves and their scheduler, rules of batch-size scaling, and factors for one step.
+"""The learning rate: schedules, rules for batch-size scaling, and factors applied inside a step.
 
-Torch only: the folder `trainer` applies it to a Trainer.
+Depends on torch only; the folder `trainer` connects it to a Trainer.
 """
 
 from lightning_lars.learning_rate.batch_scaling import scale_adam, scaling_exponent, scaling_factor

@@ -1,4 +1,4 @@
-"""Rules that turn a batch size into a factor on the learning rate."""
+"""Rules that scale the learning rate with the batch size."""
 
 import math
 from typing import Literal
@@ -10,7 +10,7 @@ SCALING_RULES = ("linear", "sqrt", "adam_sqrt", "none")
 
 
 def scaling_factor(batch_size: float, base_batch_size: float, rule: ScalingRule | float) -> float:
-    """Return the factor on a learning rate that was found at ``base_batch_size``.
+    """Return the factor on a learning rate that was tuned at ``base_batch_size``.
 
     ::
 
@@ -21,7 +21,7 @@ def scaling_factor(batch_size: float, base_batch_size: float, rule: ScalingRule 
 
     Args:
         batch_size: Effective batch size, above 0.
-        base_batch_size: Batch size that the learning rate belongs to, above 0.
+        base_batch_size: Batch size at which the learning rate was tuned, above 0.
         rule: One of the names above, or the exponent.
 
     Raises:
@@ -53,15 +53,14 @@ def scaling_exponent(rule: ScalingRule | float) -> float:
 
 
 def scale_adam(betas: tuple[float, float], eps: float, ratio: float) -> tuple[tuple[float, float], float]:
-    """Scale what Adam needs beside the square root of its learning rate.
+    """Scale Adam's betas and eps for a larger batch, to go with the square root of the learning rate.
 
     ::
 
         beta' = 1 - ratio * (1 - beta)
         eps' = eps / sqrt(ratio)
 
-    Malladi et al. 2022, arXiv:2205.10287, the square root scaling rule, for a batch ``ratio`` times as
-    large.
+    Malladi et al. 2022, arXiv:2205.10287: the square root scaling rule, for a batch ``ratio`` times as large.
 
     Args:
         betas: Adam's betas at the base batch size.
@@ -85,7 +84,7 @@ def scale_adam(betas: tuple[float, float], eps: float, ratio: float) -> tuple[tu
         largest = min(1 / (1 - beta) for beta in betas)
         raise ValueError(
             f'rule="adam_sqrt" holds up to {largest:.4g} times the base batch size with betas={betas}, '
-            f'got {ratio:.4g} times: use rule="sqrt" or a base batch size nearer to it'
+            f'got {ratio:.4g} times: use rule="sqrt" or a larger base batch size'
         )
     return (scaled[0], scaled[1]), eps / math.sqrt(ratio)
 

@@ -1,13 +1,13 @@
-"""Curves of the learning rate: its warmup and its decay as pure functions of the optimizer step.
+"""Warmup and decay of the learning rate as pure functions of the optimizer step.
 
-Every curve maps an optimizer step to a factor on the base learning rate, its peak. Steps count from 1, so the
-first step already moves the weights, also where a curve starts at ``start_factor=0``. A warmup is 1 from step
+Every curve maps an optimizer step to a factor on the base learning rate, the peak. Steps count from 1, so the
+first step already moves the weights, even if a curve starts at ``start_factor=0``. A warmup is 1 from step
 ``warmup_steps`` on, a decay is 1 until then. With
 
-    progress = (step - 1 - warmup_steps) / (total_steps - warmup_steps)        kept in [0, 1]
+    progress = (step - 1 - warmup_steps) / (total_steps - warmup_steps)        clamped to [0, 1]
 
-the first step after the warmup is at the peak, the last one is short of ``end_factor`` and still moves the
-weights, and whatever comes after ``total_steps`` stays at ``end_factor``.
+the first step after the warmup is at the peak, the last step is just short of ``end_factor`` and still moves
+the weights, and all steps after ``total_steps`` stay at ``end_factor``.
 """
 
 import math
@@ -35,7 +35,7 @@ def exponential_warmup(step: int, warmup_steps: int, start_factor: float) -> flo
     """Return ``start_factor ** (1 - step / warmup_steps)``, then 1.
 
     Raises:
-        ValueError: If ``start_factor`` is 0, from which no power leads to 1.
+        ValueError: If ``start_factor`` is 0, from which no exponential reaches 1.
     """
     require("start_factor", "above 0", start_factor, start_factor > 0)
     return 1.0 if step >= warmup_steps else float(start_factor ** (1 - step / warmup_steps))
@@ -75,7 +75,7 @@ def inverse_sqrt_decay(step: int, warmup_steps: int) -> float:
 
 
 def step_decay(step: int, milestones: Sequence[int], gamma: float = 0.1) -> float:
-    """Return ``gamma`` to the power of how many ``milestones`` lie before ``step`` (Goyal et al. 2017)."""
+    """Return ``gamma`` to the power of the number of ``milestones`` before ``step`` (Goyal et al. 2017)."""
     return float(gamma ** sum(milestone < step for milestone in milestones))
 
 
@@ -110,9 +110,9 @@ def one_cycle(
     start_factor: float = 1 / 25,
     end_factor: float = 1 / 250_000,
 ) -> float:
-    """Return a cosine from ``start_factor`` at step 1 to 1 at ``warmup_steps`` to ``end_factor`` at the last.
+    """Return a cosine from ``start_factor`` at step 1 to 1 at ``warmup_steps``, then down to ``end_factor``.
 
-    A schedule of its own (Smith & Topin 2018), equal to ``OneCycleLR`` of torch.
+    A complete schedule (Smith & Topin 2018), equal to torch's ``OneCycleLR``.
     """
     return _cycle(step, warmup_steps, total_steps, start_factor, 1.0, end_factor)
 

@@ -1,4 +1,4 @@
-"""What counts as a step of an optimizer."""
+"""Counts the optimizer steps that took place."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -19,23 +19,24 @@ def _always() -> bool:
 
 
 class OptimizerSteps:
-    """Counts the steps of an optimizer that happened, from wherever its ``step()`` was called.
+    """Counts the steps of an optimizer that took place, regardless of where its ``step()`` was called.
 
-    A call of ``step()``, of the optimizer or of one that it wraps (Lookahead, SAM), is one that happened if
+    A call of ``step()``, of the optimizer or of one that it wraps (Lookahead, SAM), counts if
 
-    - a parameter had a gradient: as the update began, or as it ended;
-    - no gradient scaler made it skip the update;
-    - it was no trial. ``torch.distributed.checkpoint`` takes one to fill state that is still empty, with
-      gradients that are all 0 at a learning rate of 0.
+    - a parameter had a gradient when the update began or when it ended;
+    - no gradient scaler skipped the update;
+    - it was not a trial. ``torch.distributed.checkpoint`` takes one to initialize empty state, with gradients
+      of 0 at a learning rate of 0.
 
-    Calls of a wrapped optimizer inside that of its wrapper are part of it, and so are all evaluations of a
-    closure. Successive calls over different parameters are one step: DeepSpeed ZeRO calls once a group.
+    Calls of a wrapped optimizer within that of its wrapper are part of the same step, and so are all
+    evaluations of a closure. Consecutive calls over different parameters are one step: DeepSpeed ZeRO calls
+    ``step()`` once per group.
 
     Args:
-        optimizer: A ``torch.optim`` optimizer, or an object that has or wraps some.
-        before: Called as a step begins, and again after a closure.
-        after: Called as a step ends, and before a closure: the closure is the caller's code.
-        counts: Asked as a step begins. If it says no, the step is left alone.
+        optimizer: A ``torch.optim`` optimizer, or an object that holds or wraps one or more.
+        before: Called when a step begins, and again after a closure.
+        after: Called when a step ends, and before a closure, because the closure is the caller's code.
+        counts: Called when a step begins. If it returns False, the step is ignored.
 
     Raises:
         TypeError: If neither the optimizer nor one that it wraps calls step hooks.
@@ -49,20 +50,20 @@ class OptimizerSteps:
         counts: Callable[[], bool] = _always,
     ) -> None:
         self.taken = 0
-        """Steps that happened. May be set, to go on from a checkpoint."""
+        """Steps that took place. May be set, to continue from a checkpoint."""
         optimizers = [each for each in _wrapped(optimizer) if _calls_step_hooks(each)]
         if not optimizers:
             raise TypeError(
                 f"optimizer must call step hooks, or wrap a torch.optim optimizer that does, got a "
-                f"{type(optimizer).__name__}, whose steps cannot be seen"
+                f"{type(optimizer).__name__}, whose steps cannot be observed"
             )
-        # An optimizer holds its hooks: it would stay in memory until the garbage collector finds the circle.
+        # An optimizer holds its hooks: a strong reference would be a cycle that keeps it in memory.
         self._optimizers = [ref(each) for each in optimizers]
         self._before, self._after, self._counts = before, after, counts
         self._stepping: Optimizer | None = None
         self._number = 1
         self._has_gradients = self._is_skipped = False
-        # Of the calls that make up the latest step, and of the call at hand: their parameters, by identity.
+        # Parameters, by identity, of the calls that make up the latest step, and of the current call.
         self._held_by_step: set[int] = set()
         self._held_by_call: set[int] = set()
         self._is_counted = False
@@ -80,26 +81,26 @@ class OptimizerSteps:
 
     @property
     def is_stepping(self) -> bool:
-        """Whether a step is at hand, and not in its closure."""
+        """Whether a step is in progress, and not in its closure."""
         return self._stepping is not None
 
     @property
     def number(self) -> int:
-        """The number, from 1, of the step at hand, or of the coming one."""
+        """The number, from 1, of the step in progress, or of the next one."""
         return self._number if self.is_stepping else self.taken + 1
 
     def detach(self) -> None:
-        """Leave the optimizer as it was."""
+        """Remove all hooks from the optimizer."""
         self._stepping = None
         for hook in self._hooks:
             hook.remove()
 
     def _enter(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         closure = _closure(args, kwargs)
-        if self._stepping not in (None, optimizer):  # one that is wrapped, in the step of its wrapper
+        if self._stepping not in (None, optimizer):  # a wrapped optimizer, in the step of its wrapper
             self._look_for_gradients(optimizer, closure is None)
             return None
-        # An optimizer that is stepping still has left its last step by an exception.
+        # An optimizer that is still stepping has left its last step by an exception.
         self._stepping = None
         if not self._counts() or _is_trial(optimizer, args, kwargs):
             return None
@@ -116,7 +117,7 @@ class OptimizerSteps:
         self._stepping = optimizer
         self._has_gradients = self._is_skipped = False
         self._held_by_call = set()
-        if not torch.compiler.is_compiling():  # nobody compiles a step that is called group by group
+        if not torch.compiler.is_compiling():  # steps that are called group by group are never compiled
             self._held_by_call = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not self._held_by_call or not self._held_by_call.isdisjoint(self._held_by_step):
             self._held_by_step, self._is_counted = set(), False
@@ -136,7 +137,7 @@ class OptimizerSteps:
         return outside_of_step
 
     def _leave(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._stepping is None:  # of a step that is left alone, or of a step() that calls super().step()
+        if self._stepping is None:  # in an ignored step, or in a step() that calls super().step()
             return
         self._look_for_gradients(optimizer)
         # A fused optimizer is called even where the gradient scaler makes it skip the update.
@@ -150,8 +151,8 @@ class OptimizerSteps:
             self.taken += 1
             self._is_counted = True
 
-    def _look_for_gradients(self, optimizer: Optimizer, looks: bool = True) -> None:
-        if looks and not self._has_gradients:
+    def _look_for_gradients(self, optimizer: Optimizer, enabled: bool = True) -> None:
+        if enabled and not self._has_gradients:
             groups = optimizer.param_groups
             self._has_gradients = any(p.grad is not None for group in groups for p in group["params"])
 
@@ -159,10 +160,10 @@ class OptimizerSteps:
 _seen: WeakKeyDictionary[Optimizer, OptimizerSteps] = WeakKeyDictionary()
 
 
-def steps_since_asked(optimizer: Optimizer) -> int:
-    """Return how many steps of an optimizer happened since this was first asked about it.
+def observed_steps(optimizer: Optimizer) -> int:
+    """Return the number of steps of an optimizer since the first call of this function for it.
 
-    Those that cannot be seen are none, nor are compiled ones, which counting would compile anew.
+    Steps that cannot be observed do not count, nor do compiled ones, which counting would recompile.
     """
     if optimizer not in _seen:
         try:
@@ -173,7 +174,7 @@ def steps_since_asked(optimizer: Optimizer) -> int:
 
 
 def _wrapped(optimizer: Any) -> Iterator[Any]:
-    """Yield an optimizer and, from the outside in, those of its attributes that step the same parameters."""
+    """Yield an optimizer and, from the outside in, the wrapped optimizers that step the same parameters."""
     seen: list[Any] = []
     waiting = [optimizer]
     while waiting:
@@ -199,17 +200,17 @@ def _share(optimizer: Optimizer, other: Any) -> bool:
 
 
 def _calls_step_hooks(optimizer: Any) -> bool:
-    # torch wraps `step` in `Optimizer.__init__`, which some that wrap another optimizer leave out.
+    # torch wraps `step` in `Optimizer.__init__`, which some wrappers of optimizers do not call.
     hooked = getattr(getattr(type(optimizer), "step", None), "hooked", False)
     return isinstance(optimizer, Optimizer) and hooked and hasattr(optimizer, "_optimizer_step_pre_hooks")
 
 
 def _is_trial(optimizer: Optimizer, args: Any, kwargs: Any) -> bool:
-    """Tell whether ``torch.distributed.checkpoint`` takes this step, from which nothing may move."""
-    says_none = ("closure" in kwargs or len(args) > 1) and _closure(args, kwargs) is None
-    if not says_none or optimizer.state:
+    """Return whether ``torch.distributed.checkpoint`` takes this step, to initialize state."""
+    passes_none = ("closure" in kwargs or len(args) > 1) and _closure(args, kwargs) is None
+    if not passes_none or optimizer.state:
         return False
-    # Last, as to look at values can make the host wait for a GPU.
+    # Last, because reading values may synchronize with a GPU.
     return all(
         not group.get("lr", 0) and not any(_is_nonzero(p.grad) for p in group["params"])
         for group in optimizer.param_groups

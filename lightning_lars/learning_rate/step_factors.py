@@ -1,4 +1,4 @@
-"""Changes an optimizer's hyperparameters for the length of a step, and at no other time."""
+"""Adjusts an optimizer's hyperparameters during each step, and restores them after it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,36 +8,38 @@ from torch import Tensor
 from lightning_lars.learning_rate.optimizer_steps import OptimizerSteps
 
 Adjustment = Callable[[Mapping[str, Any], int], Mapping[str, Any]]
-"""Maps a group and the number of a step, from 1, to what it has in it: ``{"lr": 0.1 * group["lr"]}``."""
+"""Maps a group and a step number, from 1, to its values in that step: ``{"lr": 0.1 * group["lr"]}``."""
 
 
-class LearningRateFactors:
-    """The one owner of what a step multiplies its learning rates by.
+class StepFactors:
+    """Applies adjusted hyperparameters to an optimizer's groups while it steps.
 
-    Between steps every group holds what its scheduler wrote, so no scheduler computes its next value from
-    an adjusted one, and every state dict holds plain values, also one taken inside a step.
+    Between steps every group holds the scheduler's value, so no scheduler computes its next value from an
+    adjusted one, and every state dict holds plain values, even one taken inside a step.
 
     Args:
         optimizer: Any ``torch.optim`` optimizer, or one that wraps it.
-        adjustment: Asked as each step begins.
-        counts: Asked as each step begins, too. If it says no, the step has plain values and is not counted.
+        adjustment: Called for every group when a step begins.
+        counts: Also called when a step begins. If it returns False, the step uses plain values and is not
+            counted.
 
     Raises:
-        TypeError: If steps of the optimizer cannot be seen.
+        TypeError: If steps of the optimizer cannot be observed.
     """
 
     def __init__(
         self, optimizer: Any, adjustment: Adjustment, counts: Callable[[], bool] = lambda: True
     ) -> None:
         self.steps = OptimizerSteps(optimizer, self.apply, self.restore, counts)
-        """Counts the steps that happened."""
+        """Counts the steps that took place."""
         self._optimizers = self.steps.optimizers
         self._adjustment = adjustment
-        # Group, key, plain value, adjusted value; groups by identity, as a strategy may swap their list.
+        # Group, key, plain value, adjusted value; the groups themselves, because a strategy may replace their
+        # list.
         self._adjusted: list[tuple[dict[str, Any], str, Any, Any]] = []
         self._hooks = []
         for each in self._optimizers:
-            # Lookahead of pytorch_optimizer has step hooks alone, and hands state dicts on to what it wraps.
+            # pytorch_optimizer's Lookahead has only step hooks, and delegates state dicts to what it wraps.
             if hasattr(each, "_optimizer_state_dict_pre_hooks"):
                 self._hooks += [
                     each.register_state_dict_pre_hook(lambda _: self.restore()),
@@ -46,13 +48,13 @@ class LearningRateFactors:
                 ]
 
     def apply(self) -> None:
-        """Put the adjusted values into the groups until :meth:`restore`."""
+        """Write the adjusted values into the groups, until :meth:`restore`."""
         self.restore()
         groups = self._optimizers[0].param_groups
         if len(self._optimizers) > 1:  # which mostly share their groups
-            of_all = (group for each in self._optimizers for group in each.param_groups)
-            groups = list({id(group): group for group in of_all}.values())
-        # All values first: groups may share one tensor as their learning rate.
+            all_groups = (group for each in self._optimizers for group in each.param_groups)
+            groups = list({id(group): group for group in all_groups}.values())
+        # Compute all values first: groups may share one tensor as their learning rate.
         self._adjusted = [
             (group, key, _copy(group[key]), value)
             for group in groups
@@ -62,14 +64,14 @@ class LearningRateFactors:
             _write(group, key, value)
 
     def restore(self) -> None:
-        """Put the plain values back, except where someone else has written in between."""
+        """Write the plain values back, except where other code has changed a value in the meantime."""
         for group, key, plain, value in self._adjusted:
             if isinstance(group[key], Tensor) or group[key] == value:
                 _write(group, key, plain)
         self._adjusted = []
 
     def detach(self) -> None:
-        """Leave the optimizer as it was."""
+        """Restore the plain values and remove all hooks."""
         self.restore()
         self.steps.detach()
         for hook in self._hooks:
@@ -78,7 +80,7 @@ class LearningRateFactors:
     def _resume_step(self, state_dict: dict[str, Any]) -> None:
         if not self.steps.is_stepping:
             return
-        # The state dict holds the very tensors that the rest of the step adjusts again.
+        # The state dict holds the same tensors that the rest of the step adjusts again.
         for group in state_dict["param_groups"]:
             group.update({key: _copy(value) for key, value in group.items()})
         self.apply()
@@ -89,7 +91,7 @@ def _copy(value: Any) -> Any:
 
 
 def _write(group: dict[str, Any], key: str, value: Any) -> None:
-    # A learning rate that is a tensor keeps its identity: compiled steps and CUDA graphs hold on to it.
+    # A tensor learning rate is updated in place: compiled steps and CUDA graphs refer to it.
     if isinstance(group[key], Tensor):
         group[key].copy_(value)
     else:

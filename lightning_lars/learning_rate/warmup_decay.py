@@ -1,4 +1,4 @@
-"""The scheduler that warms the learning rate up and lets it decay."""
+"""The scheduler that warms up and decays the learning rate."""
 
 import math
 import warnings
@@ -23,29 +23,29 @@ from lightning_lars.learning_rate.curves import (
     step_decay,
     wsd_decay,
 )
-from lightning_lars.learning_rate.optimizer_steps import steps_since_asked
+from lightning_lars.learning_rate.optimizer_steps import observed_steps
 from lightning_lars.rules import is_number, is_whole, require
 
 _DECAYS = ("constant", "cosine", "polynomial", "inverse_sqrt", "step", "wsd", "one_cycle")
 
 
 class WarmupDecayLR(LRScheduler):
-    """Warm the learning rate of every group up to the group's own peak, then let it decay.
+    """Warm up the learning rate of every group to the group's own peak, then decay it.
 
     ``lr = peak * warmup(step)`` before step ``warmup_steps``, ``lr = peak * decay(step)`` from there on, in
-    closed form, at the coming optimizer step. Call ``step()`` once per optimizer step. A group that is added
-    later follows from the next call on, with the ``lr`` it was given as its peak.
+    closed form, for the next optimizer step. Call ``step()`` once per optimizer step. A group that is added
+    later is scheduled from the next call on, with its ``lr`` as the peak.
 
     Args:
         optimizer: The optimizer, with the peaks as its learning rates.
         warmup_steps: Optimizer steps until the rate is at its peak, from 0 to below ``total_steps``.
-        total_steps: Optimizer steps of the whole training, at least 1. None leaves them to
+        total_steps: Optimizer steps of the whole run, at least 1. With None, they must be set by
             :meth:`set_total_steps`, which LargeBatchMixin and LargeBatchCLI call.
         warmup: Shape of the warmup; ``"cosine"`` for ``decay="one_cycle"``.
-        decay: Shape of what follows; ``"one_cycle"`` is a whole schedule and moves the momentum too.
-        start_factor: Share of the peak at the start, in [0, 1]. Default: 1/25 for ``"one_cycle"``, else 0.
+        decay: Shape of the decay; ``"one_cycle"`` is a complete schedule and schedules the momentum too.
+        start_factor: Fraction of the peak at the start, in [0, 1]. Default: 1/25 for ``"one_cycle"``, else 0.
             ``"one_cycle"`` and the warmups ``"constant"`` and ``"exponential"`` need more than 0.
-        end_factor: Share of the peak at the end of ``"cosine"``, ``"polynomial"``, ``"wsd"`` and
+        end_factor: Fraction of the peak at the end of ``"cosine"``, ``"polynomial"``, ``"wsd"`` and
             ``"one_cycle"``, in [0, 1]. Default: 1/250000 for ``"one_cycle"``, else 0.
         power: Exponent of ``"polynomial"``, above 0. Default: 2.
         milestones: Optimizer steps after which ``"step"`` multiplies by ``gamma``, ascending.
@@ -55,10 +55,10 @@ class WarmupDecayLR(LRScheduler):
         cooldown: Shape of the cooldown of ``"wsd"``. Default: ``"linear"``.
         momentum_range: Lowest and highest momentum, or first beta, of ``"one_cycle"``, in [0, 1).
             Default: (0.85, 0.95).
-        last_epoch: Optimizer steps that were taken before, less 1, as in torch.
+        last_epoch: Number of optimizer steps already taken, minus 1, as in torch.
 
     Raises:
-        ValueError: If an argument breaks its rule or has no effect. The optimizer is unchanged then.
+        ValueError: If an argument breaks its rule or has no effect. The optimizer is then unchanged.
         TypeError: If ``optimizer`` is no optimizer.
         KeyError: If ``last_epoch`` is not -1 and a group has no ``initial_lr``.
 
@@ -123,7 +123,7 @@ class WarmupDecayLR(LRScheduler):
             ("cooldown", cooldown, decay == "wsd"),
             ("momentum_range", momentum_range, is_cycle),
         ):
-            rule = f"left out with warmup_steps={warmup_steps} and decay={decay!r}, where it has no effect"
+            rule = f"omitted with warmup_steps={warmup_steps} and decay={decay!r}, where it has no effect"
             require(argument, rule, value, value is None or has_effect)
         self.warmup_steps, self.total_steps = warmup_steps, total_steps
         self.warmup, self.decay = warmup, decay
@@ -138,21 +138,21 @@ class WarmupDecayLR(LRScheduler):
         self.momentum_range = tuple((0.85, 0.95) if momentum_range is None else momentum_range)
         self._check_shapes(optimizer)
         self.steps_before = 0
-        self._steps_seen = steps_since_asked(optimizer)
+        self._steps_seen = observed_steps(optimizer)
         self._has_warned = False
         super().__init__(optimizer, last_epoch)
 
     def set_total_steps(self, total_steps: int, steps_before: int = 0) -> None:
-        """Say how long the training is.
+        """Set the number of optimizer steps.
 
         Args:
-            total_steps: Optimizer steps of the whole training, at least 1.
-            steps_before: Those that were taken before this schedule began, and do not count as its own: a
-                second fit of a Trainer has a schedule of its own.
+            total_steps: Optimizer steps of the whole run, at least 1.
+            steps_before: Steps that were taken before this schedule began and do not count toward it: a
+                second fit of a Trainer starts a new schedule.
 
         Raises:
-            ValueError: If ``warmup_steps``, ``milestones`` or ``cooldown_steps`` do not fit in. The old
-                length stays then.
+            ValueError: If ``warmup_steps``, ``milestones`` or ``cooldown_steps`` do not fit. The previous
+                length is then kept.
         """
         _check_steps(self.warmup_steps, total_steps)
         self._check_milestones(total_steps)
@@ -161,11 +161,12 @@ class WarmupDecayLR(LRScheduler):
 
     @override
     def step(self, epoch: int | None = None) -> None:
-        """Go on to the coming optimizer step. To be called once per optimizer step.
+        """Advance to the next optimizer step. Call this once per optimizer step.
 
-        Warns, once, if the optimizer took several since the last call: the curves count optimizer steps.
+        Warns, once, if the optimizer took several steps since the last call: the curves count optimizer
+        steps.
         """
-        steps = steps_since_asked(self.optimizer) - self._steps_seen
+        steps = observed_steps(self.optimizer) - self._steps_seen
         super().step(epoch)
         if steps > 1 and not self._has_warned:
             self._has_warned = True
@@ -179,23 +180,23 @@ class WarmupDecayLR(LRScheduler):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the scheduler, without what it knows of this optimizer."""
-        own = ("_steps_seen", "_has_warned")
-        return {key: value for key, value in super().state_dict().items() if key not in own}
+        """Return the state of the scheduler, without values that depend on this optimizer object."""
+        transient = ("_steps_seen", "_has_warned")
+        return {key: value for key, value in super().state_dict().items() if key not in transient}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state, and with it, as torch's schedulers do, the length that it was saved with.
+        """Load the state, including, as in torch's schedulers, the ``total_steps`` that it was saved with.
 
-        Warns if that is another length than this scheduler has. A state that was saved without a length
-        keeps this scheduler's. With ``decay="wsd"`` this scheduler keeps its own length and cooldown as long
-        as neither its cooldown nor that of the state has begun: from any checkpoint of its stable phase, a
-        run is cooled down by resuming with another ``total_steps`` and ``cooldown_steps``.
+        Warns if these differ from this scheduler's. A state that was saved without ``total_steps`` keeps this
+        scheduler's. With ``decay="wsd"`` this scheduler keeps its own ``total_steps`` and cooldown as long as
+        neither its cooldown nor that of the state has begun: from any checkpoint of its stable phase, a run
+        is cooled down by resuming with another ``total_steps`` and ``cooldown_steps``.
         """
         own, before = self.total_steps, self.steps_before
         own_end = {name: vars(self)[name] for name in ("cooldown_steps", "cooldown", "end_factor")}
         super().load_state_dict(state_dict)
-        self._steps_seen = steps_since_asked(self.optimizer)
+        self._steps_seen = observed_steps(self.optimizer)
         if own is not None:
             own += before - self.steps_before  # as long as the state's, if it ends with the same step
         saved = self.total_steps, {name: vars(self)[name] for name in own_end}
@@ -216,7 +217,7 @@ class WarmupDecayLR(LRScheduler):
                 ours += f" and {own_end['cooldown_steps']}, since one of the two cooldowns has begun"
             warnings.warn(
                 f"The state has {theirs}, which replaces {ours}: the learning rate "
-                f"stays at its end from there on. Call set_total_steps({own}) on the scheduler to stretch it",
+                f"stays constant from there on. Call set_total_steps({own}) on the scheduler to extend it",
                 stacklevel=2,
             )
 
@@ -232,12 +233,12 @@ class WarmupDecayLR(LRScheduler):
 
     def _get_closed_form_lr(self) -> list[float | Tensor]:
         step = self.last_epoch + 1
-        # SequentialLR comes here without a step(), to put a scheduler to its start.
-        self._steps_seen = steps_since_asked(self.optimizer)
+        # SequentialLR calls this without a step(), to reset a scheduler to its start.
+        self._steps_seen = observed_steps(self.optimizer)
         for group in self.optimizer.param_groups[len(self.base_lrs) :]:  # added since the last call
             lr = group["lr"]
             peak = group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr)
-            self.base_lrs = [*self.base_lrs, peak]  # a new list, as a state dict may hold the old one
+            self.base_lrs = [*self.base_lrs, peak]  # a new list, because a state dict may hold the old one
         if self.decay == "one_cycle":
             momentum = one_cycle_momentum(*self._span(step), *self.momentum_range)
             for group in self.optimizer.param_groups:
@@ -271,7 +272,7 @@ class WarmupDecayLR(LRScheduler):
     def _span(self, step: int) -> tuple[int, int, int]:
         total_steps = self.total_steps
         if total_steps is None:
-            # Up to the peak, and in the first step, no curve depends on its end.
+            # Up to the peak, and in the first step, no curve depends on total_steps.
             if step > max(1, self.warmup_steps):
                 raise RuntimeError(
                     "total_steps must be known after the warmup, got None: pass it, or call set_total_steps"
@@ -301,26 +302,26 @@ class WarmupDecayLR(LRScheduler):
             require("milestones", f"ascending optimizer steps {bounds}", self.milestones, holds)
 
     def _check_shapes(self, optimizer: Optimizer) -> None:
-        """Raise ValueError if what bends the chosen shapes breaks its rule."""
+        """Raise ValueError if a parameter of the chosen shapes breaks its rule."""
         warmup, start, end, power = self.warmup, self.start_factor, self.end_factor, self.power
         is_cycle = self.decay == "one_cycle"
-        rule = "a share of the peak in [0, 1]"
+        rule = "a fraction of the peak in [0, 1]"
         require("start_factor", rule, start, is_number(start) and 0 <= start <= 1)
         require("end_factor", rule, end, is_number(end) and 0 <= end <= 1)
         first_step_has_it = self.warmup_steps > 0 and (is_cycle or warmup in ("constant", "exponential"))
-        rule = f"above 0 with {(self.decay if is_cycle else warmup)!r}, to move the weights (pass 0.1, say)"
+        rule = f"above 0 with {(self.decay if is_cycle else warmup)!r}, to move the weights (for example 0.1)"
         require("start_factor", rule, start, start > 0 or not first_step_has_it)
         rule = "above 0 and finite (1 is a straight line)"
         require("power", rule, power, is_number(power) and 0 < power < math.inf)
         require("gamma", "in (0, 1] to decay", self.gamma, is_number(self.gamma) and 0 < self.gamma <= 1)
         if self.decay == "inverse_sqrt":
-            rule = "at least 1 with decay='inverse_sqrt' (or take another decay)"
+            rule = "at least 1 with decay='inverse_sqrt' (or use another decay)"
             require("warmup_steps", rule, self.warmup_steps, self.warmup_steps > 0)
         self._check_milestones(self.total_steps)
         self._check_cooldown(self.total_steps)
         require("cooldown", f"one of {tuple(COOLDOWNS)}", self.cooldown, self.cooldown in tuple(COOLDOWNS))
         if is_cycle:
-            require("warmup", "'cosine' with decay='one_cycle', which starts so", warmup, warmup == "cosine")
+            require("warmup", "'cosine' with decay='one_cycle'", warmup, warmup == "cosine")
             ends = self.momentum_range
             holds = len(ends) == 2 and all(map(is_number, ends)) and 0 <= ends[0] <= ends[1] < 1
             require("momentum_range", "(low, high) with 0 <= low <= high < 1", ends, holds)
@@ -334,7 +335,7 @@ def _check_steps(warmup_steps: int, total_steps: int | None) -> None:
     require("warmup_steps", rule, warmup_steps, is_whole(warmup_steps) and warmup_steps >= 0)
     if total_steps is None:
         return
-    rule = "an int of at least 1, the optimizer steps of the whole training"
+    rule = "an int of at least 1, the optimizer steps of the whole run"
     require("total_steps", rule, total_steps, is_whole(total_steps) and total_steps >= 1)
     rule = f"below total_steps={total_steps} (warm up for fewer steps or train for more)"
     require("warmup_steps", rule, warmup_steps, warmup_steps < total_steps)

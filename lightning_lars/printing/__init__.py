@@ -1,4 +1,4 @@
-"""Tables for the terminal, and the names of repeated blocks in one.
+"""Tables for the terminal, and short names for repeated blocks.
 
-Knows nothing of optimizers: what is printed is handed in.
+Independent of optimizers: callers pass in what is printed.
 """

@@ -1,4 +1,4 @@
-"""Parameter names of repeated blocks in one: ``layer1.[0-2].bn[1-3].{weight,bias}``."""
+"""Folds parameter names of repeated blocks into one: ``layer1.[0-2].bn[1-3].{weight,bias}``."""
 
 import re
 from collections.abc import Hashable, Iterable
@@ -14,15 +14,15 @@ Parts = tuple[tuple[str, ...], ...]
 
 
 def fold(names: Iterable[tuple[str, Same]]) -> list[tuple[str, int, Same]]:
-    """Put names that differ in numbers, or in weight and bias, in one if all else about them is the same.
+    """Fold names that differ only in numbers, or in weight and bias, if their values are equal.
 
-    A folded name stands for every combination of what is in its brackets, and for no other name.
+    A folded name stands for every combination of the alternatives in its brackets, and for no other name.
 
     Args:
-        names: Each with what must be the same.
+        names: Pairs of a name and a value; only names with equal values are folded together.
 
     Returns:
-        Folded names in order of their first, each with how many it stands for, and what is the same.
+        Folded names in order of first appearance, each with the number of names and the common value.
 
     Example:
         >>> from lightning_lars.printing.name_folding import fold
@@ -30,14 +30,14 @@ def fold(names: Iterable[tuple[str, Same]]) -> list[tuple[str, int, Same]]:
         ...       ("bn2.bias", "b")])
         [('conv1.weight', 1, 'a'), ('bn[1-2].{weight,bias}', 4, 'b')]
     """
-    # Every other part is a slot, which holds a tuple of what may stand there.
+    # Every other part is a slot, which holds a tuple of alternatives.
     rows: list[tuple[Parts, Same]] = [
         (tuple((part,) for part in _SLOT.split(name)), same) for name, same in names
     ]
     for slot in range(1, max((len(parts) for parts, _ in rows), default=0), 2):
         merged: dict[Hashable, tuple[Parts, Same]] = {}
         for parts, same in rows:
-            # Words and numbers do not mix; names without the slot have nothing to merge.
+            # Words and numbers are not mixed; names without the slot have nothing to merge.
             kind = _padding(parts[slot][0]) if slot < len(parts) else None
             key = (parts[:slot], kind, parts[slot + 1 :], same)
             if key in merged:
@@ -45,10 +45,10 @@ def fold(names: Iterable[tuple[str, Same]]) -> list[tuple[str, int, Same]]:
                 parts = (*parts[:slot], before[slot] + parts[slot], *parts[slot + 1 :])
             merged[key] = (parts, same)
         rows = list(merged.values())
-    return [("".join(map(_written, parts)), prod(map(len, parts)), same) for parts, same in rows]
+    return [("".join(map(_format, parts)), prod(map(len, parts)), same) for parts, same in rows]
 
 
-def _written(alternatives: tuple[str, ...]) -> str:
+def _format(alternatives: tuple[str, ...]) -> str:
     if len(alternatives) == 1:
         return alternatives[0]
     width = _padding(alternatives[0])
@@ -62,7 +62,7 @@ def _written(alternatives: tuple[str, ...]) -> str:
 
 
 def _padding(alternative: str) -> int | None:
-    """Return how many digits a number is filled up to with zeros, None if it is no number."""
+    """Return the width to which a number is zero-padded, None for words."""
     if not alternative.isdigit():
         return None
     return len(alternative) if alternative[0] == "0" and len(alternative) > 1 else 1

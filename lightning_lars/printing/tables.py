@@ -1,4 +1,4 @@
-"""Tables for terminals, files and notebooks alike."""
+"""Prints tables to terminals, files and notebooks."""
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -6,14 +6,14 @@ from rich.table import Table
 
 
 def is_too_wide(console: Console, table: Table) -> bool:
-    """Return whether a table would have to be squeezed into a terminal."""
+    """Return whether a table is wider than the terminal."""
     return _has_width(console) and _width(console, table) > console.width
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print a table, in its own width where there is no terminal that limits it."""
+    """Print a table, at its full width where no terminal limits it."""
     if not _has_width(console):
-        # A file has no width that names would have to be cut for; a notebook scrolls.
+        # A file has no width for which names would have to be truncated; a notebook scrolls.
         table.width = _width(console, table)
     console.print(table, crop=False)
 

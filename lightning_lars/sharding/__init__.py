@@ -1,4 +1,4 @@
-"""The norm of every layer, whole even where the tensor at hand is a shard of it.
+"""Sharded layers: over which process groups they are sharded, and the norms of whole layers.
 
-Finds which parameters are sharded and over which process groups; their norms are added up by one all-reduce.
+Norms of local shards are combined by one all-reduce.
 """

@@ -1,4 +1,4 @@
-"""The norm of every layer, whole even where its tensor is a shard, accumulated in at least float32."""
+"""L2 norms of whole layers, sharded or not, accumulated in at least float32."""
 
 from collections.abc import Sequence
 
@@ -11,26 +11,27 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 """One tensor per layer."""
 
 
-# Elements of a tensor on the CPU from which on float64 throughout takes longer than blocks of float32.
+# CPU tensors of this many elements or more are reduced faster in blocks of float32 than in float64
+# throughout.
 _LONG = 16384
 
-# Elements of a tensor on the CPU that are added up in float32, before their sums are in float64.
+# Elements of a CPU tensor that are accumulated in float32; the sums of blocks are accumulated in float64.
 _BLOCK = 256
 
 _WITHOUT_FLOAT64 = {"mps"}
 
-# Norms for which no square that matters overflows or vanishes in float32.
+# Norms for which no significant square overflows or underflows in float32.
 _SQUARE_FITS = (1e-12, 1e18)
 
 
 def layer_norms(tensors: Tensors) -> Tensor:
-    """Return the L2 norm of every tensor without leaving the device.
+    """Return the L2 norm of every tensor, without a device-to-host copy.
 
     Args:
         tensors: One tensor per layer, of any shapes, all on one device and of one dtype.
 
     Returns:
-        Norms of shape ``(layers,)`` on that device, in the dtype they were summed in.
+        Norms of shape ``(layers,)`` on that device, in the dtype they were accumulated in.
 
     Example:
         >>> import torch
@@ -44,12 +45,12 @@ def layer_norms(tensors: Tensors) -> Tensor:
 
 
 def _norms_on_cpu(tensors: Tensors) -> Tensor:
-    """Return the norms in float64, for which long tensors are added up in float32 within each block."""
+    """Return the norms in float64; long tensors are accumulated in float32 within each block."""
     parts = [_norms_of_blocks(tensor) if tensor.numel() >= _LONG else tensor for tensor in tensors]
     norms = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float64))
     for i, norm in enumerate(norms.tolist()):
         if not _SQUARE_FITS[0] < norm < _SQUARE_FITS[1] and parts[i] is not tensors[i]:
-            # Squares of such numbers are beyond float32.
+            # Squares of such numbers are outside the range of float32.
             norms[i] = torch.linalg.vector_norm(tensors[i], dtype=torch.float64)
     return norms
 
@@ -67,9 +68,9 @@ def _norms_of_blocks(tensor: Tensor) -> Tensor:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """Return the elements in the order of memory, which is no matter to a norm.
+    """Return the elements in memory order, which a norm does not depend on.
 
-    That needs no copy where there are no gaps.
+    This needs no copy where the tensor is dense.
     """
     if tensor.is_contiguous():
         return tensor.view(-1)
@@ -78,7 +79,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def norm_of_each(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the L2 norm of every tensor, 0-d; they may be of many devices and dtypes."""
+    """Return the L2 norm of every tensor, 0-d; devices and dtypes may be mixed."""
     norms: dict[int, Tensor] = {}
     for indices in alike(tensors).values():
         norms.update(zip(indices, layer_norms([tensors[i] for i in indices]).unbind(), strict=True))
@@ -86,17 +87,17 @@ def norm_of_each(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def whole_norms(norms: Sequence[Tensor | None], shards: Sequence[Shard]) -> list[Tensor]:
-    """Return the L2 norm of every layer, of which each process holds a part.
+    """Return the L2 norm of every sharded layer from the norms of its local shards.
 
-    All processes that hold a part of any of the layers must call this, with the layers in the same order.
-    One collective for each mesh dimension that divides layers, whatever their number.
+    All ranks that hold a shard of any of the layers must call this, with the layers in the same order. It
+    takes one all-reduce for each mesh dimension that shards layers, whatever their number.
 
     Args:
-        norms: 0-d, of what of each layer is here, on any device; None where nothing is.
-        shards: Where the rest of each layer is.
+        norms: 0-d norms of the local shards, on any device; None where a rank holds no shard of a layer.
+        shards: How each layer is sharded.
 
     Returns:
-        0-d tensors on the device of their shard, in float64 where it has that.
+        0-d tensors on the device of their shard, in float64 where the device supports it.
     """
     zeros = {
         device: torch.zeros((), dtype=widest_float(device), device=device)
@@ -104,17 +105,17 @@ def whole_norms(norms: Sequence[Tensor | None], shards: Sequence[Shard]) -> list
     }
     squares = [zeros[shard.device] for shard in shards]
     for indices in alike(norms).values():
-        here = torch.stack([norm for i in indices if (norm := norms[i]) is not None])
-        wide = here.to(widest_float(here.device))
+        local_norms = torch.stack([norm for i in indices if (norm := norms[i]) is not None])
+        wide = local_norms.to(widest_float(local_norms.device))
         for i, square in zip(indices, wide.square().unbind(), strict=True):
             squares[i] = square.to(zeros[shards[i].device])
     return list(torch._foreach_sqrt(add_up(squares, shards)))
 
 
 def alike(tensors: Sequence[Tensor | None]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
-    """Return the indices of the tensors of each device and dtype, which one foreach call can take.
+    """Group the indices of tensors by device and dtype, for one foreach call each.
 
-    None is left out.
+    Entries that are None are skipped.
     """
     indices: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, tensor in enumerate(tensors):
@@ -124,16 +125,16 @@ def alike(tensors: Sequence[Tensor | None]) -> dict[tuple[torch.device, torch.dt
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which to add up a tensor.
+    """Return the dtype in which to accumulate the squares of a tensor.
 
-    float64 where the device has it: in float32 a sum of ten million squares is off by up to a percent on the
-    CPU, and on GPUs squares below 1e-38 vanish.
+    This is float64 where the device supports it: in float32 a sum of ten million squares is off by up to a
+    percent on the CPU, and on GPUs squares below 1e-38 underflow.
     """
     return torch.promote_types(tensor.dtype, widest_float(tensor.device))
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """Return float64, or float32 for a device that does not have it: MPS, and some of Intel's GPUs."""
+    """Return float64, or float32 on devices without double precision: MPS, and some Intel GPUs."""
     if device.type == "xpu":
         has_float64 = bool(torch.xpu.get_device_properties(device).has_fp64)
     else:

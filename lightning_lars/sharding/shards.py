@@ -1,4 +1,4 @@
-"""Layers that are divided between processes: which groups hold the rest, and what of it is here."""
+"""Layers that are sharded across ranks: their process groups and their local shards."""
 
 import gc
 from collections.abc import Iterable, Sequence
@@ -13,30 +13,32 @@ if TYPE_CHECKING:
 
 
 class Shard(NamedTuple):
-    """Where the rest of a layer is."""
+    """How a layer is sharded: over which process groups, and on which device these reduce."""
 
     groups: "tuple[ProcessGroup, ...]"
-    """Processes among which it is divided, a group for each mesh dimension; none where each has it whole."""
+    """Process groups that shard the layer, one for each mesh dimension; none where it is replicated."""
 
     device: torch.device
-    """Where these groups can reduce, which with offloaded parameters is not where the shard lies."""
+    """Where these groups can reduce; with offloaded parameters, not the device of the shard."""
 
     unit: Tensor | None = None
     """In FSDP1, the flat parameter that the shard is part of; it has a gradient if the shard would have."""
 
 
 def find_shards(named_params: Iterable[tuple[str, Tensor]]) -> dict[Tensor, Shard]:
-    """Tell of every DTensor (FSDP2, tensor parallel) and of every shard of FSDP1 where the rest is.
+    """Find which parameters are sharded, and over which process groups.
+
+    A sharded parameter is a DTensor (FSDP2, tensor parallelism) or a shard of FSDP1.
 
     Args:
-        named_params: Parameters, with a name for messages.
+        named_params: Parameters, with names for error messages.
 
     Returns:
         The shards by parameter, without the parameters that are plain tensors.
 
     Raises:
-        RuntimeError: If a layer has no norm that can be known: FSDP1 with ``use_orig_params=False``, or
-            with tensor parallelism inside it, or without its module; a DTensor with partial values.
+        RuntimeError: If the norm of a layer cannot be computed: FSDP1 with ``use_orig_params=False``, with
+            tensor parallelism inside it, or without its module; a DTensor with partial values.
     """
     shards: dict[Tensor, Shard] = {}
     flattened: list[tuple[str, Tensor]] = []
@@ -45,14 +47,14 @@ def find_shards(named_params: Iterable[tuple[str, Tensor]]) -> dict[Tensor, Shar
             shards[p] = _shard_of_dtensor(name, p)
         elif getattr(p, "_is_flat_param", False):
             raise RuntimeError(
-                f"parameter {name!r} is all layers of an FSDP unit in one tensor, whose norms cannot be told "
-                "apart: wrap with FullyShardedDataParallel(..., use_orig_params=True)"
+                f"parameter {name!r} holds all layers of an FSDP unit in one flat tensor, from which their "
+                "norms cannot be computed: wrap with FullyShardedDataParallel(..., use_orig_params=True)"
             )
         elif getattr(p, "_fsdp_flattened", False):
             flattened.append((name, p))
     if flattened:
         shards.update(_shards_of_fsdp1(flattened))
-    # Two meshes over the same processes have groups of their own, and need not have two collectives.
+    # Two meshes over the same ranks have separate groups, but do not need separate collectives.
     by_ranks: dict[tuple[int, ...], ProcessGroup] = {}
     return {
         p: shard._replace(groups=tuple(by_ranks.setdefault(_ranks(group), group) for group in shard.groups))
@@ -61,21 +63,21 @@ def find_shards(named_params: Iterable[tuple[str, Tensor]]) -> dict[Tensor, Shar
 
 
 def is_laid_out(p: Tensor) -> bool:
-    """Tell whether a strategy has marked a parameter as its own."""
+    """Return whether a parameter is a DTensor or a shard of FSDP1."""
     return hasattr(p, "device_mesh") or getattr(p, "_fsdp_flattened", False)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that is here, sharing its memory; call it under ``torch.no_grad``."""
-    part: Tensor = tensor.to_local() if hasattr(tensor, "device_mesh") else tensor  # type: ignore[attr-defined]
-    return part
+    """Return the local shard of a tensor, sharing its memory; call it under ``torch.no_grad``."""
+    shard: Tensor = tensor.to_local() if hasattr(tensor, "device_mesh") else tensor  # type: ignore[attr-defined]
+    return shard
 
 
 def local_gradient(p: Tensor) -> Tensor:
-    """Return the part of the gradient that belongs to the part of the parameter that is here.
+    """Return the gradient of the local shard of a parameter.
 
-    The gradient of a replicated parameter may be a sum whose terms lie on several processes (sequence
-    parallelism): these are added up first.
+    The gradient of a replicated parameter may be partial sums on several ranks (sequence parallelism): these
+    are reduced first.
     """
     grad = p.grad
     assert grad is not None
@@ -85,7 +87,7 @@ def local_gradient(p: Tensor) -> Tensor:
 
 
 def laid_out_as(p: Tensor, part: Tensor) -> Tensor:
-    """Return a local part as what the parameter is: a DTensor of its layout, or the plain tensor."""
+    """Return a local shard in the layout of its parameter: as a DTensor, or as the plain tensor."""
     if not hasattr(p, "device_mesh"):
         return part
     from torch.distributed.tensor import DTensor
@@ -97,11 +99,11 @@ def laid_out_as(p: Tensor, part: Tensor) -> Tensor:
 
 
 def add_up(values: Sequence[Tensor], shards: "Sequence[Shard]") -> list[Tensor]:
-    """Return every value summed over the processes that hold its layer: a collective for each group.
+    """Sum every value over the ranks that hold its layer, with one all-reduce for each process group.
 
     Args:
         values: 0-d tensors of one dtype, on the device where their shard can be reduced.
-        shards: For each value; the same on all processes, in the same order.
+        shards: For each value; the same on all ranks, in the same order.
     """
     summed = list(values)
     members: dict[ProcessGroup, list[int]] = {}
@@ -123,31 +125,31 @@ def _ranks(group: "ProcessGroup") -> tuple[int, ...]:
 def _shard_of_dtensor(name: str, p: Any) -> Shard:
     if any(placement.is_partial() for placement in p.placements):
         raise RuntimeError(
-            f"parameter {name!r} has Partial values, the sum of which is on no process: "
+            f"parameter {name!r} has Partial values, whose sum is on no rank: "
             f"redistribute it to Shard or Replicate, got {p.placements}"
         )
     mesh = p.device_mesh
-    divided = [
+    sharding_dimensions = [
         dimension
         for dimension, placement in enumerate(p.placements)
         if not placement.is_replicate() and mesh.size(dimension) > 1
     ]
-    here = mesh.get_coordinate() is not None
-    groups = tuple(mesh.get_group(dimension) for dimension in divided) if here else ()
+    is_in_mesh = mesh.get_coordinate() is not None
+    groups = tuple(mesh.get_group(dimension) for dimension in sharding_dimensions) if is_in_mesh else ()
     return Shard(groups, torch.empty(0, device=mesh.device_type).device)
 
 
 def _shards_of_fsdp1(flattened: Sequence[tuple[str, Tensor]]) -> dict[Tensor, Shard]:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    # A parameter of FSDP1 does not know its module, and the optimizer knows no module at all. The search
-    # takes a tenth of a second, once. Handles have no public name.
+    # A parameter of FSDP1 has no reference to its module, and neither has the optimizer. The search takes a
+    # tenth of a second, once. Handles have no public name.
     found: dict[Tensor, Shard] = {}
-    divided_twice: set[Tensor] = set()
+    sharded_twice: set[Tensor] = set()
     for candidate in gc.get_objects():
         if not issubclass(type(candidate), FullyShardedDataParallel):
             continue
-        # Not by attribute, which a module whose making has failed cannot answer.
+        # Not by attribute access, which fails for a module whose constructor has raised.
         handle = vars(candidate).get("_handle")
         if handle is not None:
             groups = (handle.process_group,) if handle.uses_sharded_strategy else ()
@@ -155,7 +157,7 @@ def _shards_of_fsdp1(flattened: Sequence[tuple[str, Tensor]]) -> dict[Tensor, Sh
             for p, extension in zip(flat._params or (), flat._param_extensions, strict=False):
                 found[p] = Shard(groups, handle.device, flat)
                 if extension is not None:
-                    divided_twice.add(p)
+                    sharded_twice.add(p)
     for name, p in flattened:
         if p not in found:
             raise RuntimeError(
@@ -163,9 +165,9 @@ def _shards_of_fsdp1(flattened: Sequence[tuple[str, Tensor]]) -> dict[Tensor, Sh
                 "hidden by gc.freeze(): build the optimizer on the parameters of the wrapped module that you "
                 "train, and take its first step before gc.freeze()"
             )
-        if p in divided_twice:
+        if p in sharded_twice:
             raise RuntimeError(
-                f"parameter {name!r} is divided by tensor parallelism and by FSDP1, where its norm is not "
-                "known: use fully_shard (FSDP2, ModelParallelStrategy) with tensor parallelism"
+                f"parameter {name!r} is sharded by both tensor parallelism and FSDP1, so that its norm "
+                "cannot be computed: use fully_shard (FSDP2, ModelParallelStrategy) with tensor parallelism"
             )
     return {p: found[p] for _, p in flattened}

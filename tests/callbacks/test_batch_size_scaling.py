@@ -301,7 +301,7 @@ TINY_BETAS = partial(torch.optim.AdamW, betas=(0.5, 0.9))
         (
             torch.optim.SGD,
             lambda: [BatchSizeScaling(BASE), BatchSizeScaling(BASE)],
-            "The Trainer has two callbacks for the batch-size scaling of the learning rate: leave one out",
+            "The Trainer has two callbacks for the batch-size scaling of the learning rate: remove one",
         ),
         (
             torch.optim.SGD,

@@ -462,7 +462,7 @@ def test_a_training_without_batches_says_nothing(tmp_path, options):
 @pytest.mark.parametrize("kind", [Bare, OwnStep])
 def test_an_optimizer_whose_steps_cannot_be_seen_is_refused_before_training(tmp_path, kind):
     module = Walk(lambda groups: kind([p for group in groups for p in group["params"]]))
-    said = f"got a {kind.__name__}, whose steps cannot be seen: put the factor into the schedule"
+    said = f"got a {kind.__name__}, whose steps cannot be observed: put the factor into the schedule"
     with pytest.raises(MisconfigurationException, match=re.escape(said)):
         train(tmp_path, module)
     assert module.position() == (1.0, 1.0)
@@ -477,7 +477,7 @@ def test_a_refusal_leaves_the_optimizers_as_they_were(tmp_path):
             return [self.first, Bare([self.b])]
 
     module = Second()
-    with pytest.raises(MisconfigurationException, match="got a Bare, whose steps cannot be seen"):
+    with pytest.raises(MisconfigurationException, match="got a Bare, whose steps cannot be observed"):
         train(tmp_path, module)
     assert not module.first._optimizer_step_pre_hooks
     assert not module.first._optimizer_state_dict_pre_hooks

@@ -359,22 +359,22 @@ FAILURES = {
     "a list that may be of groups": (
         lambda optimizer: WithLists(optimizer, base_values=[0.5], delays=[3]),
         {},
-        "cannot regroup LARS, as WithLists keeps 'delays', of which it cannot be known",
+        "cannot regroup LARS, as WithLists keeps 'delays', which may or may not have an entry",
     ),
     "functions that may be of groups": (
         lambda optimizer: WithLists(optimizer, base_values=[0.5], curves=(float,)),
         {},
-        "keeps 'curves', of which it cannot be known",
+        "keeps 'curves', which may or may not have an entry",
     ),
     "an array that may be of groups": (
         lambda optimizer: WithLists(optimizer, base_values=[0.5], own=torch.tensor([0.5])),
         {},
-        "keeps 'own', of which it cannot be known",
+        "keeps 'own', which may or may not have an entry",
     ),
     "a dict that may be of groups": (
         lambda optimizer: WithLists(optimizer, base_values=[0.5], own={0: 0.5}),
         {},
-        "keeps 'own', of which it cannot be known",
+        "keeps 'own', which may or may not have an entry",
     ),
     "no rate of its own": (
         lambda optimizer: WithLists(optimizer, base_values=[0.5]),

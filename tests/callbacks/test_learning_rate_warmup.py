@@ -216,7 +216,7 @@ def test_refuses_a_bad_argument(arguments, message):
             Walk,
             [{"warmup_steps": 5}, {"warmup_steps": 3}],
             {},
-            "The Trainer has two callbacks for the warmup of the learning rate: leave one out",
+            "The Trainer has two callbacks for the warmup of the learning rate: remove one",
         ),
     ],
 )

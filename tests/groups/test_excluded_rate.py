@@ -145,7 +145,7 @@ DOORS = [
 
 @pytest.mark.parametrize("door", DOORS, ids=["build_optimizer", "mixin", "callback"])
 def test_both_ways_to_set_the_rate_exclude_each_other(door):
-    with pytest.raises(ValueError, match=r"excluded_lr must be left out with excluded_lr_scale=0\.5"):
+    with pytest.raises(ValueError, match=r"excluded_lr must be None with excluded_lr_scale=0\.5"):
         door(excluded_lr=0.1, excluded_lr_scale=0.5)
 
 
@@ -271,8 +271,8 @@ BY_CALLBACK = (
 @pytest.mark.parametrize(
     ("door", "scheduler", "error", "message"),
     [
-        (by_mixin, OneRateForAll, ValueError, "excluded_lr=0.02 must be left out with OneRateForAll, which"),
-        (by_mixin, OneMinimumForAll, ValueError, "excluded_lr=0.02 must be left out with OneMinimumForAll"),
+        (by_mixin, OneRateForAll, ValueError, "excluded_lr=0.02 must not be set with OneRateForAll, which"),
+        (by_mixin, OneMinimumForAll, ValueError, "excluded_lr=0.02 must not be set with OneMinimumForAll"),
         (by_callback, OneRateForAll, MisconfigurationException, BY_CALLBACK),
         (by_callback, OneMinimumForAll, MisconfigurationException, BY_CALLBACK),
     ],
@@ -360,7 +360,7 @@ def test_a_resumed_run_keeps_rate_and_mark(tmp_path, door):
 
 def test_a_rate_of_0_under_a_scheduler_cannot_be_followed(tmp_path):
     module = Bare(SCHEDULERS["linear"], lr=0.0)
-    with pytest.raises(ValueError, match="lr must be above 0 under a scheduler where what is excluded has"):
+    with pytest.raises(ValueError, match="lr must be above 0 under a scheduler where excluded parameters have"):
         fit(tmp_path, module, ExcludeNormAndBias(excluded_lr=EXCLUDED_LR))
 
 

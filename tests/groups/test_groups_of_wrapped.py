@@ -178,7 +178,7 @@ def test_a_lightning_module_inside_of_fsdp_knows_its_shapes_from_the_model_of_it
     inside = LightningNet()
     outside = fsdp1(inside)
     with pytest.raises(
-        ValueError, match=r"the shape of 'cls_token', .* FSDP has cut it, and the wrapper around"
+        ValueError, match=r"the shape of 'cls_token', .* FSDP has sharded it, and only the wrapper around"
     ):
         param_groups(inside)
     inside._trainer = SimpleNamespace(model=outside)
@@ -197,10 +197,10 @@ def test_a_part_that_lacks_no_shape_is_grouped_inside_of_fsdp():
 def test_layers_that_fsdp_has_put_into_one_parameter_are_refused():
     flat = FullyShardedDataParallel(Net(), device_id=CPU)
     with pytest.raises(
-        ValueError, match=r"got '_flat_param', into which FSDP has put many: pass use_orig_params"
+        ValueError, match=r"got '_flat_param', into which FSDP has flattened many: pass use_orig_params"
     ):
         param_groups(flat)
     off = dict.fromkeys(["exclude_norm", "exclude_bias", "exclude_gain"], False)
     assert [group["name"] for group in param_groups(flat, **off)] == ["adapted"]
-    with pytest.raises(ValueError, match="into which FSDP has put many"):
+    with pytest.raises(ValueError, match="into which FSDP has flattened many"):
         param_groups(flat, **off, exclude=nn.Embedding)

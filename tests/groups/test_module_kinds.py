@@ -163,7 +163,7 @@ class Tied(nn.Module):
 def test_a_graph_that_does_not_tell_is_refused_with_the_way_out(stand_in):
     module = stand_in(Tied())
     message = (
-        r"module must tell what every parameter is part of, got 'tokens.weight' in a graph that does not"
+        r"module must tell which module owns each parameter, got 'tokens.weight' in a graph that does not"
     )
     with pytest.raises(ValueError, match=message):
         param_groups(module)

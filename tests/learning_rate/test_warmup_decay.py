@@ -482,7 +482,7 @@ REFUSED = [
     ("momentum_range", (0.5, 1.0), "0 <= low <= high < 1", {"warmup": "cosine", "decay": "one_cycle"}),
     ("momentum_range", (0.5,), "0 <= low <= high < 1", {"warmup": "cosine", "decay": "one_cycle"}),
 ]
-REFUSED += [(argument, value, "left out with .*no effect", others) for argument, value, others in NO_EFFECT]
+REFUSED += [(argument, value, "omitted with .*no effect", others) for argument, value, others in NO_EFFECT]
 
 
 def refuses(optimizer, match, arguments, error=ValueError):
@@ -502,7 +502,7 @@ def test_an_argument_out_of_its_rule_is_refused_and_the_optimizer_unchanged(argu
 
 @pytest.mark.parametrize("warmup", ["constant", "exponential"])
 def test_a_warmup_that_cannot_start_at_0_asks_for_a_start_factor(warmup):
-    refuses(build(), f"^start_factor must be above 0 with '{warmup}'.*pass 0.1, say", {"warmup": warmup})
+    refuses(build(), f"^start_factor must be above 0 with '{warmup}'.*for example 0.1", {"warmup": warmup})
 
 
 @pytest.mark.parametrize("warmup", ["constant", "exponential"])
