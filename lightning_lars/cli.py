@@ -1,4 +1,4 @@
-"""The door for those who drive everything from a YAML file or the command line."""
+"""LightningCLIs that build their optimizer over parameter groups, from YAML or the command line."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -19,10 +19,10 @@ _EitherCLI: Any = object
 
 
 class _LateOptimizer(_EitherCLI):  # type: ignore[misc]
-    """Builds ``--optimizer`` in ``configure_optimizers``, over the groups of ``param_groups``.
+    """Builds ``--optimizer`` in ``configure_optimizers``, over ``param_groups``.
 
     The stock CLI builds it as soon as the model exists, over bare ``parameters()``: norms and biases are
-    adapted like the rest, and a strategy that replaces the parameters later leaves it with none.
+    adapted like the rest, and it loses its parameters if a strategy replaces them later.
     """
 
     def __init__(self, *args: Any, auto_configure_optimizers: bool = True, **kwargs: Any) -> None:
@@ -30,7 +30,7 @@ class _LateOptimizer(_EitherCLI):  # type: ignore[misc]
         super().__init__(*args, auto_configure_optimizers=False, **kwargs)
 
     def add_core_arguments_to_parser(self, parser: Any) -> None:
-        """Add ``--optimizer``, ``--lr_scheduler`` and how both are built."""
+        """Add ``--optimizer``, ``--lr_scheduler`` and the options for building both."""
         super().add_core_arguments_to_parser(parser)
         if not self._builds_optimizer:
             return
@@ -44,29 +44,29 @@ class _LateOptimizer(_EitherCLI):  # type: ignore[misc]
             "--param_groups.exclude",
             type=list[str],
             default=[],
-            help="Patterns over the names of parameters that are excluded beside norms, biases and gains.",
+            help="Patterns over parameter names to exclude in addition to norms, biases and gains.",
         )
         for switch, what in (
             ("exclude_bias", "biases are excluded from adaptation and weight decay."),
             ("exclude_norm", "normalization layers are excluded."),
-            ("exclude_gain", "gains are excluded, and what is broadcast over the batch, as tokens are."),
+            ("exclude_gain", "gains are excluded, and parameters broadcast over the batch, such as tokens."),
         ):
             parser.add_argument(f"--param_groups.{switch}", type=bool, default=True, help=f"Whether {what}")
         parser.add_argument(
             "--param_groups.excluded_lr",
             type=float | None,
             default=None,
-            help="Learning rate of what is excluded, whatever that of --optimizer is (null: the same).",
+            help="Learning rate of excluded parameters, independent of that of --optimizer (null: the same).",
         )
         parser.add_argument(
             "--param_groups.excluded_lr_scale",
             type=float,
             default=1.0,
-            help="The same as a factor on the learning rate of the rest, not together with excluded_lr.",
+            help="The same as a factor on the learning rate of the rest; excludes excluded_lr.",
         )
 
     def link_optimizers_and_lr_schedulers(self, parser: Any) -> None:
-        """Add ``--optimizer`` and ``--lr_scheduler`` where ``add_arguments_to_parser`` has not."""
+        """Add ``--optimizer`` and ``--lr_scheduler`` unless ``add_arguments_to_parser`` has done so."""
         if self._builds_optimizer:
             if not parser._optimizers:
                 parser.add_optimizer_args((Optimizer,))
@@ -75,7 +75,7 @@ class _LateOptimizer(_EitherCLI):  # type: ignore[misc]
         super().link_optimizers_and_lr_schedulers(parser)
 
     def instantiate_classes(self) -> None:
-        """Let the model build its optimizer when it is asked to, after ``configure_model``."""
+        """Replace the model's ``configure_optimizers``, which runs after ``configure_model``."""
         super().instantiate_classes()
         if not self._builds_optimizer:
             return
@@ -87,7 +87,7 @@ class _LateOptimizer(_EitherCLI):  # type: ignore[misc]
             if lr_scheduler:
                 rank_zero_warn("--lr_scheduler has no effect without --optimizer")
             return
-        _warn_of_another(self.model, type(self).__name__)
+        _warn_of_override(self.model, type(self).__name__)
         if not lr_scheduler and config["lr_scheduler_interval"] is not None:
             rank_zero_warn("--lr_scheduler_interval has no effect without --lr_scheduler")
         self.model.configure_optimizers = _ConfigureOptimizers(
@@ -99,12 +99,13 @@ class _LateOptimizer(_EitherCLI):  # type: ignore[misc]
         if "configure_optimizers" in vars(cls):
             raise TypeError(
                 f"{cls.__name__} must not override configure_optimizers, which takes an optimizer that was "
-                "built early: override that of the module, or pass auto_configure_optimizers=False"
+                "built before configure_model: override that of the module, or pass "
+                "auto_configure_optimizers=False"
             )
 
 
 class _ConfigureOptimizers:
-    """Takes the place of a model's ``configure_optimizers``, and goes with it to other processes."""
+    """Replaces a model's ``configure_optimizers``, and can be pickled with it for other processes."""
 
     def __init__(
         self,
@@ -123,7 +124,7 @@ class _ConfigureOptimizers:
     def __call__(self) -> Any:
         return self.__wrapped__()
 
-    def __wrapped__(self) -> Any:  # where Lightning looks for code that is not its own
+    def __wrapped__(self) -> Any:  # where Lightning looks for overrides
         optimizer = build_optimizer(
             self.module,
             partial(lightning.pytorch.cli.instantiate_class, init=self.optimizer),
@@ -143,22 +144,22 @@ class _ConfigureOptimizers:
         return {"optimizer": optimizer, "lr_scheduler": config}
 
 
-def _warn_of_another(model: LightningModule, cli: str) -> None:
-    """Warn where a model has a ``configure_optimizers`` of its own, as the stock CLI does."""
+def _warn_of_override(model: LightningModule, cli: str) -> None:
+    """Warn, as the stock CLI does, if a model has its own ``configure_optimizers``."""
     owner = next(each for each in (model, *type(model).__mro__) if "configure_optimizers" in vars(each))
-    # By name, as lightning.pytorch and pytorch_lightning have a LightningModule each.
+    # By name, because lightning.pytorch and pytorch_lightning each define a LightningModule.
     by = getattr(owner, "__name__", "")
     if by == "LightningModule":
         return
     unused = ", and the arguments of LargeBatchMixin have no effect" if by == "LargeBatchMixin" else ""
     rank_zero_warn(
         f"`{type(model).__name__}.configure_optimizers` will be overridden by `{cli}`, which builds "
-        f"--optimizer{unused}: leave one of the two out"
+        f"--optimizer{unused}: use only one of the two"
     )
 
 
 def _class_to_build(registered: Mapping[str, Any], key: str, config: Mapping[str, Any]) -> Any:
-    """Return class path and arguments of what Lightning would build itself, or None."""
+    """Return class path and arguments of the object that Lightning would build itself, or None."""
     classes, link_to = registered.get(key, (None, None))
     chosen = config.get(key)
     if classes is None or link_to != "AUTOMATIC" or not chosen:
@@ -169,12 +170,12 @@ def _class_to_build(registered: Mapping[str, Any], key: str, config: Mapping[str
 
 
 class LargeBatchCLI(_LateOptimizer, lightning.pytorch.cli.LightningCLI):
-    """``LightningCLI`` whose ``--optimizer LARS`` knows norms and biases, under every strategy.
+    """``LightningCLI`` whose ``--optimizer`` excludes norms and biases from adaptation, under every strategy.
 
-    Takes the arguments of ``LightningCLI``, and on the command line or in YAML ``lr_scheduler_interval``
+    Takes the arguments of ``LightningCLI`` and, on the command line or in YAML, ``lr_scheduler_interval``
     (``step`` or ``epoch``) and ``param_groups`` (``exclude``, ``exclude_bias``, ``exclude_norm``,
     ``exclude_gain``, ``excluded_lr``, ``excluded_lr_scale``). A
-    :class:`~lightning_lars.WarmupDecayLR` without ``total_steps`` gets those of the training.
+    :class:`~lightning_lars.WarmupDecayLR` without ``total_steps`` gets those of the run.
     Import this module, or ``lightning_lars``, to use the short names ``LARS``, ``LAMB``, ``WarmupDecayLR``.
 
     Example:

@@ -1,4 +1,4 @@
-"""The door for those who subclass: a LightningModule's ``configure_optimizers``."""
+"""A mixin that gives a LightningModule its ``configure_optimizers``."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, cast
@@ -25,40 +25,40 @@ LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 
 
 class LargeBatchMixin:
-    """Gives a LightningModule a ``configure_optimizers`` that knows its norms and biases.
+    """Gives a LightningModule a ``configure_optimizers`` that excludes norms and biases from adaptation.
 
-    Stands before ``LightningModule`` in the bases. The optimizer is built over
-    :func:`~lightning_lars.param_groups` of the module, after ``configure_model``. Works without
-    a Trainer too, under Fabric or in a loop of its own, where a schedule has to be given its length.
+    Must come before ``LightningModule`` in the bases. The optimizer is built over
+    :func:`~lightning_lars.param_groups` of the module, after ``configure_model``. Also works without a
+    Trainer, under Fabric or in a custom loop, where the length of a schedule must be given.
 
-    The rate is in ``optimizer``: ``Tuner.lr_find`` finds no attribute to write it to, and needs
+    The learning rate is part of ``optimizer``: ``Tuner.lr_find`` finds no attribute to write it to, and needs
     ``update_attr=False``.
 
     Args:
-        *args: Handed on to the next class.
-        optimizer: Takes the parameter groups and returns the optimizer: ``LARS`` (which None stands for),
-            ``LAMB``, any ``torch.optim`` class, or one with arguments, as
-            ``functools.partial(LARS, lr=3.2)``.
-        lr_scheduler: Takes the optimizer and returns a scheduler. A
-            :class:`~lightning_lars.WarmupDecayLR` without ``total_steps`` gets those of the
-            training, accumulation, ``max_steps`` and all.
-        lr_scheduler_interval: When the scheduler steps. None stands for every optimizer step with
-            ``WarmupDecayLR``, else every epoch.
-        exclude: fnmatch patterns over parameter names, to be excluded beside norms, biases and gains. For
+        *args: Passed on to the next class.
+        optimizer: Takes the parameter groups and returns the optimizer: ``LARS`` (used for None), ``LAMB``,
+            any ``torch.optim`` class, or one with arguments, such as ``functools.partial(LARS, lr=3.2)``.
+        lr_scheduler: Takes the optimizer and returns a scheduler. A :class:`~lightning_lars.WarmupDecayLR`
+            without ``total_steps`` gets those of the run, which depend on gradient accumulation,
+            ``max_steps`` and the like.
+        lr_scheduler_interval: When the scheduler steps. None means each optimizer step for
+            ``WarmupDecayLR``, else each epoch.
+        exclude: fnmatch patterns over parameter names to exclude in addition to norms, biases and gains. For
             module types and predicates, write a ``configure_optimizers`` that calls
             :func:`~lightning_lars.build_optimizer`.
         exclude_bias: Whether biases are excluded.
         exclude_norm: Whether normalization layers are excluded (apex LARC adapts them, as SwAV does).
-        exclude_gain: Whether gains are excluded, and what is broadcast over the batch, as tokens are.
-        excluded_lr: Learning rate of what is excluded, above 0, whatever that of ``optimizer`` is.
-            Schedules and warmup act on it, ``BatchSizeScaling`` does not. None leaves the rate of the rest.
-        excluded_lr_scale: The same as a factor, above 0, on the rate of the rest. Not together with
-            ``excluded_lr``.
-        **kwargs: Handed on to the next class.
+        exclude_gain: Whether gains are excluded, and parameters broadcast over the batch, such as tokens.
+        excluded_lr: Learning rate of excluded parameters, above 0, independent of that of ``optimizer``.
+            Schedules and warmup apply to it, ``BatchSizeScaling`` does not. None keeps the rate of the
+            adapted ones.
+        excluded_lr_scale: The same as a factor, above 0, on the rate of the adapted parameters. Mutually
+            exclusive with ``excluded_lr``.
+        **kwargs: Passed on to the next class.
 
     Raises:
-        TypeError: If ``optimizer`` cannot be called; when subclassing, if the bases are in an order in
-            which ``LightningModule`` would hide the mixin.
+        TypeError: If ``optimizer`` is not callable; when subclassing, if ``LightningModule`` comes before
+            the mixin in the bases and would hide it.
 
     Example:
         >>> from functools import partial
@@ -75,7 +75,7 @@ class LargeBatchMixin:
         adapted 3.2 ['net.0.weight']
         excluded 3.2 ['net.0.bias', 'net.1.weight', 'net.1.bias']
 
-        All arguments at once, from the batch size, as :func:`lightning_lars.recipes.lars` starts:
+        All arguments at once, derived from the batch size by :func:`lightning_lars.recipes.lars`:
 
         >>> from lightning_lars import recipes
         >>> model = Classifier(**recipes.lars(batch_size=2048))
@@ -124,22 +124,22 @@ class LargeBatchMixin:
         self._exclude_gain = exclude_gain
         self._excluded_lr = excluded_lr
         self._excluded_lr_scale = excluded_lr_scale
-        self._trust_what_was_given()
+        self._trust_arguments()
 
-    def _trust_what_was_given(self) -> None:
-        """Let ``ckpt_path`` of the Trainer load what saved hyperparameters of this module name."""
+    def _trust_arguments(self) -> None:
+        """Allow the Trainer's ``ckpt_path`` to load the classes in this module's saved hyperparameters."""
         trust_globals_of(self._build_optimizer, self._build_lr_scheduler)
 
-    load_from_checkpoint = LoadFromCheckpoint(_trust_what_was_given)
+    load_from_checkpoint = LoadFromCheckpoint(_trust_arguments)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         cast(Any, super()).__setstate__(state)
-        self._trust_what_was_given()  # in the process that a strategy has sent the module to
+        self._trust_arguments()  # in the process to which a strategy has sent the module
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         before = cls.__mro__[: cls.__mro__.index(LargeBatchMixin)]
-        # By name, as lightning.pytorch and pytorch_lightning have a LightningModule each.
+        # By name, because lightning.pytorch and pytorch_lightning each define a LightningModule.
         if any(base.__name__ == "LightningModule" for base in before):
             raise TypeError(
                 f"{cls.__name__} must have LargeBatchMixin before LightningModule in its bases, got "
@@ -148,15 +148,15 @@ class LargeBatchMixin:
             )
 
     def configure_optimizers(self) -> Any:
-        """Build the optimizer over the module's adapted and excluded layers, and its scheduler.
+        """Build the optimizer over the module's adapted and excluded parameters, and its scheduler.
 
         Returns:
-            The optimizer, or what Lightning takes for one with a scheduler.
+            The optimizer, or Lightning's dict of optimizer and scheduler.
 
         Raises:
-            ValueError: If no parameter is trainable, an argument breaks its rule, or the scheduler leaves
-                what is excluded no rate of its own.
-            TypeError: If what ``optimizer`` returns is no optimizer.
+            ValueError: If no parameter is trainable, an argument breaks its rule, or the scheduler does not
+                allow the excluded parameters a separate rate.
+            TypeError: If ``optimizer`` does not return an optimizer.
             MisconfigurationException: If the strategy hides the layers from LARS or LAMB (DeepSpeed ZeRO).
         """
         assert isinstance(self, nn.Module)

@@ -1,10 +1,11 @@
-"""Published trainings as arguments: their optimizer, its schedule and what they leave out.
+"""Published hyperparameters as arguments: optimizer, schedule and excluded parameters.
 
-Every function returns keyword arguments of :class:`~lightning_lars.mixin.LargeBatchMixin`. How long the
-training is, where it is not part of the recipe, comes from the Trainer. The schedules count steps from 1, the
-sources from 0: here a warmup is one step ahead and spends none at a rate of 0.
+Every function returns keyword arguments of :class:`~lightning_lars.mixin.LargeBatchMixin`. Where the length
+of a run is not part of the recipe, it comes from the Trainer. The schedules count steps from 1, the sources
+from
+0: here a warmup is one step ahead and spends no step at a rate of 0.
 
-:func:`lars` and :func:`lamb` are for trainings that nobody has published numbers for. Their source is
+:func:`lars` and :func:`lamb` are for tasks without published numbers. Their source is
 ``docs/large_batch_study.md``.
 """
 
@@ -17,7 +18,7 @@ from lightning_lars.learning_rate.warmup_decay import WarmupDecayLR
 from lightning_lars.optim import LAMB, LARS
 from lightning_lars.rules import require
 
-IMAGENET = 1_281_167  # images to train on
+IMAGENET = 1_281_167  # training images
 
 
 class Recipe(TypedDict):
@@ -33,23 +34,23 @@ class Recipe(TypedDict):
 
 
 def lars(batch_size: int, warmup_steps: int = 20) -> Recipe:
-    """A place to start from with LARS, which follows the batch size.
+    """Starting point for LARS, scaled with the batch size.
 
     ::
 
-        lr           = 6    * sqrt(batch_size / 128)        of norms and biases: 0.05 at any batch size
+        lr           = 6    * sqrt(batch_size / 128)        for norms and biases: 0.05 at any batch size
         weight_decay = 5e-4 * sqrt(batch_size / 128)        so that lr * weight_decay * steps stays the same
         trust_clip   = 0.02
 
     Momentum 0.9, linear warmup, linear decay to 0. The evidence is Fashion-MNIST at batch 128 and 2,048
     (``docs/large_batch_study.md``): a CNN with batch norm, an MLP without norms and a transformer all train
-    near their best at the rate of batch 2,048. The CNN is best at 2 to 3 times as much; the MLP falls between
-    1.3 and 2.7 times. ``trust_clip`` keeps networks with norms training where the rate is far too high, and
-    costs up to a point where it is right. Search around ``lr`` in factors of 2.
+    near their best at the rate for batch 2,048. The CNN is best at 2 to 3 times that rate; the MLP degrades
+    between 1.3 and 2.7 times. ``trust_clip`` keeps networks with norms training where the rate is far too
+    high, and costs up to a point where the rate is right. Search around ``lr`` in factors of 2.
 
     Args:
-        batch_size: Samples behind an optimizer step, on all devices, at least 1.
-        warmup_steps: Optimizer steps of warmup, a tenth of the training, say; below its length.
+        batch_size: Effective batch size, at least 1.
+        warmup_steps: Optimizer steps of warmup, for example a tenth of the run; fewer than its steps.
 
     Raises:
         ValueError: If ``batch_size`` is below 1.
@@ -65,21 +66,21 @@ def lars(batch_size: int, warmup_steps: int = 20) -> Recipe:
 
 
 def lamb(batch_size: int, warmup_steps: int = 20) -> Recipe:
-    """A place to start from with LAMB, which follows the batch size.
+    """Starting point for LAMB, scaled with the batch size.
 
     ::
 
-        lr           = 0.0075 * sqrt(batch_size / 128)      of norms and biases: 0.01 at any batch size
+        lr           = 0.0075 * sqrt(batch_size / 128)      for norms and biases: 0.01 at any batch size
         weight_decay = 0.01   * sqrt(batch_size / 128)      so that lr * weight_decay * steps stays the same
 
-    Gradients are clipped at a norm of 1; linear warmup, linear decay to 0. From the same evidence as
-    :func:`lars`, with more to gain than with LARS where there are no norms, or layer norms: all three train
-    near their best at the rate of batch 2,048. The CNN is best at 1.3 to 2.7 times as much, where the MLP
-    and the transformer fall.
+    Gradients are clipped to a norm of 1; linear warmup, linear decay to 0. From the same evidence as
+    :func:`lars`, with more to gain than with LARS for networks without norms or with layer norms: all three
+    networks train near their best at the rate for batch 2,048. The CNN is best at 1.3 to 2.7 times that rate,
+    where the MLP and the transformer degrade.
 
     Args:
-        batch_size: Samples behind an optimizer step, on all devices, at least 1.
-        warmup_steps: Optimizer steps of warmup, a tenth of the training, say; below its length.
+        batch_size: Effective batch size, at least 1.
+        warmup_steps: Optimizer steps of warmup, for example a tenth of the run; fewer than its steps.
 
     Raises:
         ValueError: If ``batch_size`` is below 1.
@@ -98,11 +99,11 @@ def simclr(batch_size: int = 4096, steps_per_epoch: int = 312, base_lr: float = 
     """SimCLR (Chen et al. 2020, https://github.com/google-research/simclr).
 
     ``lr = base_lr * batch_size / 256``, weight decay 1e-6, 10 epochs of warmup, cosine decay to 0; the
-    momentum holds the learning rate.
+    momentum includes the learning rate.
 
     Args:
-        batch_size: Images behind an optimizer step, on all devices.
-        steps_per_epoch: Optimizer steps of an epoch; the default is ImageNet's at batch 4096.
+        batch_size: Effective batch size, in images.
+        steps_per_epoch: Optimizer steps per epoch; the default is ImageNet's at batch 4096.
         base_lr: Learning rate at batch 256: 0.3 for ImageNet, 1.0 for CIFAR-10.
 
     Example:
@@ -121,12 +122,12 @@ def byol(batch_size: int = 4096, steps_per_epoch: int = 312, epochs: int = 1000)
     weight decay 1e-6, or 1.5e-6 for 1000 epochs; 10 epochs of warmup, cosine decay to 0.
 
     Args:
-        batch_size: Images behind an optimizer step, on all devices.
-        steps_per_epoch: Optimizer steps of an epoch; the default is ImageNet's at batch 4096.
-        epochs: Length of the training that the rate is for: 40, 100, 300 or 1000.
+        batch_size: Effective batch size, in images.
+        steps_per_epoch: Optimizer steps per epoch; the default is ImageNet's at batch 4096.
+        epochs: Length of the run, which determines the rate: 40, 100, 300 or 1000.
 
     Raises:
-        ValueError: If the source has no rate for so many epochs.
+        ValueError: If the source has no rate for this number of epochs.
     """
     presets = {40: (0.45, 1e-6), 100: (0.45, 1e-6), 300: (0.3, 1e-6), 1000: (0.2, 1.5e-6)}
     base, weight_decay = _row("epochs", epochs, presets)
@@ -140,8 +141,8 @@ def barlow_twins(batch_size: int = 2048, steps_per_epoch: int = 626) -> Recipe:
     10 epochs of warmup, cosine decay to a thousandth of the peak.
 
     Args:
-        batch_size: Images behind an optimizer step, on all devices.
-        steps_per_epoch: Optimizer steps of an epoch; the default is ImageNet's at batch 2048.
+        batch_size: Effective batch size, in images.
+        steps_per_epoch: Optimizer steps per epoch; the default is ImageNet's at batch 2048.
     """
     optimizer = _lars(0.2 * batch_size / 256, 1e-6)
     warmup_steps = 10 * steps_per_epoch
@@ -151,13 +152,12 @@ def barlow_twins(batch_size: int = 2048, steps_per_epoch: int = 626) -> Recipe:
 def swav(steps_per_epoch: int = 312) -> Recipe:
     """SwAV at batch 4096 (Caron et al. 2020, https://github.com/facebookresearch/swav).
 
-    apex ``LARC`` without clipping around SGD, which leaves nothing out: ``lr`` from 0.3 to 4.8 in 10 epochs
-    of warmup, cosine decay to 0.0048, weight decay 1e-6 (``main_swav.py``,
-    ``scripts/swav_800ep_pretrain.sh``). The source holds the prototypes still for 313 steps, and normalizes
-    them before each.
+    apex ``LARC`` without clipping around SGD, which excludes nothing: ``lr`` from 0.3 to 4.8 in 10 epochs of
+    warmup, cosine decay to 0.0048, weight decay 1e-6 (``main_swav.py``, ``scripts/swav_800ep_pretrain.sh``).
+    The source freezes the prototypes for 313 steps, and normalizes them before each step.
 
     Args:
-        steps_per_epoch: Optimizer steps of an epoch; the default is ImageNet's at batch 4096.
+        steps_per_epoch: Optimizer steps per epoch; the default is ImageNet's at batch 4096.
     """
     peak = 4.8
     return _recipe(
@@ -174,16 +174,16 @@ def moco_v3(batch_size: int = 4096, steps_per_epoch: int = 312, epochs: int = 30
     """MoCo v3 of ResNet-50 (Chen et al. 2021, https://github.com/facebookresearch/moco-v3, ``CONFIG.md``).
 
     ``lr = base * batch_size / 256`` with a base of 0.6 for 100 epochs, 0.3 for 300 and 1000; weight decay
-    1e-6, or 1.5e-6 for 1000 epochs; 10 epochs of warmup, cosine decay to 0. Its vision transformers take
+    1e-6, or 1.5e-6 for 1000 epochs; 10 epochs of warmup, cosine decay to 0. Its vision transformers use
     AdamW.
 
     Args:
-        batch_size: Images behind an optimizer step, on all devices.
-        steps_per_epoch: Optimizer steps of an epoch; the default is ImageNet's at batch 4096.
-        epochs: Length of the training that the rate is for: 100, 300 or 1000.
+        batch_size: Effective batch size, in images.
+        steps_per_epoch: Optimizer steps per epoch; the default is ImageNet's at batch 4096.
+        epochs: Length of the run, which determines the rate: 100, 300 or 1000.
 
     Raises:
-        ValueError: If the source has no rate for so many epochs.
+        ValueError: If the source has no rate for this number of epochs.
     """
     base, weight_decay = _row("epochs", epochs, {100: (0.6, 1e-6), 300: (0.3, 1e-6), 1000: (0.3, 1.5e-6)})
     return _recipe(_lars(base * batch_size / 256, weight_decay), 10 * steps_per_epoch, decay="cosine")
@@ -212,14 +212,14 @@ MLPERF_RESNET50 = {
 
 
 def mlperf_resnet50(batch_size: int, steps_per_epoch: int | None = None) -> Recipe:
-    """ResNet-50 on ImageNet with LARS, as MLPerf's reference convergence points (``rcps_resnet.json``).
+    """ResNet-50 on ImageNet with LARS, from MLPerf's reference convergence points (``rcps_resnet.json``).
 
     From https://github.com/mlcommons/logging; polynomial decay of power 2 to a rate of 1e-4; the momentum
-    holds the learning rate. Expects label smoothing of 0.1.
+    includes the learning rate. Expects label smoothing of 0.1.
 
     Args:
-        batch_size: Images behind an optimizer step, on all devices: a key of :data:`MLPERF_RESNET50`.
-        steps_per_epoch: Optimizer steps of an epoch. None stands for ImageNet's.
+        batch_size: Effective batch size, in images: a key of :data:`MLPERF_RESNET50`.
+        steps_per_epoch: Optimizer steps per epoch; None for ImageNet's.
 
     Raises:
         ValueError: If the source has no row for the batch size.
@@ -258,14 +258,14 @@ MLPERF_BERT = {
 
 
 def mlperf_bert(batch_size: int) -> Recipe:
-    """BERT-large with LAMB, as MLPerf's reference convergence points (``rcps_bert.json``), second phase.
+    """BERT-large with LAMB, second phase, from MLPerf's reference convergence points (``rcps_bert.json``).
 
-    From https://github.com/mlcommons/logging; no warmup, as training begins from a checkpoint, linear decay
-    to 0 over the steps of the row, gradients clipped to a norm of 1. Left out are the rows with a warmup
-    (3072, and from 8192 on), whose rate falls by a jump at its end.
+    From https://github.com/mlcommons/logging; no warmup, because training starts from a checkpoint; linear
+    decay to 0 over the steps of the row; gradients clipped to a norm of 1. The rows with a warmup (3072, and
+    from 8192 on), at whose end the rate drops abruptly, are omitted.
 
     Args:
-        batch_size: Sequences behind an optimizer step, on all devices: a key of :data:`MLPERF_BERT`.
+        batch_size: Effective batch size, in sequences: a key of :data:`MLPERF_BERT`.
 
     Raises:
         ValueError: If the source has no such row for the batch size.
@@ -278,7 +278,7 @@ def mlperf_bert(batch_size: int) -> Recipe:
 
 
 def _lars(lr: float, weight_decay: float, **options: Any) -> partial[Any]:
-    """Return LARS in the form of the self-supervised methods."""
+    """Return LARS in the variant of the self-supervised methods."""
     return partial(
         LARS,
         lr=lr,

@@ -355,7 +355,7 @@ def test_without_a_trainer_any_other_schedule_is_built():
     assert config["interval"] == "epoch"
 
 
-NO_TRAINER = "WarmupDecayLR needs total_steps where no Trainer knows it, under Fabric or in a loop of your"
+NO_TRAINER = "WarmupDecayLR needs total_steps without a Trainer, under Fabric or in a custom loop"
 
 
 def test_without_a_trainer_a_schedule_without_length_is_refused():

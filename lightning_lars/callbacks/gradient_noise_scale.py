@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_lars.class_names import has_class_named
 from lightning_lars.gradients.backward_norms import BackwardNorms
-from lightning_lars.gradients.noise_scale import MovingNoiseScale, NoiseScale, in_words, two_batch_estimates
+from lightning_lars.gradients.noise_scale import MovingNoiseScale, NoiseScale, describe, two_batch_estimates
 from lightning_lars.learning_rate.batch_scaling import check_batch_size
 from lightning_lars.rules import is_number, is_whole, require
 from lightning_lars.trainer.batch_size import effective_batch_size
@@ -119,13 +119,13 @@ class GradientNoiseScale(Callback):
                 "GradientNoiseScale measures the gradients that an optimizer steps with, got no optimizer: "
                 "return one from configure_optimizers or leave the callback out"
             )
-        self._micro_batches.forget()
+        self._micro_batches.reset()
         self._effective_batch_size = None
         self._has_stepped = self._has_news = False
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._micro_batches.forget()
+        self._micro_batches.reset()
 
     @override
     def on_train_batch_start(
@@ -189,7 +189,7 @@ class GradientNoiseScale(Callback):
         measured = self._moving.read()
         if measured is not None and self._effective_batch_size is not None:
             publish(trainer, self._metrics(measured))
-            rank_zero_info(f"GradientNoiseScale: {in_words(measured, self._effective_batch_size)}.")
+            rank_zero_info(f"GradientNoiseScale: {describe(measured, self._effective_batch_size)}.")
         elif not cast(Any, trainer).fast_dev_run:
             rank_zero_warn(
                 f"GradientNoiseScale measured no step. One in every_n_steps={self.every_n_steps} is, if its "

@@ -193,7 +193,7 @@ class PercentileGradientClipping(Callback):
         stepped, self._has_stepped = self._has_stepped, False
         self._has_trained = True
         for steps in self._steps:
-            steps.forget()
+            steps.reset()
         if not stepped or not is_logging(trainer):
             return
         metrics = {}

@@ -18,7 +18,7 @@ from typing_extensions import override
 from lightning_lars.batch_norm import PopulationStatistics, pool
 from lightning_lars.rules import is_whole, require
 from lightning_lars.trainer.callback import Callback
-from lightning_lars.trainer.extra_passes import left_as_it_was, training_batches
+from lightning_lars.trainer.extra_passes import preserve_training_state, training_batches
 
 
 @runtime_checkable
@@ -145,7 +145,7 @@ class PreciseBatchNorm(Callback):
         compiled = "torch._dynamo" in sys.modules
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             batches = training_batches(trainer, pl_module, self.num_batches, "PreciseBatchNorm")
-            with left_as_it_was(trainer, pl_module, layers), closing(batches):
+            with preserve_training_state(trainer, pl_module, layers), closing(batches):
                 hooks = [hook for each in statistics for hook in each.watch()]
                 try:
                     # update_bn, which is without gradients, hands on the first element of a tuple.

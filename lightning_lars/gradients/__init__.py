@@ -1,4 +1,4 @@
 """Norms and noise of gradients: percentile clipping and the gradient noise scale.
 
-Torch only: the callbacks of the same names stand on it.
+Depends on torch only; the callbacks of the same names build on it.
 """

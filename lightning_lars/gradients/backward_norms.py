@@ -1,4 +1,4 @@
-"""The norm of the gradient of each backward pass, before it is accumulated or averaged over processes."""
+"""The gradient norm of each backward pass, before the gradient is accumulated or averaged across ranks."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -13,13 +13,13 @@ from lightning_lars.sharding.norms import alike, layer_norms, widest_float
 
 
 class BackwardNorms:
-    """Takes the squared norm of the gradient that each backward pass adds to ``p.grad``, as it arrives.
+    """Records the squared norm of the gradient that each backward pass adds to ``p.grad``.
 
     Hooks on the parameters see it before it is accumulated, and before DistributedDataParallel averages it.
-    Nothing is kept of it, ``p.grad`` is left alone, and nothing comes to the host.
+    No gradient is kept, ``p.grad`` is not modified, and nothing is copied to the host.
 
     Args:
-        params: At least one, leaves of the graph, all on one device. Those that are frozen are left out.
+        params: Leaf tensors, at least one, all on one device. Frozen parameters are skipped.
 
     Example:
         >>> import torch
@@ -39,14 +39,16 @@ class BackwardNorms:
         self._device = params[0].device
         self._params = [p for p in params if p.requires_grad]
         self.squares: list[Tensor] = []
-        """0-d, of each pass."""
+        """One 0-d tensor for each pass."""
         self.in_parts = False
-        """Whether the gradient of a parameter came in several parts, whose norms say nothing of their sum."""
+        """Whether a parameter's gradient arrived in parts, whose norms do not determine that of their sum."""
         self._norms: dict[int, Tensor] = {}
-        self._hooks = [cast(Any, p).register_hook(partial(self._take, i)) for i, p in enumerate(self._params)]
+        self._hooks = [
+            cast(Any, p).register_hook(partial(self._record, i)) for i, p in enumerate(self._params)
+        ]
 
     def end_pass(self) -> None:
-        """Add what came since the last pass as that of one pass."""
+        """Record the gradients since the last call as those of one pass."""
         norms, self._norms = self._norms, {}
         self.squares.append(self._sum_of_squares(list(norms.values())))
 
@@ -57,11 +59,11 @@ class BackwardNorms:
         return self._sum_of_squares(norms)
 
     def remove(self) -> None:
-        """Leave the parameters as they were."""
+        """Remove the hooks from the parameters."""
         for hook in self._hooks:
             hook.remove()
 
-    def _take(self, index: int, grad: Tensor) -> None:
+    def _record(self, index: int, grad: Tensor) -> None:
         self.in_parts |= index in self._norms
         self._norms[index] = layer_norms([values_of(grad)])
 

@@ -1,4 +1,4 @@
-"""Finds the moment before an optimizer moves, when its gradients are whole, however its step is reached."""
+"""Calls a function right before an optimizer's update, when all gradients are complete."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,14 +8,14 @@ from torch.utils.hooks import RemovableHandle
 
 
 class BeforeSteps:
-    """Calls once before each step: when someone announces it, or in a hook of the optimizer.
+    """Calls a function once before each step: when the step is announced, or in a hook of the optimizer.
 
     Lightning announces the steps of its own wrapper around the optimizer, not those of the optimizer itself,
     which manual optimization may call (``optimizers(use_pl_optimizer=False)``).
 
     Args:
-        optimizer: One without the hooks of ``torch.optim``, as some wrappers are, must be announced.
-        call: What to do then; with a closure, after it has computed the gradients, each time that it does.
+        optimizer: The optimizer. Steps of wrappers without the hooks of ``torch.optim`` must be announced.
+        call: Called before each step; with a closure, every time after it has computed the gradients.
 
     Example:
         >>> import torch
@@ -33,25 +33,25 @@ class BeforeSteps:
 
     def __init__(self, optimizer: Optimizer, call: Callable[[], None]) -> None:
         self.number = 0
-        """Of the calls so far."""
+        """Number of calls so far."""
         self._call = call
         self._is_announced = False
         self._hook: RemovableHandle | None = None
-        # The wrappers in question subclass Optimizer, and leave out its __init__.
+        # Some wrappers subclass Optimizer without calling its __init__.
         if hasattr(optimizer, "_optimizer_step_pre_hooks"):
             self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     def announce(self) -> None:
-        """Call now, and not in the step that follows."""
+        """Call the function now, and not in the step that follows."""
         self._is_announced = True
         self._count()
 
-    def forget(self) -> None:
-        """Take back the announcement of a step that a gradient scaler has skipped."""
+    def reset(self) -> None:
+        """Withdraw the announcement of a step that a gradient scaler has skipped."""
         self._is_announced = False
 
     def detach(self) -> None:
-        """Leave the optimizer as it was."""
+        """Remove the hook from the optimizer."""
         if self._hook is not None:
             self._hook.remove()
 

@@ -15,15 +15,15 @@ Number = TypeVar("Number", float, Tensor)
 def two_batch_estimates(
     small_square: Number, big_square: Number, small_batch: float, big_batch: float
 ) -> tuple[Number, Number]:
-    """Return the trace of the gradient's covariance, and the squared norm of the gradient free of noise.
+    """Return the trace of the gradient's covariance, and the squared norm of the noise-free gradient.
 
     ::
 
         tr_sigma = (small_square - big_square) / (1 / small_batch - 1 / big_batch)
         squared_gradient = (big_batch * big_square - small_batch * small_square) / (big_batch - small_batch)
 
-    Appendix A.1. Both are unbiased, and below 0 by chance; their quotient, the noise scale ``B_simple``, is
-    not: average each before dividing.
+    Appendix A.1. Both are unbiased, and may be negative by chance; their quotient, the noise scale
+    ``B_simple``, is biased: average each before dividing.
 
     Args:
         small_square: Squared norm of the mean gradient of ``small_batch`` samples, or the mean of several.
@@ -44,7 +44,7 @@ def two_batch_estimates(
 
 
 class NoiseScale(NamedTuple):
-    """What moving averages say."""
+    """Averaged estimates of the gradient noise scale."""
 
     tr_sigma: float
     """Trace of the covariance of the gradient of one sample."""
@@ -63,12 +63,12 @@ class MovingNoiseScale:
 
         average = decay * average + (1 - decay) * estimate      divided by 1 - decay ** measurements
 
-    Second moments are averaged likewise, for the standard error. It takes measurements for independent of
-    each other, and a drift of what is measured for noise.
+    Second moments are averaged likewise, for the standard error. It assumes that measurements are
+    independent, and counts a drift of the measured quantities as noise.
 
     Args:
-        decay: What a measurement keeps of its weight at the next, from 0 to below 1.
-        state: What ``state()`` of another returned.
+        decay: Fraction of its weight that a measurement keeps at the next one, from 0 to below 1.
+        state: The ``state()`` to continue from.
 
     Example:
         >>> import torch
@@ -87,12 +87,12 @@ class MovingNoiseScale:
         self._added = torch.tensor([1 - decay] * 6 + [(1 - decay) ** 2], dtype=torch.float64, device="cpu")
 
     def update(self, tr_sigma: Tensor, squared_gradient: Tensor, counts: Tensor | None = None) -> None:
-        """Take in a measurement, and wait for nothing; leave it out if it is not finite.
+        """Add a measurement without synchronizing; skip it if it is not finite.
 
         Args:
             tr_sigma: 0-d.
             squared_gradient: 0-d, on the same device.
-            counts: 0-d bool, whether to take it in; None if so.
+            counts: 0-d bool, whether to add it; None means yes.
         """
         if self._sums.device != tr_sigma.device:
             device = tr_sigma.device
@@ -109,7 +109,7 @@ class MovingNoiseScale:
         self._sums = torch.where(is_finite if counts is None else is_finite & counts, updated, self._sums)
 
     def read(self) -> NoiseScale | None:
-        """Return the averages, in one transfer to the host; None before the first measurement."""
+        """Return the averages, in one device-to-host copy; None before the first measurement."""
         weight, *sums, squared_weights = self.state()
         if not weight:
             return None
@@ -128,12 +128,12 @@ class MovingNoiseScale:
         return NoiseScale(trace, gradient, b_simple, standard_error)
 
     def state(self) -> list[float]:
-        """Return what another can go on from, exactly."""
+        """Return the state, from which another instance continues exactly."""
         return [float(each) for each in self._sums.tolist()]
 
 
-def in_words(measured: NoiseScale, batch_size: float) -> str:
-    """Say what the noise scale means for a batch size.
+def describe(measured: NoiseScale, batch_size: float) -> str:
+    """Describe what the noise scale implies for a batch size.
 
     ::
 
@@ -141,12 +141,12 @@ def in_words(measured: NoiseScale, batch_size: float) -> str:
         samples = fewest samples * (1 + batch_size / B_simple)
 
     Args:
-        measured: What ``read()`` returned.
-        batch_size: Samples of a step.
+        measured: The result of ``read()``.
+        batch_size: Effective batch size.
 
     Example:
-        >>> from lightning_lars.gradients.noise_scale import NoiseScale, in_words
-        >>> print(in_words(NoiseScale(800.0, 2.0, 400.0, 31.0), batch_size=8).split(": ")[0])
+        >>> from lightning_lars.gradients.noise_scale import NoiseScale, describe
+        >>> print(describe(NoiseScale(800.0, 2.0, 400.0, 31.0), batch_size=8).split(": ")[0])
         the effective batch size 8 is far below the critical one, about 400 +- 31
     """
     if measured.b_simple is None:
@@ -154,14 +154,14 @@ def in_words(measured: NoiseScale, batch_size: float) -> str:
         return (
             f"the {lost} is lost in the {other} (tr_sigma {measured.tr_sigma:.3g}, squared_gradient "
             f"{measured.squared_gradient:.3g}), so that there is no estimate of the critical batch size: "
-            "average over more steps, with a decay nearer to 1 or a smaller every_n_steps"
+            "average over more steps, with a decay closer to 1 or a smaller every_n_steps"
         )
     ratio = batch_size / measured.b_simple
     where, meaning = "near", "a larger one takes fewer steps, but more samples"
     if ratio < 0.1:
         where, meaning = "far below", "twice the batch takes about half the steps"
     elif ratio > 10:
-        where, meaning = "far above", "a larger one hardly saves steps, a smaller one saves samples"
+        where, meaning = "far above", "a larger one barely saves steps, a smaller one saves samples"
     error = "" if measured.standard_error is None else f" +- {measured.standard_error:.2g}"
     return (
         f"the effective batch size {batch_size} is {where} the critical one, about "

@@ -1,4 +1,4 @@
-"""The norms of the gradients that the parameters hold, whole even where these are shards."""
+"""Gradient norms of whole parameters, sharded or not, and scaling of gradients."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,14 +11,14 @@ from lightning_lars.sharding.shards import Shard, local, local_gradient
 
 @torch.no_grad()
 def gradient_norms(params: Sequence[Tensor], shards: Mapping[Tensor, Shard], device: torch.device) -> Tensor:
-    """Return the L2 norm of the gradient of every parameter; nothing comes to the host.
+    """Return the L2 norm of the gradient of every parameter, without a device-to-host copy.
 
-    Processes that hold parts of the parameters must all call this, with the parameters in the same order.
+    All ranks that hold shards of the parameters must call this, with the parameters in the same order.
 
     Args:
         params: Parameters, on any devices.
-        shards: What :func:`~lightning_lars.sharding.shards.find_shards` says of them.
-        device: Where the norms are wanted.
+        shards: Their shards, from :func:`~lightning_lars.sharding.shards.find_shards`.
+        device: The device of the result.
 
     Returns:
         Norms of shape ``(len(params),)``, 0 where there is no gradient.
@@ -32,12 +32,12 @@ def gradient_norms(params: Sequence[Tensor], shards: Mapping[Tensor, Shard], dev
         tensor([5., 0.], dtype=torch.float64)
     """
     with_grad = [p for p in params if p.grad is not None]
-    of_each = norm_of_each([values_of(local_gradient(p)) for p in with_grad])
-    norms = dict(zip(with_grad, of_each, strict=True))
-    divided = [p for p in params if p in shards and shards[p].groups]
-    if divided:
-        whole = whole_norms([norms.get(p) for p in divided], [shards[p] for p in divided])
-        norms.update(zip(divided, whole, strict=True))
+    local_norms = norm_of_each([values_of(local_gradient(p)) for p in with_grad])
+    norms = dict(zip(with_grad, local_norms, strict=True))
+    sharded = [p for p in params if p in shards and shards[p].groups]
+    if sharded:
+        whole = whole_norms([norms.get(p) for p in sharded], [shards[p] for p in sharded])
+        norms.update(zip(sharded, whole, strict=True))
     is_wide = any(norm.dtype == torch.float64 for norm in norms.values())
     dtype = widest_float(device) if is_wide else torch.float32
     zero = torch.zeros((), dtype=dtype, device=device)
@@ -46,7 +46,7 @@ def gradient_norms(params: Sequence[Tensor], shards: Mapping[Tensor, Shard], dev
 
 @torch.no_grad()
 def scale_gradients(params: Sequence[Tensor], scales: Tensor) -> None:
-    """Multiply the gradients in place, also those that are shards; nothing comes to the host.
+    """Multiply the gradients, sharded or not, in place, without a device-to-host copy.
 
     Args:
         params: Parameters, on any devices.
@@ -64,10 +64,10 @@ def scale_gradients(params: Sequence[Tensor], scales: Tensor) -> None:
 
 
 def _in_place(grad: Tensor) -> Tensor:
-    # Of an uncoalesced gradient too: every addend is scaled.
+    # Also for an uncoalesced gradient: every addend is scaled.
     return grad._values() if grad.is_sparse else grad
 
 
 def values_of(grad: Tensor) -> Tensor:
-    """Return what a gradient holds, of a sparse one what it holds beside zeros."""
+    """Return the elements of a gradient; of a sparse one, those that are stored."""
     return grad.detach().coalesce().values() if grad.is_sparse else grad.detach()

@@ -1,4 +1,4 @@
-"""AutoClip (Seetharaman et al. 2020, arXiv:2007.14469): clipping at a percentile of the norms so far."""
+"""AutoClip (Seetharaman et al. 2020, arXiv:2007.14469): clipping at a percentile of past gradient norms."""
 
 from typing import NamedTuple
 
@@ -7,31 +7,31 @@ from torch import Tensor
 
 
 class Clipped(NamedTuple):
-    """What was clipped, over some steps."""
+    """Statistics of clipping over some steps."""
 
     norm: float
-    """Before clipping, of the last step; the median over columns that had any."""
+    """Norm before clipping, in the last step; the median over columns with a norm."""
     threshold: float
-    """Of the last step; the median likewise."""
+    """Threshold in the last step; the median likewise."""
     share_clipped: float
-    """How many norms were above their threshold, of all that were not 0, from 0 to 1."""
+    """Fraction of nonzero norms that were above their threshold, from 0 to 1."""
 
 
 class PercentileClipping:
-    """Keeps the last norms of gradients, on their device, and says how to scale the next gradient.
+    """Keeps a history of gradient norms on their device, and computes the scale of the next gradient.
 
     ::
 
-        history = last norms, that of this step among them
+        history = last norms, including that of this step
         scale = min(1, percentile(history) / norm)
 
-    Percentiles between two norms are interpolated linearly, as numpy does. Not kept are norms of 0, and all
-    norms of a step that has one that is not finite.
+    Percentiles between two norms are interpolated linearly, as in numpy. Norms of 0, and all norms of a step
+    with a non-finite one, do not enter the history.
 
     Args:
         percentile: From 0 to below 100; at 100 nothing would be clipped.
-        history: How many norms to keep, at least 2.
-        starts_full: Whether the first norm fills the history, as if it had been the only one before.
+        history: Number of norms to keep, at least 2.
+        starts_full: Whether the first norm fills the history, as if all earlier norms had been the same.
 
     Example:
         >>> import torch
@@ -52,21 +52,21 @@ class PercentileClipping:
         self._quantile = percentile / 100
         self._starts_full = starts_full
         self._length = history
-        # A row for each step, the last at the end; a column for each norm; NaN where none has been.
+        # A row for each step, the latest last; a column for each norm; NaN where there is none yet.
         self._norms = torch.full((history, 0), torch.nan, device="cpu")
         self._last: tuple[Tensor, Tensor] | None = None
-        self._counts: Tensor | None = None  # of norms, and of those that were clipped, since the last read
+        self._counts: Tensor | None = None  # norms, and clipped norms, since the last read
 
     def scales(self, norms: Tensor) -> Tensor:
-        """Take in the norms of a step and return the factors on its gradients, both of shape ``(columns,)``.
+        """Add the norms of a step and return the factors on its gradients, both of shape ``(columns,)``.
 
-        Nothing comes to the host. Columns may be added from one step to the next, at the end.
+        Does not synchronize. Columns may be appended from one step to the next.
         """
         self._widen(norms)
         shifted = torch.cat([self._norms[1:], norms[None]])
         if self._starts_full:
             shifted = torch.where(self._norms[-1].isnan(), norms, shifted)
-        # A gradient scaler skips a step that has any gradient that is not finite.
+        # A gradient scaler skips a step with any non-finite gradient.
         is_kept = norms.isfinite().all() & (norms > 0)
         self._norms = torch.where(is_kept, shifted, self._norms)
 
@@ -78,24 +78,24 @@ class PercentileClipping:
         return torch.where(is_clipped, thresholds / norms, 1.0)
 
     def read(self) -> Clipped | None:
-        """Return what happened since the last call, in one transfer to the host; None if nothing did."""
+        """Return statistics since the last call, in one device-to-host copy; None without steps."""
         if self._last is None or self._counts is None:
             return None
         norms, thresholds = self._last
-        had_one = norms != 0
-        median_norm = norms.where(had_one, torch.nan).nanmedian()
-        median_threshold = thresholds.where(had_one, torch.nan).nanmedian()
+        is_nonzero = norms != 0
+        median_norm = norms.where(is_nonzero, torch.nan).nanmedian()
+        median_threshold = thresholds.where(is_nonzero, torch.nan).nanmedian()
         read = torch.stack([median_norm, median_threshold, *self._counts.to(norms)])
         norm, threshold, count, clipped = read.tolist()
         self._last = self._counts = None
         return Clipped(norm, threshold, clipped / count if count else 0.0)
 
     def state(self) -> Tensor:
-        """Return the history on the host, shape ``(history, columns)``, the last norms at the end."""
+        """Return the history on the host, shape ``(history, columns)``, the latest norms last."""
         return self._norms.cpu().clone()
 
     def load(self, state: Tensor) -> None:
-        """Go on from a history, of any length: what is too old is left behind."""
+        """Continue from a history of any length; entries that are too old are dropped."""
         missing = state.new_full((max(0, self._length - len(state)), state.shape[1]), torch.nan)
         self._norms = torch.cat([missing, state])[-self._length :]
 

@@ -1,4 +1,4 @@
-"""What reads or arranges a Trainer: its batch size, its length, its optimizers, its micro-batches.
+"""Helpers that read or modify a Trainer: batch size, number of steps, learning rates, micro-batches, logging.
 
-Here, in `callbacks` and in the doors alone may Lightning be imported.
+Lightning may be imported only here, in `callbacks`, and in `mixin.py` and `cli.py`.
 """

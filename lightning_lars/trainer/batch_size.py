@@ -1,4 +1,4 @@
-"""The batch size that one optimizer step of a Trainer averages over."""
+"""The effective batch size of a Trainer: the samples that one optimizer step averages over."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
@@ -9,16 +9,16 @@ from lightning_lars.learning_rate.batch_scaling import check_batch_size
 
 
 def effective_batch_size(trainer: Trainer, batch_size: int | None = None) -> int:
-    """Return how many samples one optimizer step averages over.
+    """Return the number of samples that one optimizer step averages over.
 
     ::
 
         effective batch size = per-device batch size * data-parallel replicas * accumulated batches
 
-    The replicas are those of the strategy's sampler: under tensor parallelism fewer than the processes. The
-    accumulated batches follow a ``GradientAccumulationScheduler``; an epoch of fewer batches ends the
-    accumulation. Several train loaders add up. Loads the train loader where that has not happened, so
-    under a distributed strategy every process must call it.
+    The replicas are those of the strategy's sampler: under tensor parallelism there are fewer than ranks. The
+    accumulated batches follow a ``GradientAccumulationScheduler``; an epoch with fewer batches ends the
+    accumulation. Batch sizes of several train loaders add up. Loads the train loader if necessary, so under a
+    distributed strategy every rank must call this.
 
     Args:
         trainer: A Trainer that is fitting.
@@ -28,8 +28,7 @@ def effective_batch_size(trainer: Trainer, batch_size: int | None = None) -> int
         The number of samples.
 
     Raises:
-        ValueError: If a loader does not tell its batch size, or ``batch_size`` is not a whole number
-            above 0.
+        ValueError: If a loader has no batch size, or ``batch_size`` is not a whole number above 0.
 
     Example:
         >>> import lightning
@@ -52,11 +51,11 @@ def per_device_batch_size(trainer: Trainer) -> int:
     """Return the number of samples in a batch on one device, from the train loaders.
 
     Raises:
-        ValueError: If a loader does not tell.
+        ValueError: If a loader has no batch size.
     """
     if cast(Any, trainer).strategy.lightning_module is None:
         raise ValueError(
-            "trainer must be fitting to tell its batch size, got one that is not: call this in a hook"
+            "effective_batch_size() needs a Trainer that is fitting: call it from a callback or module hook"
         )
     if trainer.train_dataloader is None:
         trainer.fit_loop.setup_data()
@@ -64,29 +63,30 @@ def per_device_batch_size(trainer: Trainer) -> int:
 
 
 def data_parallel_replicas(trainer: Trainer) -> int:
-    """Return how many different batches the processes of the Trainer work on at a time."""
+    """Return the number of data-parallel replicas, each of which processes a different batch."""
     sampler = trainer.distributed_sampler_kwargs
     return 1 if sampler is None else int(sampler["num_replicas"])
 
 
 def accumulated_batches(trainer: Trainer, epoch: int | None = None) -> int:
-    """Return how many batches one optimizer step accumulates in an epoch, by default the current one."""
+    """Return the number of batches that an optimizer step accumulates in an epoch (default: the current)."""
     epoch = trainer.current_epoch if epoch is None else epoch
     accumulated = trainer.accumulate_grad_batches
     for callback in cast(Any, trainer).callbacks:
         # GradientAccumulationScheduler, of either package, writes to the Trainer only as the epoch starts.
         if hasattr(callback, "get_accumulate_grad_batches"):
             accumulated = callback.get_accumulate_grad_batches(epoch)
-    # Lightning steps on the last batch of an epoch, whatever has been accumulated by then.
+    # Lightning steps on the last batch of an epoch, however many have been accumulated by then.
     return int(max(1, min(accumulated, trainer.num_training_batches)))
 
 
 def takes_steps(trainer: Trainer) -> bool:
-    """Tell whether an epoch takes optimizer steps; that which ``StochasticWeightAveraging`` adds does not.
+    """Return whether an epoch takes optimizer steps.
 
-    It accumulates more batches than there are, which is no batch size.
+    The extra epoch of ``StochasticWeightAveraging`` takes none: it accumulates more batches than there are,
+    so it has no effective batch size.
     """
-    # No public attribute says that Lightning skips the backward pass.
+    # No public attribute tells that Lightning skips the backward pass.
     return not trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward
 
 
@@ -99,13 +99,13 @@ def _flatten(loaders: Any) -> Iterable[Any]:
 
 
 def _batch_size_of(loader: Any) -> int:
-    # A loader batches by itself, by its batch sampler, by a sampler of batches, or not at all.
+    # A loader batches itself, or through its batch sampler, a sampler of batches, or its dataset.
     sources = [loader, *(getattr(loader, name, None) for name in ("batch_sampler", "sampler", "dataset"))]
     for source in sources:
         batch_size = getattr(source, "batch_size", None)
         if isinstance(batch_size, int):
             return batch_size
     raise ValueError(
-        f"batch_size must be given where the train loader does not tell it, got a {type(loader).__name__} "
-        "without a batch_size of its own, its batch sampler, sampler or dataset"
+        f"batch_size must be given where the train loader has none, got a {type(loader).__name__} without a "
+        "batch_size attribute on itself, its batch sampler, sampler or dataset"
     )

@@ -1,6 +1,6 @@
-"""One base class for the callbacks of lightning.pytorch and of pytorch_lightning.
+"""A common base class for callbacks of lightning.pytorch and pytorch_lightning.
 
-The two packages hold the same classes twice, and the CLI of each accepts only its own.
+The two packages define the same classes twice, and the CLI of each accepts only its own.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Passes over training batches in the middle of training, which move nothing of it."""
+"""Extra passes over training batches in the middle of a run, without affecting it."""
 
 import random
 import sys
@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader
 
 
 @contextmanager
-def left_as_it_was(
+def preserve_training_state(
     trainer: Trainer, pl_module: LightningModule, trained: Iterable[_BatchNorm]
 ) -> Iterator[None]:
-    """Put back on exit what passes over training batches move; until then, all layers are in eval mode.
+    """Put the module in eval mode, and restore modes, buffers and random states on exit.
 
-    That is modes, buffers, the momentum of the layers to be ``trained``, and random states. The Trainer says
-    that it is training, for hooks that ask, as those that augment batches on the device.
+    The momentum of the layers in ``trained`` is restored too. The Trainer reports that it is training, for
+    hooks that ask, such as those that augment batches on the device.
     """
     modes = [(module, module.training) for module in pl_module.modules()]
     momenta = [(layer, layer.momentum) for layer in trained]
@@ -58,44 +58,44 @@ def left_as_it_was(
 def training_batches(
     trainer: Trainer, pl_module: LightningModule, num_batches: int, description: str
 ) -> Generator[Any, None, None]:
-    """Yield up to ``num_batches`` of the batches that training takes, on the device.
+    """Yield up to ``num_batches`` training batches, on the device.
 
-    They are shown under their description beside the bars of the Trainer, if it has any.
+    Progress is shown under the description, next to the Trainer's progress bars, if any.
 
     Raises:
         MisconfigurationException: If the data cannot be iterated without disturbing training.
     """
-    # The Trainer's public train_dataloader does not say how several loaders are combined.
+    # The Trainer's public train_dataloader does not tell how several loaders are combined.
     combined = copy(trainer.fit_loop._combined_loader)
     assert combined is not None
-    combined.flattened = [_apart(loader) for loader in combined.flattened]
+    combined.flattened = [_independent_copy(loader) for loader in combined.flattened]
     total = int(min(num_batches, trainer.num_training_batches))
     try:
         with _progress(trainer, total, description) as advance:
             for batch, _, _ in islice(combined, total):
                 converted = trainer.precision_plugin.convert_input(batch)
-                # The first of the hooks that a batch passes has no public caller.
+                # The first batch-transfer hook has no public caller.
                 converted = pl_module._on_before_batch_transfer(converted)
                 yield trainer.strategy.batch_to_device(converted)
                 advance()
     finally:
-        combined.reset()  # ends worker processes
+        combined.reset()  # stops worker processes
 
 
-def _apart(loader: Any) -> Any:
-    """Return a loader of the same data whose iteration moves nothing of the loader that trains."""
+def _independent_copy(loader: Any) -> Any:
+    """Return a loader of the same data whose iteration does not affect the training loader."""
     for each in (loader, getattr(loader, "dataset", None)):
         if isinstance(each, Iterator):
             raise MisconfigurationException(
                 f"PreciseBatchNorm cannot iterate {type(each).__name__}, which is an iterator, without "
-                "taking the batches from training: give the Trainer data whose __iter__ begins anew, such as "
-                "a DataLoader over a Dataset"
+                "taking the batches away from training: give the Trainer data whose __iter__ starts over, "
+                "such as a DataLoader over a Dataset"
             )
     if not isinstance(loader, DataLoader):
         return loader
     kept = (loader.dataset, loader.collate_fn, loader.worker_init_fn)
     try:
-        # Samplers and generators are copied; a persistent iterator, which is training, is left behind.
+        # Samplers and generators are copied; a persistent iterator, which training uses, is not.
         return deepcopy(loader, {**{id(each): each for each in kept}, id(loader._iterator): None})
     except Exception as error:
         raise MisconfigurationException(
@@ -108,14 +108,14 @@ def _apart(loader: Any) -> Any:
 @contextmanager
 def _progress(trainer: Trainer, total: int, description: str) -> Iterator[Callable[[], object]]:
     bar: Any = trainer.progress_bar_callback
-    # No bar, one of the user's own, or another process than the first.
+    # No bar, a custom bar, or a rank other than 0.
     disabled = getattr(bar, "is_disabled", True)
     if not disabled and getattr(bar, "progress", None) is not None:  # rich
         task = bar.progress.add_task(description, total=total)
         try:
             yield partial(bar.progress.advance, task)
         finally:
-            # Lightning counts the tasks: they are hidden, not removed.
+            # Hidden, not removed, because Lightning counts the tasks.
             bar.progress.update(task, visible=False)
     elif not disabled and hasattr(bar, "process_position"):  # tqdm
         with Tqdm(

@@ -1,6 +1,7 @@
-"""Logs when and where Lightning logs its own metrics, and publishes to other callbacks.
+"""Logs metrics when and where Lightning logs its own, and publishes them to other callbacks.
 
-Only private attributes of the Trainer tell when and at which step that is: they stand here alone.
+Lightning exposes when and at which step it logs only through private attributes, which are confined to this
+file.
 """
 
 from collections.abc import Mapping
@@ -15,18 +16,18 @@ def is_logging(trainer: Trainer) -> bool:
 
 
 def logged_step(trainer: Trainer) -> int:
-    """Return the step on the x-axis of what Lightning logs now."""
+    """Return the step at which Lightning logs its metrics now."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def log(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    """Give the metrics to every logger, at Lightning's own step."""
+    """Log the metrics with every logger, at Lightning's own step."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=logged_step(trainer))
 
 
 def publish(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    """Put the metrics into ``trainer.callback_metrics``, where ``EarlyStopping`` and others look."""
+    """Put the metrics into ``trainer.callback_metrics``, where ``EarlyStopping`` and others read them."""
     trainer.callback_metrics.update(
         {key: torch.tensor(value, device="cpu") for key, value in metrics.items()}
     )

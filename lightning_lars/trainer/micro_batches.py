@@ -1,4 +1,4 @@
-"""The size of a micro-batch, what one process sees in one backward pass, and which batches have it."""
+"""The size of a micro-batch, the samples of one backward pass on one rank, and which batches are full."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,36 +12,36 @@ from lightning_lars.trainer.batch_size import per_device_batch_size
 
 
 class MicroBatches:
-    """Tells whether batches have the size that the train loader tells, or that they are said to have.
+    """Tells which micro-batches are full, that is, have the nominal batch size.
 
-    Where batches do not show it, as no tensor has it as its first dimension, all but the last of an epoch are
-    taken to have it.
+    Where batches do not show their size, because no tensor has it as its first dimension, all but the last of
+    an epoch are assumed to be full.
 
     Args:
-        size: Samples of a batch; None takes it from the train loader, or, where that does not tell it, from
-            the first batch that is looked at.
+        size: Samples in a batch; None takes it from the train loader or, where that has none, from the first
+            batch that is checked.
     """
 
     def __init__(self, size: int | None) -> None:
         self._given = size
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
-        """Look again: the train loader may be another."""
+    def reset(self) -> None:
+        """Forget the size; the train loader may have changed."""
         self._size: int | None = None
         self._show_size = False
 
     @property
     def size(self) -> int:
-        """Samples of a batch, after the first look at one."""
+        """Samples in a full batch, known after the first check."""
         assert self._size is not None
         return self._size
 
     def is_full(self, trainer: Trainer, batch: Any) -> bool:
-        """Return whether the batch at hand has that size.
+        """Return whether the batch is full.
 
         Raises:
-            MisconfigurationException: If there is no telling what that is.
+            MisconfigurationException: If the batch size cannot be determined.
         """
         sizes = _first_dimensions(batch)
         if self._size is None:
@@ -54,14 +54,14 @@ class MicroBatches:
             return self._given
         try:
             return per_device_batch_size(trainer)
-        except ValueError as silent:
+        except ValueError as no_batch_size:
             try:
                 return extract_batch_size(batch)
             except (MisconfigurationException, RecursionError):
                 raise MisconfigurationException(
                     "GradientNoiseScale finds a batch size neither in the train loader nor in the batch, "
                     f"a {type(batch).__name__}: pass batch_size"
-                ) from silent
+                ) from no_batch_size
 
 
 def _first_dimensions(batch: Any) -> set[int]:

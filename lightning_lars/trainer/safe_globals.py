@@ -1,4 +1,4 @@
-"""What ``torch.load(weights_only=True)`` may build where hyperparameters name optimizers and schedulers."""
+"""Lets ``torch.load(weights_only=True)`` load hyperparameters that contain optimizers and schedulers."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +15,7 @@ from lightning_lars.optim import LAMB, LARS, LAMB8bit, LARS8bit, NovoGrad
 
 _Module = TypeVar("_Module")
 
-# Where checkpoints of 0.1.0 say that a class is.
+# The paths of classes in checkpoints of 0.1.0.
 _EARLIER_NAMES: dict[Any, str] = {
     LARS: "lightning_lars.optim.lars.LARS",
     LAMB: "lightning_lars.optim.lamb.LAMB",
@@ -26,17 +26,17 @@ _EARLIER_NAMES: dict[Any, str] = {
 
 
 def known_globals() -> list[Any]:
-    """Return optimizers and schedulers of this package and of torch, and what holds their arguments."""
-    of_torch = (*vars(torch.optim).values(), *vars(lr_scheduler).values(), *vars(swa_utils).values())
-    rules = (Optimizer, lr_scheduler.LRScheduler)
-    of_torch = tuple(each for each in of_torch if isclass(each) and issubclass(each, rules))
-    return list(dict.fromkeys([partial, *globals_of([*_EARLIER_NAMES, NovoGrad, *of_torch])]))
+    """Return the optimizers and schedulers of this package and of torch, and ``functools.partial``."""
+    names = (*vars(torch.optim).values(), *vars(lr_scheduler).values(), *vars(swa_utils).values())
+    bases = (Optimizer, lr_scheduler.LRScheduler)
+    torch_classes = tuple(each for each in names if isclass(each) and issubclass(each, bases))
+    return list(dict.fromkeys([partial, *globals_of([*_EARLIER_NAMES, NovoGrad, *torch_classes])]))
 
 
 def globals_of(value: Any) -> Iterator[Any]:
-    """Yield the classes and functions that a pickle of this names, through ``functools.partial`` too.
+    """Yield the classes and functions that a pickle of a value refers to, also inside ``functools.partial``.
 
-    A class that had another name is yielded with that too, as torch asks for it, as ``(class, name)``.
+    A class with an earlier path is also yielded as ``(class, path)``, as torch expects it.
 
     Example:
         >>> from functools import partial
@@ -61,18 +61,18 @@ def globals_of(value: Any) -> Iterator[Any]:
 
 
 def trust_globals_of(*values: Any) -> None:
-    """Let this process load checkpoints that name what these are made of."""
+    """Allow this process to load checkpoints that refer to the classes in these values."""
     add_safe_globals(list(globals_of(values)))
 
 
 class LoadFromCheckpoint:
-    """A module's ``load_from_checkpoint``, to which optimizers and schedulers are no strangers.
+    """A module's ``load_from_checkpoint`` that allows known optimizers and schedulers during the load.
 
-    While it loads, torch takes those of :func:`known_globals` too; afterwards it is as it was. Torch's error
+    During the load, torch also allows :func:`known_globals`; afterwards its list is as before. Torch's error
     about any other class says how to allow it.
 
     Args:
-        afterwards: Called with the module that was loaded.
+        afterwards: Called with the loaded module.
     """
 
     def __init__(self, afterwards: Callable[[Any], None]) -> None:
@@ -82,12 +82,12 @@ class LoadFromCheckpoint:
         self._owner, self._name = owner, name
 
     def __get__(self, instance: _Module | None, owner: type[_Module]) -> Callable[..., _Module]:
-        # What Lightning makes of a call on an instance, which is an error, is its own.
+        # A call on an instance is an error, which Lightning raises.
         load = getattr(super(self._owner, owner if instance is None else instance), self._name)
 
         @wraps(load)
         def load_from_checkpoint(*args: Any, **kwargs: Any) -> _Module:
-            allowed = get_safe_globals()  # which torch would take away at the end
+            allowed = get_safe_globals()  # which torch would remove at the end
             with safe_globals([each for each in known_globals() if each not in allowed]):
                 module = load(*args, **kwargs)
             self._afterwards(module)
@@ -97,7 +97,7 @@ class LoadFromCheckpoint:
 
 
 def _is_found_by_name(value: Any) -> bool:
-    """Whether a pickle can name this, which it cannot where a function made it."""
+    """Return whether a pickle can refer to the value by name; local classes and functions cannot be."""
     try:
         found = reduce(getattr, value.__qualname__.split("."), sys.modules[value.__module__])
     except (AttributeError, KeyError):

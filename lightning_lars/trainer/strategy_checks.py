@@ -1,4 +1,4 @@
-"""What must not be done to an optimizer with trust ratios, and what a Trainer would do."""
+"""Checks that a Trainer's strategy and settings are compatible with LARS and LAMB."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def check_strategy(module: LightningModule, optimizer: Optimizer) -> None:
     Does nothing for other optimizers, and for a module without a Trainer.
 
     Raises:
-        MisconfigurationException: If DeepSpeed ZeRO is to put one flat tensor in the place of the layers.
+        MisconfigurationException: If DeepSpeed ZeRO would replace the layers by one flat tensor.
     """
     if not isinstance(optimizer, LayerwiseOptimizer):
         return
@@ -28,17 +28,17 @@ def check_strategy(module: LightningModule, optimizer: Optimizer) -> None:
     stage = _zero_stage(trainer.strategy)
     if stage:
         raise MisconfigurationException(
-            f"{type(optimizer).__name__} cannot know the norms of layers under DeepSpeed ZeRO stage {stage}, "
-            "which flattens them into one tensor. Use stage=0, strategy='fsdp', ModelParallelStrategy, or "
-            "strategy='ddp' with ZeroRedundancyOptimizer"
+            f"{type(optimizer).__name__} cannot compute the norms of layers under DeepSpeed ZeRO stage "
+            f"{stage}, which flattens them into one tensor. Use stage=0, strategy='fsdp', "
+            "ModelParallelStrategy, or strategy='ddp' with ZeroRedundancyOptimizer"
         )
     max_grad_norm = optimizer.param_groups[0]["max_grad_norm"]
-    # Fabric, which LightningModules also train with, has no such setting.
+    # Fabric, with which LightningModules can train too, has no such setting.
     gradient_clip_val = getattr(trainer, "gradient_clip_val", None)
     if gradient_clip_val and max_grad_norm is not None:
         rank_zero_warn(
             f"gradients are clipped twice: by Trainer(gradient_clip_val={gradient_clip_val!r}) and by "
-            f"{type(optimizer).__name__}(max_grad_norm={max_grad_norm!r}). Leave one out"
+            f"{type(optimizer).__name__}(max_grad_norm={max_grad_norm!r}). Use only one of them"
         )
 
 

@@ -1,4 +1,4 @@
-"""How many optimizer steps a Trainer will take, and schedules that are told so."""
+"""The number of optimizer steps that a Trainer will take, and schedules that depend on it."""
 
 import math
 from typing import Any, Literal, NamedTuple, cast
@@ -13,7 +13,7 @@ from lightning_lars.trainer.batch_size import accumulated_batches
 
 
 class Beginning(NamedTuple):
-    """Where a Trainer stood as its optimizers and schedulers began; a second fit of it builds new ones."""
+    """A Trainer's progress when its optimizers and schedulers were created; a second fit creates new ones."""
 
     epoch: int
     step: int
@@ -23,10 +23,10 @@ _FIRST_FIT = Beginning(epoch=0, step=0)
 
 
 def steps_of_epochs(trainer: Trainer, epochs: float, beginning: Beginning = _FIRST_FIT) -> float:
-    """Return the optimizer steps of the first epochs, a part of one included; ``inf`` if one has no end.
+    """Return the optimizer steps of a (fractional) number of epochs; ``inf`` if an epoch has no end.
 
-    Follows a ``GradientAccumulationScheduler``. Loads the train loader where that has not happened, so
-    under a distributed strategy every process must call it.
+    Follows a ``GradientAccumulationScheduler``. Loads the train loader if necessary, so under a distributed
+    strategy every rank must call this.
     """
     if trainer.train_dataloader is None:
         trainer.fit_loop.setup_data()
@@ -38,10 +38,10 @@ def steps_of_epochs(trainer: Trainer, epochs: float, beginning: Beginning = _FIR
 
 
 def total_steps(trainer: Trainer, beginning: Beginning = _FIRST_FIT) -> float:
-    """Return the optimizer steps from a beginning to the end of the training; ``inf`` if it has no end.
+    """Return the optimizer steps from a beginning to the end of the run; ``inf`` if it has no end.
 
-    Unlike ``trainer.estimated_stepping_batches``, knows of a ``GradientAccumulationScheduler``, and of
-    ``max_steps`` with a loader without end.
+    Unlike ``trainer.estimated_stepping_batches``, respects a ``GradientAccumulationScheduler``, and
+    ``max_steps`` with an infinite loader.
     """
     max_epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
     steps = steps_of_epochs(trainer, max(0, max_epochs - beginning.epoch), beginning)
@@ -49,26 +49,26 @@ def total_steps(trainer: Trainer, beginning: Beginning = _FIRST_FIT) -> float:
 
 
 def _steps_of_epoch(trainer: Trainer, epoch: int) -> int:
-    # Lightning steps on the last batch of an epoch, whatever has been accumulated by then.
+    # Lightning steps on the last batch of an epoch, however many have been accumulated by then.
     return math.ceil(trainer.num_training_batches / accumulated_batches(trainer, epoch))
 
 
 def scheduler_config(
     module: LightningModule, scheduler: Any, interval: Literal["step", "epoch"] | None = None
 ) -> dict[str, Any]:
-    """Return what ``configure_optimizers`` returns for a scheduler, with its length and interval filled in.
+    """Return a scheduler's config for ``configure_optimizers``, with its length and interval set.
 
     Args:
-        module: The module that configures its optimizers, for a Trainer, Fabric, or a loop of its own.
-        scheduler: Any scheduler. A :class:`~lightning_lars.WarmupDecayLR` without
-            ``total_steps`` gets those of the training.
-        interval: When the scheduler steps. None stands for what it counts: optimizer steps for
-            ``WarmupDecayLR``, else epochs, as Lightning does.
+        module: The module that configures its optimizers, for a Trainer, Fabric, or a custom loop.
+        scheduler: Any scheduler. A :class:`~lightning_lars.WarmupDecayLR` without ``total_steps`` gets those
+            of the run.
+        interval: When the scheduler steps. None means each optimizer step for ``WarmupDecayLR``, else each
+            epoch, Lightning's default.
 
     Raises:
-        ValueError: If a ``WarmupDecayLR`` is to step once an epoch.
-        MisconfigurationException: If ``total_steps`` is to be filled in and nobody knows it: without a
-            Trainer, under manual optimization, or if the training has no end.
+        ValueError: If a ``WarmupDecayLR`` is to step once per epoch.
+        MisconfigurationException: If ``total_steps`` is needed and unknown: without a Trainer, under manual
+            optimization, or if the run has no end.
     """
     counting = _warmup_decays(scheduler)
     if counting and interval == "epoch":
@@ -79,7 +79,7 @@ def scheduler_config(
         if each.total_steps is None:
             _fill_in_length(module, each)
     config = {"scheduler": scheduler, "interval": interval or ("step" if counting else "epoch")}
-    # Lightning's own ReduceLROnPlateau names what it watches.
+    # Lightning's own ReduceLROnPlateau names the metric that it monitors.
     return config | ({"monitor": scheduler.monitor} if hasattr(scheduler, "monitor") else {})
 
 
@@ -87,8 +87,8 @@ def _fill_in_length(module: LightningModule, scheduler: WarmupDecayLR) -> None:
     trainer = trainer_of(module)
     if trainer is None:
         raise MisconfigurationException(
-            "WarmupDecayLR needs total_steps where no Trainer knows it, under Fabric or in a loop of your "
-            "own: pass it, the optimizer steps of the whole training"
+            "WarmupDecayLR needs total_steps without a Trainer, under Fabric or in a custom loop: pass the "
+            "number of optimizer steps of the whole run"
         )
     if not module.automatic_optimization:
         raise MisconfigurationException(
@@ -96,9 +96,9 @@ def _fill_in_length(module: LightningModule, scheduler: WarmupDecayLR) -> None:
             "often it steps its optimizer: pass it"
         )
     if trainer.limit_train_batches == 0:
-        return  # no step will be taken
+        return  # there will be no steps
     settings = cast(Any, trainer)
-    # A second fit of the same Trainer has a new scheduler, and the steps that the first one left.
+    # A second fit of the same Trainer has a new scheduler, and only the remaining steps.
     is_resumed = settings.ckpt_path is not None
     beginning = _FIRST_FIT if is_resumed else Beginning(trainer.current_epoch, trainer.global_step)
     steps = total_steps(trainer, beginning)
@@ -106,38 +106,38 @@ def _fill_in_length(module: LightningModule, scheduler: WarmupDecayLR) -> None:
         return
     if math.isinf(steps):
         raise MisconfigurationException(
-            "WarmupDecayLR needs total_steps where the training has no end: pass it, or set max_steps, "
+            "WarmupDecayLR needs total_steps where the run has no end: pass it, or set max_steps, "
             "or max_epochs and limit_train_batches"
         )
     if settings.fast_dev_run:
-        # A trial of the code, shorter than any schedule.
+        # A dry run, shorter than any schedule.
         steps = max(steps, max((scheduler.warmup_steps, *scheduler.milestones)) + 1)
     if any(_changes_steps(callback) for callback in settings.callbacks):
         rank_zero_warn(
-            f"WarmupDecayLR is given total_steps={steps:.0f} before BatchSizeFinder changes how many steps "
-            "there are: find the batch size in a run of its own, or pass total_steps"
+            f"WarmupDecayLR is given total_steps={steps:.0f} before BatchSizeFinder changes the number of "
+            "steps: find the batch size in a separate run, or pass total_steps"
         )
     scheduler.set_total_steps(int(steps), beginning.step)
 
 
 def _changes_steps(callback: Any) -> bool:
-    # Tuner.scale_batch_size has a finder that ends the fit by itself, which only a private attribute says.
+    # Tuner.scale_batch_size uses a finder that ends the fit early, which only a private attribute tells.
     is_finder = has_class_named(callback, "BatchSizeFinder")
     return is_finder and not getattr(callback, "_early_exit", False)
 
 
 def _warmup_decays(scheduler: Any) -> list[WarmupDecayLR]:
-    """Return the schedulers that count steps, also those inside of SequentialLR and ChainedScheduler."""
+    """Return the schedulers that count steps, including those nested in SequentialLR and ChainedScheduler."""
     if isinstance(scheduler, WarmupDecayLR):
         return [scheduler]
     return [each for inner in getattr(scheduler, "_schedulers", ()) for each in _warmup_decays(inner)]
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
-    """Return the Trainer of a module, or None where it has none: under Fabric, or in a loop of its own."""
+    """Return the Trainer of a module, or None without one: under Fabric, or in a custom loop."""
     try:
         trainer = module.trainer
     except RuntimeError:  # not attached to one
         return None
-    # Fabric's stand-in has what Fabric has.
+    # Fabric's stand-in only has Fabric's attributes.
     return trainer if hasattr(trainer, "fit_loop") else None

@@ -163,7 +163,7 @@ def test_several_loaders_must_tell_their_batch_sizes(tmp_path):
         DataLoader(DATA, batch_size=4),
         DataLoader(DATA, batch_sampler=Batches(6)),
     ]
-    with pytest.raises(ValueError, match="batch_size must be given where the train loader does not tell it"):
+    with pytest.raises(ValueError, match="batch_size must be given where the train loader has none"):
         walk(tmp_path, module, BatchSizeScaling(BASE))
     assert module.position() == (1.0, 1.0)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_lars.gradients.noise_scale import MovingNoiseScale, NoiseScale, in_words, two_batch_estimates
+from lightning_lars.gradients.noise_scale import MovingNoiseScale, NoiseScale, describe, two_batch_estimates
 
 
 def measured(values, decay=0.9):
@@ -86,4 +86,4 @@ def test_there_is_no_scale_before_it_is_defined():
     ],
 )
 def test_says_what_it_means(measured, batch_size, words):
-    assert words in in_words(measured, batch_size)
+    assert words in describe(measured, batch_size)
