@@ -55,7 +55,7 @@ def test_the_pictures_of_trust_ratios_are_drawn_by_their_script(tmp_path):
     assert finished.stdout.count("Test accuracy") == 3
     printed = " ".join(finished.stdout.split())
     assert "LARS needs a larger learning rate than SGD" in printed
-    assert printed.count("LARS moves what is excluded") == 2
+    assert printed.count("LARS moves excluded parameters") == 2
     for case in cases:
         drawn, shown = (
             folder.joinpath(f"trust_ratios_{case}.png").read_bytes() for folder in (tmp_path, ROOT / "docs")

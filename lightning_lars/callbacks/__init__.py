@@ -1,6 +1,6 @@
 """The callbacks that are registered on a Trainer, one file each.
 
-They do not know each other: what several of them need is in `trainer`, or in the folder of its topic.
+They do not depend on each other: shared code is in `trainer`, or in the folder of its topic.
 """
 
 from lightning_lars.callbacks.batch_size_scaling import BatchSizeScaling

@@ -30,36 +30,36 @@ from lightning_lars.trainer.learning_rate_owner import LearningRateOwner
 
 
 class BatchSizeScaling(Callback):
-    """Multiplies the learning rate of every step by what a rule makes of the effective batch size.
+    """Scales the learning rate of every step with the effective batch size, by a rule.
 
     ::
 
         effective batch size = per-device batch size * data-parallel replicas * accumulated batches
         lr in the step = lr of the schedule * scaling_factor(effective batch size, base_batch_size, rule)
 
-    ``group["lr"]`` is what the scheduler says throughout, except inside the step and where
-    ``LearningRateMonitor`` looks; so a checkpoint resumed on another number of devices is scaled anew.
-    Follows a ``GradientAccumulationScheduler``. Says in the log what it found and did.
+    ``group["lr"]`` is always the scheduler's value, except inside the step and where ``LearningRateMonitor``
+    reads it; so a checkpoint resumed on a different number of devices is rescaled. Follows a
+    ``GradientAccumulationScheduler``. Logs the batch size that it found and the resulting rates.
 
-    Groups with ``batch_size_scaling=False`` are left alone: those that
-    :func:`~lightning_lars.build_optimizer` gives an ``excluded_lr``, and any that you mark so.
+    Groups with ``batch_size_scaling=False`` are not scaled: those that
+    :func:`~lightning_lars.build_optimizer` gives an ``excluded_lr``, and any others with this key.
 
     Args:
-        base_batch_size: Effective batch size that the learning rate belongs to, above 0.
+        base_batch_size: Effective batch size at which the learning rate was tuned, above 0.
         rule: ``"linear"``, ``"sqrt"``, ``"none"``, or an exponent, as in
-            :func:`~lightning_lars.learning_rate.scaling_factor`. ``"adam_sqrt"``: the square root that
-            also moves ``betas`` and ``eps``, as in :func:`~lightning_lars.learning_rate.scale_adam`.
-        batch_size: Per-device batch size. None reads it from the train loader, or, where that does not tell
-            it, from the first batch; before that, a ``LearningRateMonitor`` shows the plain rate.
+            :func:`~lightning_lars.learning_rate.scaling_factor`. ``"adam_sqrt"``: the square root, which
+            also scales ``betas`` and ``eps``, as in :func:`~lightning_lars.learning_rate.scale_adam`.
+        batch_size: Per-device batch size. None reads it from the train loader or, where that has none, from
+            the first batch; before that, a ``LearningRateMonitor`` shows the plain rate.
         scale_excluded: Whether to scale groups with ``batch_size_scaling=False`` too.
 
     Raises:
-        ValueError: If an argument breaks its rule; at the first batch, if one of several train loaders does
-            not tell its batch size.
+        ValueError: If an argument breaks its rule; at the first batch, if one of several train loaders has
+            no batch size.
         MisconfigurationException: At the start of training, if there are two of these callbacks, or a
-            ``LearningRateFinder``, which finds a rate for the batch size at hand; or if ``"adam_sqrt"``
-            meets an optimizer without ``betas`` and ``eps``, or a batch too large for it; at the first
-            batch, if that does not tell its size either.
+            ``LearningRateFinder``, which finds a rate for the current batch size; or if ``"adam_sqrt"`` is
+            used with an optimizer without ``betas`` and ``eps``, or with too large a batch; at the first
+            batch, if its size cannot be determined either.
 
     Example:
         >>> from lightning import Trainer
@@ -85,7 +85,7 @@ class BatchSizeScaling(Callback):
         self.scale_excluded = scale_excluded
         self._first_batch_size: int | None = None
         self._counts_of_steps: tuple[int, int, int] | None = None
-        self._said: str | None = None
+        self._last_message: str | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -96,13 +96,13 @@ class BatchSizeScaling(Callback):
         for callback in cast(Any, trainer).callbacks:
             if has_class_named(callback, "LearningRateFinder"):
                 raise MisconfigurationException(
-                    "BatchSizeScaling and LearningRateFinder exclude each other: the rate that is found "
-                    "belongs to the batch size at hand. Find it first, in a run with base_batch_size samples"
+                    "BatchSizeScaling and LearningRateFinder are mutually exclusive: the rate that is found "
+                    "is for the current batch size. Find it first, in a run with base_batch_size samples"
                 )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._first_batch_size = self._counts_of_steps = self._said = None
+        self._first_batch_size = self._counts_of_steps = self._last_message = None
         if self.rule == "adam_sqrt":
             for optimizer in trainer.optimizers:
                 if not all("betas" in group and "eps" in group for group in optimizer.param_groups):
@@ -113,16 +113,16 @@ class BatchSizeScaling(Callback):
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         if self.scale_excluded and all(group.get("batch_size_scaling", True) for group in groups):
             rank_zero_warn(
-                "BatchSizeScaling(scale_excluded=True) has no effect: every group is scaled anyway, as none "
-                "has batch_size_scaling=False, which excluded_lr sets"
+                "BatchSizeScaling(scale_excluded=True) has no effect: every group is scaled anyway, because "
+                "none has batch_size_scaling=False, which excluded_lr sets"
             )
         owner = LearningRateOwner.of(trainer, self)
         owner.adjust("batch-size scaling", lambda group, step: self._scaled(trainer, group))
-        self._tell(trainer)
+        self._log_scaling(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._tell(trainer)
+        self._log_scaling(trainer)
 
     @override
     def on_train_batch_start(
@@ -130,17 +130,17 @@ class BatchSizeScaling(Callback):
     ) -> None:
         if self._per_device(trainer) is None or (batch_idx == 0 and self._first_batch_size is not None):
             if isinstance(trainer.train_dataloader, Mapping | list | tuple):
-                # The batches of several loaders may differ in size: raise what names the one that is silent.
+                # The batches of several loaders may differ in size: raise the error that names the loader.
                 per_device_batch_size(trainer)
             self._first_batch_size = _batch_size_of(batch)
-            self._tell(trainer)
+            self._log_scaling(trainer)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._said = None
+        self._last_message = None
 
     def _per_device(self, trainer: Trainer) -> int | None:
-        """Return the batch size that was given, that the loader tells, or that the first batch had."""
+        """Return the batch size from the argument, the loader, or the first batch, or None."""
         if self.batch_size is not None:
             return self.batch_size
         try:
@@ -155,13 +155,13 @@ class BatchSizeScaling(Callback):
             self._counts_of_steps = per_device, data_parallel_replicas(trainer), accumulated_batches(trainer)
         return self._counts_of_steps
 
-    def _leaves(self, group: Mapping[str, Any]) -> bool:
+    def _skips(self, group: Mapping[str, Any]) -> bool:
         return not (self.scale_excluded or group.get("batch_size_scaling", True))
 
     def _scaled(self, trainer: Trainer, group: Mapping[str, Any]) -> dict[str, Any]:
         counts = self._counts(trainer)
-        # Before the first batch only a monitor asks.
-        if counts is None or self._leaves(group):
+        # Before the first batch, only a monitor calls this.
+        if counts is None or self._skips(group):
             return {}
         batch_size = prod(counts)
         scaled = {"lr": group["lr"] * scaling_factor(batch_size, self.base_batch_size, self.rule)}
@@ -173,8 +173,8 @@ class BatchSizeScaling(Callback):
                 raise MisconfigurationException(f"BatchSizeScaling: {error}") from None
         return scaled
 
-    def _tell(self, trainer: Trainer) -> None:
-        """Say what was found and done, and again when it changes."""
+    def _log_scaling(self, trainer: Trainer) -> None:
+        """Log the effective batch size and the scaled rates, and again when they change."""
         counts = self._counts(trainer)
         if counts is None:
             return
@@ -185,16 +185,16 @@ class BatchSizeScaling(Callback):
             f"replicas x {accumulated} accumulated; {self.rule} from {self.base_batch_size}: "
             f"learning rate x {factor:.6g}"
         )
-        if found == self._said:
+        if found == self._last_message:
             return
-        self._said = found
+        self._last_message = found
         rates = []
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 name = "/".join(filter(None, [type(optimizer).__name__, group.get("name")]))
                 before = f"{name} {float(group['lr']):.6g}"
-                if self._leaves(group):
-                    rates.append(f"{before}, its own, is left alone: scale_excluded=True scales it too")
+                if self._skips(group):
+                    rates.append(f"{before}, a separate rate, not scaled: scale_excluded=True scales it too")
                 else:
                     rates.append(f"{before} -> {float(self._scaled(trainer, group)['lr']):.6g}")
         rank_zero_info(f"{found} ({', '.join(rates)}).")

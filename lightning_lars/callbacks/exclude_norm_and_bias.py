@@ -1,4 +1,4 @@
-"""Regroups an optimizer that exists, for modules that cannot change."""
+"""Regroups an existing optimizer, for modules that cannot be changed."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -38,30 +38,30 @@ from lightning_lars.trainer.strategy_checks import check_strategy
 
 
 class ExcludeNormAndBias(Callback):
-    """Takes norms, biases and gains out of the adaptation and the weight decay of the Trainer's optimizers.
+    """Excludes norms, biases and gains from adaptation and weight decay in the Trainer's optimizers.
 
     For optimizers that were built over bare ``parameters()``, as by ``LightningCLI --optimizer LARS``. Splits
-    every group into what :func:`~lightning_lars.param_groups` calls adapted and excluded, and
-    leaves the learning rates and their schedulers as they are, or gives what is excluded a rate of its own.
-    Where that fails, optimizers and schedulers stay as they were.
+    every group into an adapted and an excluded one, as :func:`~lightning_lars.param_groups` does, and keeps
+    learning rates and schedulers, or gives the excluded parameters a separate rate. If that fails, optimizers
+    and schedulers are unchanged.
 
     Args:
-        exclude: fnmatch patterns over parameter names, to be excluded beside norms, biases and gains.
+        exclude: fnmatch patterns over parameter names to exclude in addition to norms, biases and gains.
         exclude_bias: Whether biases are excluded.
-        excluded_lr: Learning rate of what is excluded, above 0, whatever that of the optimizer is: the peak
-            of its schedule. ``BatchSizeScaling`` leaves it alone. None leaves the rate of the group.
-        excluded_lr_scale: The same as a factor, above 0, on the rate of the group. Not together with
+        excluded_lr: Learning rate of excluded parameters, above 0, independent of that of the optimizer: the
+            peak of its schedule. ``BatchSizeScaling`` does not scale it. None keeps the rate of the group.
+        excluded_lr_scale: The same as a factor, above 0, on the rate of the group. Mutually exclusive with
             ``excluded_lr``.
         exclude_norm: Whether normalization layers are excluded.
-        exclude_gain: Whether gains are excluded, and what is broadcast over the batch, as tokens are.
+        exclude_gain: Whether gains are excluded, and parameters broadcast over the batch, such as tokens.
 
     Raises:
         ValueError: If an argument breaks its rule; at the start of training, if a pattern matches no
-            parameter name, or an optimizer holds none of the module's parameters, or decays to a higher rate
-            than ``excluded_lr``.
+            parameter name, or an optimizer holds none of the module's parameters, or its schedule ends above
+            ``excluded_lr``.
         MisconfigurationException: At the start of training, if the optimizer is wrapped in another, or a
-            scheduler has lists that may be of groups, or computes rates in another way than torch's and
-            would have to be given ``excluded_lr``.
+            scheduler has lists that may be per group, or ``excluded_lr`` is set and a scheduler computes
+            rates with code other than torch's.
 
     Example:
         >>> from lightning import Trainer
@@ -90,7 +90,7 @@ class ExcludeNormAndBias(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Before a checkpoint is restored, whose optimizer was regrouped too.
+        # Before a checkpoint is restored, because its optimizer was regrouped too.
         layers = classify(
             pl_module,
             self.exclude,
@@ -117,7 +117,8 @@ class ExcludeNormAndBias(Callback):
         excluded: Collection[Tensor],
         names: Mapping[Tensor, str],
     ) -> None:
-        # Names are for trust ratios. Without them, finetuning callbacks can add what they unfreeze.
+        # Names are for trust ratios. Without names, finetuning callbacks can add the layers that they
+        # unfreeze.
         named = names if hasattr(optimizer, "trust_ratios") else {}
         split = split_groups(optimizer.param_groups, excluded, named)
         if not are_split(optimizer.param_groups, split):
@@ -126,14 +127,14 @@ class ExcludeNormAndBias(Callback):
                     extend_per_group_values(scheduler, optimizer, [origin for origin, _ in split])
                 except TypeError as error:
                     raise MisconfigurationException(
-                        f"ExcludeNormAndBias cannot regroup {type(optimizer).__name__}, as {error}: build it "
-                        "by build_optimizer in configure_optimizers, and the scheduler on it"
+                        f"ExcludeNormAndBias cannot regroup {type(optimizer).__name__}, because {error}: "
+                        "build it with build_optimizer in configure_optimizers, and the scheduler on it"
                     ) from None
             optimizer.param_groups[:] = [part for _, part in split]
         else:
             rank_zero_warn(
                 f"ExcludeNormAndBias found nothing to split in {type(optimizer).__name__}: "
-                "its groups are apart already"
+                "its groups are already split"
             )
         self._set_excluded_rate(optimizer, schedulers)
 
@@ -143,8 +144,8 @@ class ExcludeNormAndBias(Callback):
         others = unknown(*schedulers)
         if others:
             raise MisconfigurationException(
-                "ExcludeNormAndBias can give what is excluded a learning rate of its own under torch's "
-                f"schedulers, got a {others[0]}: build the optimizer by build_optimizer in "
+                "ExcludeNormAndBias can give excluded parameters a separate learning rate only under torch's "
+                f"schedulers, got a {others[0]}: build the optimizer with build_optimizer in "
                 "configure_optimizers, and the scheduler on it"
             )
         if not schedulers:
@@ -162,15 +163,15 @@ class ExcludeNormAndBias(Callback):
 
 
 def _check_optimizer(optimizer: Any) -> None:
-    """Raise where the groups of an optimizer are not the only ones."""
+    """Raise if the optimizer is a strategy's wrapper, or wraps another with separate groups."""
     if not isinstance(optimizer, Optimizer):
         raise MisconfigurationException(
-            f"ExcludeNormAndBias cannot regroup {type(optimizer).__name__}, which a strategy has put "
-            "around the optimizer: call build_optimizer in configure_optimizers"
+            f"ExcludeNormAndBias cannot regroup {type(optimizer).__name__}, in which a strategy has wrapped "
+            "the optimizer: call build_optimizer in configure_optimizers"
         )
     inner = inner_optimizer(optimizer)
     if inner is not None:
         raise MisconfigurationException(
-            f"ExcludeNormAndBias cannot regroup {type(optimizer).__name__}, as the {type(inner).__name__} "
-            "inside it has groups of its own: call param_groups in configure_optimizers"
+            f"ExcludeNormAndBias cannot regroup {type(optimizer).__name__}, because the "
+            f"{type(inner).__name__} in it has separate groups: call param_groups in configure_optimizers"
         )

@@ -1,4 +1,4 @@
-"""Measures the critical batch size while training, and says what it means for the batch at hand."""
+"""Measures the critical batch size while training, and interprets it for the current batch size."""
 
 from typing import Any, cast
 
@@ -30,48 +30,48 @@ class GradientNoiseScale(Callback):
         steps    = fewest steps   * (1 + B_simple / batch size)
         samples  = fewest samples * (1 + batch size / B_simple)
 
-    Far below it, twice the batch takes half the steps; far above it, a larger batch hardly saves any. It
-    grows as training goes on. What it means for the batch at hand is said when training ends.
+    Far below it, twice the batch takes half the steps; far above it, a larger batch barely saves any. It
+    grows during training. When training ends, a log message interprets it for the current batch size.
 
     It is estimated from the gradient of a micro-batch and that of the whole step, by
-    :func:`~lightning_lars.gradients.noise_scale.two_batch_estimates`. A micro-batch is what one process sees
-    in one backward pass: with accumulation, under DDP, or with both, a step has several. The loss must be a
-    mean over samples. All that differs between micro-batches is noise: dropout, the statistics of batch
-    normalization, the negatives of contrastive losses.
+    :func:`~lightning_lars.gradients.noise_scale.two_batch_estimates`. A micro-batch is the input of one
+    backward pass on one rank: with accumulation, under DDP, or with both, a step has several. The loss must
+    be a mean over samples. All differences between micro-batches count as noise: dropout, the statistics of
+    batch normalization, the negatives of contrastive losses.
 
-    Not measured are steps with a gradient that is not finite, with a single micro-batch, or with
-    micro-batches of unequal size. Where batches do not show their size (no tensor has it as its first
-    dimension), all but the last of an epoch are taken to be full. Gradients are those before clipping.
+    Steps with a non-finite gradient, with a single micro-batch, or with micro-batches of unequal size are not
+    measured. Where batches do not show their size (no tensor has it as its first dimension), all but the last
+    of an epoch are assumed to be full. Gradients are those before clipping.
 
-    A step that is measured reads its gradients once more in each backward pass, and once when they are whole;
-    DDP all-reduces three numbers. They come to the host only when Lightning logs.
+    A measured step reads its gradients once more in each backward pass, and once when they are complete; DDP
+    all-reduces three numbers. They are copied to the host only when Lightning logs.
 
     Args:
         every_n_steps: Optimizer steps from one measurement to the next, at least 1.
-        decay: What a measurement keeps of its weight at the next, from 0 to below 1: 0.99 averages over the
-            last hundred or so.
-        batch_size: Samples of a micro-batch. None reads it from the train loader, or, where that does not
-            tell it, from the first batch.
+        decay: Fraction of its weight that a measurement keeps at the next one, from 0 to below 1: 0.99
+            averages over about the last hundred.
+        batch_size: Samples in a micro-batch. None reads it from the train loader or, where that has none,
+            from the first batch.
 
     ================================================  =================================================
     Key                                               Value
     ================================================  =================================================
     ``gradient_noise_scale/B_simple``                 Noise scale, in samples
-    ``gradient_noise_scale/B_simple_standard_error``  Its standard error; takes a drift for noise
+    ``gradient_noise_scale/B_simple_standard_error``  Its standard error; counts a drift as noise
     ``gradient_noise_scale/batch_size_to_B_simple``   Effective batch size / ``B_simple``
     ``gradient_noise_scale/tr_sigma``                 Trace of the covariance of the gradient of a sample
     ``gradient_noise_scale/squared_gradient``         Squared norm of the gradient without noise
     ================================================  =================================================
 
     ``tr_sigma`` and ``squared_gradient`` are moving averages, ``B_simple`` is their quotient. Where one of
-    them is not above 0, it is lost in the other, and the first three are left out. All are also in
-    ``trainer.callback_metrics``, from the first log on, and when training ends; what is left out keeps its
-    last value there.
+    them is not above 0, it is lost in the other, and the first three are omitted. All are also in
+    ``trainer.callback_metrics``, from the first log on, and when training ends; omitted keys keep their last
+    values there.
 
     Raises:
         ValueError: If an argument breaks its rule.
         MisconfigurationException: At the start of a fit, if a step has a single micro-batch, in manual
-            optimization, without an optimizer, or under a strategy that hides the gradient of one process
+            optimization, without an optimizer, or under a strategy that hides the gradient of a single rank
             (FSDP, ``ModelParallelStrategy``, DeepSpeed); at the first batch, if no batch size can be found.
 
     Example:
@@ -101,7 +101,7 @@ class GradientNoiseScale(Callback):
         self._moving = MovingNoiseScale(decay)
         self._micro_batches = MicroBatches(batch_size)
         self._norms: BackwardNorms | None = None
-        # Of the batch at hand, and of all in the step.
+        # Of the current batch, and of all batches in the step.
         self._is_full = self._all_full = self._had_backward = False
         self._effective_batch_size: int | None = None
         self._has_stepped = self._has_news = False
@@ -117,7 +117,7 @@ class GradientNoiseScale(Callback):
         if not any(optimizer.param_groups for optimizer in trainer.optimizers):
             raise MisconfigurationException(
                 "GradientNoiseScale measures the gradients that an optimizer steps with, got no optimizer: "
-                "return one from configure_optimizers or leave the callback out"
+                "return one from configure_optimizers or remove the callback"
             )
         self._micro_batches.reset()
         self._effective_batch_size = None
@@ -157,7 +157,7 @@ class GradientNoiseScale(Callback):
         norms = self._stop_watching()
         if norms is None or not norms.squares:
             return
-        # Where the last batch has no loss, Lightning leaves gradients scaled that it otherwise does not.
+        # If the last batch has no loss, Lightning does not unscale the gradients.
         is_sound = self._all_full and self._had_backward and not norms.in_parts
         if trainer.world_size == 1 and (len(norms.squares) == 1 or not is_sound):
             return
@@ -166,7 +166,7 @@ class GradientNoiseScale(Callback):
         if trainer.world_size > 1:
             torch.distributed.all_reduce(shared)
             shared = shared / trainer.world_size
-        # Processes have the same gradient in the end, unless a communication hook does not average it.
+        # All ranks end up with the same gradient, unless a communication hook does not average it.
         counts = (shared[2] == 1) & ((shared[1] - big).abs() <= 1e-6 * big)
         size = self._micro_batches.size
         big_batch = size * len(norms.squares) * trainer.world_size
@@ -176,7 +176,7 @@ class GradientNoiseScale(Callback):
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        # Lightning asks for logs on every batch that is accumulated for a step; the step is in the last.
+        # Lightning logs on every batch that is accumulated for a step; the step is in the last one.
         stepped, self._has_stepped = self._has_stepped, False
         if stepped and self._has_news and is_logging(trainer):
             self._has_news = False
@@ -192,11 +192,11 @@ class GradientNoiseScale(Callback):
             rank_zero_info(f"GradientNoiseScale: {describe(measured, self._effective_batch_size)}.")
         elif not cast(Any, trainer).fast_dev_run:
             rank_zero_warn(
-                f"GradientNoiseScale measured no step. One in every_n_steps={self.every_n_steps} is, if its "
-                "gradients are finite, the same on all processes, and from two or more micro-batches of one "
-                "size, and if Lightning takes the step: optimizer.step() of what it hands to optimizer_step, "
-                "not of optimizer.optimizer. Train for longer, lower every_n_steps, or give the train loader "
-                "drop_last=True"
+                f"GradientNoiseScale measured no step. One in every_n_steps={self.every_n_steps} is "
+                "measured, if its gradients are finite, equal on all ranks, and from two or more "
+                "micro-batches of one size, and if Lightning takes the step: optimizer.step() of the "
+                "optimizer that it passes to optimizer_step, not of optimizer.optimizer. Train for longer, "
+                "lower every_n_steps, or set drop_last=True in the train loader"
             )
 
     @override
@@ -206,7 +206,7 @@ class GradientNoiseScale(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stop_watching()
-        # Off the device, and still there for a checkpoint.
+        # Move the state to the host, where it stays available for a checkpoint.
         self._moving = MovingNoiseScale(self.decay, self._moving.state())
 
     @override
@@ -242,7 +242,7 @@ class GradientNoiseScale(Callback):
 
 def _squares(trainer: Trainer, norms: BackwardNorms, optimizer: Optimizer) -> tuple[Tensor, Tensor]:
     """Return the squared norm of the gradient of a micro-batch, on average, and of the step."""
-    # Lightning divides the loss by this, also where an epoch ends before so many batches.
+    # Lightning divides the loss by this, even if an epoch ends with fewer batches.
     divisor = trainer.accumulate_grad_batches
     small = torch.stack(norms.squares).mean() * divisor**2
     big = norms.accumulated() * (divisor / len(norms.squares)) ** 2
@@ -250,26 +250,27 @@ def _squares(trainer: Trainer, norms: BackwardNorms, optimizer: Optimizer) -> tu
     if scaler is not None:
         loss_scale = scaler.scale(torch.ones_like(small))
         small = small / loss_scale**2
-        # Lightning has unscaled p.grad by now, unless the optimizer does so in its step, as torch's fused do.
+        # Lightning has unscaled p.grad by now, unless the optimizer does so in its step, like torch's fused
+        # ones.
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             big = big / loss_scale**2
     return small, big
 
 
 def _check(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Raise where there are no two gradients to compare."""
+    """Raise if there are no gradients of two batch sizes to compare."""
     if not pl_module.automatic_optimization:
         raise MisconfigurationException(
             "GradientNoiseScale cannot know which backward passes belong to a step in manual optimization, "
             f"got {type(pl_module).__name__} with automatic_optimization=False: measure with automatic "
-            "optimization or leave the callback out"
+            "optimization or remove the callback"
         )
     averages_itself = has_class_named(trainer.strategy, "DeepSpeedStrategy", "XLAStrategy")
     if averages_itself or not has_class_named(trainer.strategy, "SingleDeviceStrategy", "DDPStrategy"):
         raise MisconfigurationException(
-            "GradientNoiseScale needs the gradient of one process before it is averaged, which "
+            "GradientNoiseScale needs the gradient of a single rank before it is averaged, which "
             f"{type(trainer.strategy).__name__} hides: measure in a shorter run with strategy='ddp', or on "
-            "one device with accumulate_grad_batches=2 or more, or leave the callback out"
+            "one device with accumulate_grad_batches=2 or more, or remove the callback"
         )
     accumulates = trainer.accumulate_grad_batches > 1 or any(
         # GradientAccumulationScheduler, of either package.
@@ -279,7 +280,7 @@ def _check(trainer: Trainer, pl_module: LightningModule) -> None:
     )
     if trainer.world_size == 1 and not accumulates:
         raise MisconfigurationException(
-            "GradientNoiseScale compares gradients of two batch sizes, got one process and "
+            "GradientNoiseScale compares gradients of two batch sizes, got one rank and "
             "accumulate_grad_batches=1: set accumulate_grad_batches=2, with half the batch size to take the "
             "same steps, or use strategy='ddp' on several devices"
         )

@@ -1,4 +1,4 @@
-"""Warms up the learning rate of a training that has a schedule already, or none."""
+"""Warms up the learning rate, on top of any schedule or none."""
 
 import math
 from typing import Any, Literal, cast
@@ -18,26 +18,26 @@ from lightning_lars.trainer.training_length import Beginning, steps_of_epochs, t
 class LearningRateWarmup(Callback):
     """Multiplies the learning rate of every step by a factor that rises to 1.
 
-    Works with any optimizer and any scheduler, or none. ``group["lr"]`` is what the scheduler says
-    throughout, except inside the step and where ``LearningRateMonitor`` looks. What counts are the steps of
-    each optimizer that happened, from 1: not batches, nor steps that a gradient scaler skipped, nor batches
-    without a loss (:class:`~lightning_lars.learning_rate.optimizer_steps.OptimizerSteps`). A resumed run goes
-    on where it stopped; a second ``fit`` warms its new optimizers up in what is left to train.
+    Works with any optimizer and any scheduler, or none. ``group["lr"]`` is always the scheduler's value,
+    except inside the step and where ``LearningRateMonitor`` reads it. The warmup counts the steps that each
+    optimizer took, from 1: not batches, nor steps that a gradient scaler skipped, nor batches without a loss
+    (:class:`~lightning_lars.learning_rate.optimizer_steps.OptimizerSteps`). A resumed run continues where it
+    stopped; a second ``fit`` warms up its new optimizers within the remaining steps.
 
     Args:
-        warmup_steps: Optimizer steps until the factor is 1, at least 1. One of the three is to be given;
-            under manual optimization, this one.
-        warmup_epochs: The same in epochs, above 0; parts of an epoch are fine.
-        warmup_fraction: The same as a share of all steps of the training, in (0, 1].
+        warmup_steps: Optimizer steps until the factor is 1, at least 1. Exactly one of the three must be
+            given; under manual optimization, this one.
+        warmup_epochs: The same in epochs, above 0; may be fractional.
+        warmup_fraction: The same as a fraction of all steps of the run, in (0, 1].
         shape: The curve, as in :mod:`lightning_lars.learning_rate.curves`.
-        start_factor: Where the curve comes from, in [0, 1]. None stands for 0 where the shape leaves 0 by
-            itself (linear, cosine).
+        start_factor: Value at which the curve starts, in [0, 1]. None means 0, for shapes that can start at 0
+            (linear, cosine).
 
     Raises:
         ValueError: If an argument breaks its rule.
-        MisconfigurationException: At the start of training, if the warmup is longer than the training; if
-            epochs or shares are asked for of an endless loader, or under manual optimization; if there are
-            two warmups; if an optimizer has no learning rate, or takes steps that cannot be seen.
+        MisconfigurationException: At the start of training, if the warmup is longer than the run; if epochs
+            or fractions are requested with an endless loader, or under manual optimization; if there are two
+            warmups; if an optimizer has no learning rate, or takes steps that cannot be observed.
 
     Example:
         >>> from lightning import Trainer
@@ -77,7 +77,7 @@ class LearningRateWarmup(Callback):
         if not start_factor and shape in ("constant", "exponential"):
             raise ValueError(
                 f"start_factor must be above 0 with shape={shape!r}, got {start_factor!r}: the weights would "
-                "not move; 0.1 is a usual value"
+                "not move; 0.1 is a common value"
             )
         self.warmup_steps = warmup_steps
         self.warmup_epochs = warmup_epochs
@@ -96,11 +96,11 @@ class LearningRateWarmup(Callback):
         if pl_module.automatic_optimization:
             total = total_steps(trainer, owner.beginning)
             warmup_steps = self._length(trainer, total, owner.beginning)
-            # A fast_dev_run tries the code, not the length.
+            # A fast_dev_run is shorter than any warmup.
             if warmup_steps > total and not cast(Any, trainer).fast_dev_run:
                 raise MisconfigurationException(
                     f"LearningRateWarmup would take {warmup_steps} of the {total:.0f} optimizer steps of the "
-                    "training: shorten the warmup or train longer"
+                    "run: shorten the warmup or train longer"
                 )
         elif self.warmup_steps is not None:
             warmup_steps = self.warmup_steps
@@ -129,8 +129,8 @@ class LearningRateWarmup(Callback):
             steps = self.warmup_fraction * total
         if math.isinf(steps):
             raise MisconfigurationException(
-                f"LearningRateWarmup({self._given()}) has no length in steps, as the train loader or the "
-                "training has no end: pass warmup_steps, or set limit_train_batches or max_steps"
+                f"LearningRateWarmup({self._given()}) has no length in steps, because the train loader or "
+                "the run has no end: pass warmup_steps, or set limit_train_batches or max_steps"
             )
         return max(1, round(steps))
 

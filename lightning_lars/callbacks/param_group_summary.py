@@ -1,4 +1,4 @@
-"""Prints what every optimizer holds, in which group, and why."""
+"""Prints the parameters of every optimizer, with their groups and the rules behind them."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,27 +26,26 @@ from lightning_lars.trust_ratios.step_statistics import HasTrustRatios
 class ParamGroupSummary(Callback):
     """Prints the parameter groups of the Trainer's optimizers when training starts.
 
-    What is printed is what the optimizers hold at that moment, whoever built them: after callbacks have
-    regrouped them, and after a checkpoint has been loaded. ``lr`` is what the schedule says then, without
-    the factors that ``LearningRateWarmup`` and ``BatchSizeScaling`` apply inside the step. Shapes are those
-    of whole layers, also where these are sharded.
+    It shows the groups as they are at that moment, whoever built them: after callbacks have regrouped them,
+    and after a checkpoint has been loaded. ``lr`` is the schedule's value at that time, without the factors
+    that ``LearningRateWarmup`` and ``BatchSizeScaling`` apply inside the step. Shapes are those of whole
+    layers, sharded or not.
 
-    Why a parameter is excluded is the rule of :func:`~lightning_lars.param_groups`, for groups
-    that have its names; ``own rule`` stands where its defaults would have decided otherwise, and ``-`` for
-    other groups. Parameters that require a gradient but are in no optimizer come first, with a warning.
+    The reason for excluding a parameter is the rule of :func:`~lightning_lars.param_groups`, for groups with
+    its names; ``own rule`` where its defaults would have decided otherwise, and ``-`` for other groups.
+    Parameters that require a gradient but are in no optimizer come first, with a warning.
 
-    Prints in the first process, through ``rich.get_console()``, at the width that it takes if that is no
-    terminal. It prints with ``Trainer(enable_model_summary=False)`` and ``barebones=True`` too, as it is
-    registered to do nothing else.
+    Prints on rank 0, through ``rich.get_console()``, at full width unless that is a terminal. It also prints
+    with ``Trainer(enable_model_summary=False)`` and ``barebones=True``, because printing is its only purpose.
 
-    Once, while training, it warns if LARS moves what is excluded at a learning rate at which plain SGD rarely
-    trains, above 1, or LAMB above 0.05, where plain Adam does: of the rate inside the steps, after warmup and
-    scaling.
+    While training, it warns once if LARS moves excluded parameters at a learning rate above 1, at which plain
+    SGD rarely trains, or LAMB above 0.05, the same for plain Adam. This is the rate inside the steps, after
+    warmup and scaling.
 
     Args:
         fold: Whether parameters of repeated blocks share a row, as in ``layer1.[0-2].bn[1-3].{weight,bias}``,
-            if all else in the row is the same.
-        max_rows: Rows to print at most, at least 1, or -1 for all. The totals count all parameters.
+            if the rest of the row is the same.
+        max_rows: Maximum number of rows, at least 1, or -1 for all. The totals count all parameters.
 
     Example:
         >>> import lightning
@@ -84,7 +83,7 @@ class ParamGroupSummary(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         groups = groups_by_name(trainer.optimizers)
-        # In every process, as the code of models may be asked, which may ask the other processes.
+        # On every rank, because it may call code of the model that communicates with other ranks.
         entries = entries_of(pl_module, groups)
         if not trainer.is_global_zero:
             return
@@ -101,7 +100,7 @@ class ParamGroupSummary(Callback):
         if lost:
             rank_zero_warn(
                 f"{len(lost)} parameters require a gradient and are in no optimizer, among them {lost[:5]}: "
-                "give them to one in configure_optimizers, or freeze them with requires_grad_(False)"
+                "pass them to one in configure_optimizers, or freeze them with requires_grad_(False)"
             )
 
         self._detach()
@@ -114,11 +113,11 @@ class ParamGroupSummary(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         is_logged = (batch_idx + 1) % max(1, cast(Any, trainer).log_every_n_steps) == 0
-        self._look_at_excluded(each for each in self._excluded if is_logged or each.is_on_host())
+        self._check_excluded(each for each in self._excluded if is_logged or each.is_on_host())
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._look_at_excluded(self._excluded)
+        self._check_excluded(self._excluded)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -128,7 +127,7 @@ class ParamGroupSummary(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
 
-    def _look_at_excluded(self, peaks: Iterable[ExcludedRatePeak]) -> None:
+    def _check_excluded(self, peaks: Iterable[ExcludedRatePeak]) -> None:
         for peak in peaks:
             message = peak.message()
             if message is not None:
@@ -141,8 +140,8 @@ class ParamGroupSummary(Callback):
 
 
 def _parameter_table(entries: Sequence[Entry], folded: bool, max_rows: int, narrow: bool) -> Table:
-    """Return the rows; narrow, with module and shape below the name."""
-    # What nobody trains comes first, where no limit hides it; what is frozen is only counted.
+    """Return the table of parameters; if narrow, with module and shape below the name."""
+    # Parameters that no optimizer trains come first, where no limit hides them; frozen ones are only counted.
     entries = sorted((e for e in entries if e.group != FROZEN), key=lambda e: e.group != LOST)
     rows = [(e.name, (e.module, e.shape, e.group, e.why)) for e in entries]
     names = fold(rows) if folded else [(name, 1, same) for name, same in rows]
@@ -157,7 +156,7 @@ def _parameter_table(entries: Sequence[Entry], folded: bool, max_rows: int, narr
         table.add_row(*(Text(cell) for cell in (*described, str(tensors), group, why)), style=style)
     if names[limit:]:
         hidden = sum(tensors for _, tensors, _ in names[limit:])
-        rest = f"and {len(names) - limit} rows more: see max_rows"
+        rest = f"and {len(names) - limit} more rows: see max_rows"
         table.add_row(rest, *(() if narrow else ("", "")), str(hidden), style="italic")
     return table
 

@@ -1,4 +1,4 @@
-"""Clips gradients at a percentile of the norms that they had in the last steps."""
+"""Clips gradients at a percentile of recent gradient norms."""
 
 from functools import partial
 from typing import Any, cast
@@ -25,51 +25,51 @@ from lightning_lars.trainer.logging import is_logging, log, publish
 
 
 class PercentileGradientClipping(Callback):
-    """AutoClip: clips the gradient at a percentile of the norms that it had in the last steps.
+    """AutoClip: clips the gradient at a percentile of its norms in the last steps.
 
     ::
 
-        history = the last norms of the gradient, before clipping, that of this step among them
+        history = the last norms of the gradient, before clipping, including that of this step
         gradient = min(1, percentile(history) / norm) * gradient
 
-    Seetharaman et al. 2020, arXiv:2007.14469, whose history is as long as the training. bitsandbytes had it
-    as ``percentile_clipping``, over 100 steps and tensor by tensor: ``docs/compatibility.md`` says with which
-    arguments it is the same.
+    Seetharaman et al. 2020, arXiv:2007.14469, where the history covers the whole run. bitsandbytes had it as
+    ``percentile_clipping``, over 100 steps and per tensor: ``docs/compatibility.md`` lists the equivalent
+    arguments.
 
-    Each optimizer has a history of its own, over its parameters; with ``per_layer=True``, each of these has
-    one. Norms are of whole gradients: accumulated over micro-batches, averaged over processes, unscaled.
-    Not kept are norms of 0, and those of a step with a gradient that is not finite, which a gradient scaler
-    skips. The history is part of checkpoints.
+    Each optimizer has a separate history, over its parameters; with ``per_layer=True``, each parameter has
+    one. Norms are of whole gradients: accumulated over micro-batches, averaged across ranks, unscaled. Norms
+    of 0, and those of a step with a non-finite gradient, which a gradient scaler skips, do not enter the
+    history. The history is part of checkpoints.
 
     Other callbacks see gradients before clipping, the module's ``on_before_optimizer_step`` after it. Steps
-    that go round Lightning (``optimizers(use_pl_optimizer=False)``, ``optimizer.optimizer.step()``) are
-    clipped too, without these. An optimizer none of whose steps could be seen is warned of when training
-    ends. Nothing comes to the host but when Lightning logs.
+    that bypass Lightning (``optimizers(use_pl_optimizer=False)``, ``optimizer.optimizer.step()``) are clipped
+    too, but do not call these hooks. When training ends, a warning names optimizers none of whose steps could
+    be observed. Values are copied to the host only when Lightning logs.
 
     Args:
-        percentile: What of the history to clip at, at least 0 and below 100: with 10, nine steps of ten are
-            clipped where norms keep their size.
-        history: How many norms to keep, at least 2.
+        percentile: Percentile of the history to clip at, at least 0 and below 100: with 10, nine out of ten
+            steps are clipped if norms stay at the same level.
+        history: Number of norms to keep, at least 2.
         per_layer: Whether to clip each layer by its own norms.
         starts_full: Whether the first norm fills the history, as in bitsandbytes; by default the percentile
-            is of those norms that there are.
+            is taken over the norms so far.
 
     ===================================  ==============================================================
     Key                                  Value
     ===================================  ==============================================================
     ``gradient_clipping/norm``           Norm before clipping, in the step that is logged
-    ``gradient_clipping/threshold``      What it was clipped at
-    ``gradient_clipping/share_clipped``  Share of steps since the last log that were clipped, from 0 to 1
+    ``gradient_clipping/threshold``      Norm that it was clipped to
+    ``gradient_clipping/share_clipped``  Fraction of steps since the last log that were clipped, from 0 to 1
     ===================================  ==============================================================
 
-    With ``per_layer=True``, the first two are medians over layers, and the share is of layers and steps. With
-    several optimizers (manual optimization) keys are ``gradient_clipping/OPTIMIZER/...``, numbered as
-    ``LearningRateMonitor`` does. All are also in ``trainer.callback_metrics``, from the first log on.
+    With ``per_layer=True``, the first two are medians over layers, and the fraction is over layers and steps.
+    With several optimizers (manual optimization) keys are ``gradient_clipping/OPTIMIZER/...``, numbered as in
+    ``LearningRateMonitor``. All are also in ``trainer.callback_metrics``, from the first log on.
 
     Raises:
         ValueError: If an argument breaks its rule.
         MisconfigurationException: At the start of a fit, under DeepSpeed, which clips by itself, without an
-            optimizer, or if a checkpoint has the history of another number of layers.
+            optimizer, or if a checkpoint has a history for a different number of layers.
 
     Example:
         >>> import lightning
@@ -101,7 +101,7 @@ class PercentileGradientClipping(Callback):
         self.starts_full = starts_full
         self._clippings: list[PercentileClipping] = []
         self._states: list[Tensor] = []
-        # Of each optimizer: in the order of the columns, and None before the first step.
+        # For each optimizer, in the order of the columns.
         self._params: list[list[Tensor]] = []
         self._shards: list[dict[Tensor, Shard]] = []
         self._steps: list[BeforeSteps] = []
@@ -116,16 +116,16 @@ class PercentileGradientClipping(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        # A checkpoint that is resumed fills them before training starts.
+        # Resuming from a checkpoint fills them before training starts.
         self._clippings, self._states = [], []
         if has_class_named(trainer.strategy, "DeepSpeedStrategy"):
             raise MisconfigurationException(
-                "PercentileGradientClipping cannot clip under DeepSpeed, which holds the gradients in parts "
-                "of its own: use Trainer(gradient_clip_val=...), which DeepSpeed follows, or strategy='ddp', "
+                "PercentileGradientClipping cannot clip under DeepSpeed, which partitions the gradients "
+                "itself: use Trainer(gradient_clip_val=...), which DeepSpeed follows, or strategy='ddp', "
                 "'fsdp' or ModelParallelStrategy"
             )
         if trainer.gradient_clip_val:
-            self._warn_of_another(f"Trainer(gradient_clip_val={trainer.gradient_clip_val!r})")
+            self._warn_of_double_clipping(f"Trainer(gradient_clip_val={trainer.gradient_clip_val!r})")
         _move_behind_others(trainer, self)
 
     @override
@@ -133,7 +133,7 @@ class PercentileGradientClipping(Callback):
         if not any(optimizer.param_groups for optimizer in trainer.optimizers):
             raise MisconfigurationException(
                 "PercentileGradientClipping clips the gradients that an optimizer steps with, got no "
-                "optimizer: return one from configure_optimizers or leave the callback out"
+                "optimizer: return one from configure_optimizers or remove the callback"
             )
         number = len(trainer.optimizers)
         self._has_stepped = self._has_trained = False
@@ -145,20 +145,20 @@ class PercentileGradientClipping(Callback):
         if states and len(states) != number:
             raise MisconfigurationException(
                 f"the checkpoint has the gradient norms of {len(states)} optimizers for "
-                f"PercentileGradientClipping, the module has {number}: train the module it is of"
+                f"PercentileGradientClipping, the module has {number}: resume the module that wrote it"
             )
         for clipping, state, optimizer in zip(self._clippings, states, trainer.optimizers, strict=False):
             count = sum(len(group["params"]) for group in optimizer.param_groups)
             if self.per_layer and state.shape[1] > count:
                 raise MisconfigurationException(
                     f"the checkpoint has the gradient norms of {state.shape[1]} layers for "
-                    f"PercentileGradientClipping, the optimizer has {count}: train the module it is of"
+                    f"PercentileGradientClipping, the optimizer has {count}: resume the module that wrote it"
                 )
             clipping.load(state)
         for optimizer in trainer.optimizers:
             max_grad_norm = optimizer.param_groups[0].get("max_grad_norm")
             if max_grad_norm is not None:
-                self._warn_of_another(f"{type(optimizer).__name__}(max_grad_norm={max_grad_norm!r})")
+                self._warn_of_double_clipping(f"{type(optimizer).__name__}(max_grad_norm={max_grad_norm!r})")
         self._detach()
         self._steps = [
             BeforeSteps(optimizer, partial(self._clip, trainer, i))
@@ -176,11 +176,11 @@ class PercentileGradientClipping(Callback):
         if is_trial_of_checkpoint():
             return
         optimizer = trainer.optimizers[index]
-        params, shards = self._look_at_params(index, optimizer)
+        params, shards = self._update_params(index, optimizer)
         norms = gradient_norms(params, shards, trainer.strategy.root_device)
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            # Lightning has not unscaled p.grad, which torch's fused optimizers do in their step.
+            # Lightning has not unscaled p.grad, because torch's fused optimizers do so in their step.
             norms = norms / scaler.scale(torch.ones_like(norms))
         if not self.per_layer:
             norms = torch.linalg.vector_norm(norms)[None]
@@ -189,7 +189,7 @@ class PercentileGradientClipping(Callback):
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        # Lightning asks for logs on every batch that is accumulated for a step; the step is in the last.
+        # Lightning logs on every batch that is accumulated for a step; the step is in the last one.
         stepped, self._has_stepped = self._has_stepped, False
         self._has_trained = True
         for steps in self._steps:
@@ -211,9 +211,9 @@ class PercentileGradientClipping(Callback):
         if unseen and self._has_trained and not cast(Any, trainer).fast_dev_run:
             rank_zero_warn(
                 f"PercentileGradientClipping has clipped no gradient of {', '.join(unseen)}, which took no "
-                "step that it could see. It sees those of optimizer.step() of what configure_optimizers "
-                "returned, not of an optimizer inside of that or of another method: step through that, or "
-                "leave the callback out"
+                "step that it could observe. It observes step() of the optimizer that configure_optimizers "
+                "returned, not that of an optimizer inside it, nor other methods: step through the former, "
+                "or remove the callback"
             )
 
     @override
@@ -223,7 +223,7 @@ class PercentileGradientClipping(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
-        # Off the device, and still there for a checkpoint.
+        # Move the state to the host, where it stays available for a checkpoint.
         self._states = [clipping.state() for clipping in self._clippings]
         self._clippings, self._params, self._shards = [], [], []
 
@@ -241,8 +241,8 @@ class PercentileGradientClipping(Callback):
             steps.detach()
         self._steps = []
 
-    def _look_at_params(self, index: int, optimizer: Optimizer) -> tuple[list[Tensor], dict[Tensor, Shard]]:
-        """Return the parameters in the order of their columns; those that were added since come last."""
+    def _update_params(self, index: int, optimizer: Optimizer) -> tuple[list[Tensor], dict[Tensor, Shard]]:
+        """Return the parameters in the order of their columns, new ones last, and their shards."""
         params, shards = self._params[index], self._shards[index]
         if len(params) != sum(len(group["params"]) for group in optimizer.param_groups):
             named = named_params(optimizer.param_groups)
@@ -251,15 +251,15 @@ class PercentileGradientClipping(Callback):
             shards.update(find_shards(named))
         return params, shards
 
-    def _warn_of_another(self, clipping: str) -> None:
+    def _warn_of_double_clipping(self, clipping: str) -> None:
         rank_zero_warn(
             f"gradients are clipped twice: by PercentileGradientClipping(percentile={self.percentile!r}) and "
-            f"then by {clipping}. Leave one out"
+            f"then by {clipping}. Use only one of them"
         )
 
 
 def _move_behind_others(trainer: Trainer, clipping: Callback) -> None:
-    """Let other callbacks have a look at gradients first; those that save checkpoints stay the last."""
+    """Move the callback behind those that see unclipped gradients, but before those that save checkpoints."""
     callbacks = cast(Any, trainer).callbacks
     saves = [has_class_named(each, "Checkpoint") for each in callbacks]
     others = [each for each, last in zip(callbacks, saves, strict=True) if each is not clipping and not last]

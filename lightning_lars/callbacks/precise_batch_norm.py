@@ -23,42 +23,42 @@ from lightning_lars.trainer.extra_passes import preserve_training_state, trainin
 
 @runtime_checkable
 class HasPreciseBatchNormForward(Protocol):
-    """A LightningModule that says itself how a training batch goes through its layers."""
+    """A LightningModule that defines how a training batch passes through its layers."""
 
     def precise_batch_norm_forward(self, batch: Any) -> Any:
-        """Run the layers on a training batch as ``training_step`` does; what it returns is dropped."""
+        """Run the layers on a training batch as ``training_step`` does; the return value is ignored."""
         ...
 
 
 class PreciseBatchNorm(Callback):
     """Recomputes the running statistics of batch normalization from training batches.
 
-    Running averages follow the weights with a delay: after 25 steps with ``momentum=0.1`` they still hold 7 %
-    of their initial values, and large batches leave few steps. Recomputed, they are the mean and the
-    (unbiased) variance of all inputs of the layer in ``num_batches`` batches, at the weights of the moment
-    (Wu and Johnson 2021, arXiv:2105.07576). ``torch.optim.swa_utils.update_bn`` makes the passes, without
-    gradients. Under distributed strategies every process runs ``num_batches`` of its own share, and all end
+    Running averages lag behind the weights: after 25 steps with ``momentum=0.1`` they still retain 7 % of
+    their initial values, and large batches leave few steps. Recomputed, they are the mean and the (unbiased)
+    variance of all inputs of the layer in ``num_batches`` batches, at the current weights (Wu and Johnson
+    2021, arXiv:2105.07576). ``torch.optim.swa_utils.update_bn`` runs the passes, without gradients. Under
+    distributed strategies every rank runs ``num_batches`` batches of its share of the data, and all end up
     with the statistics of all inputs.
 
     This happens before each validation of a fit, at the end of each epoch if the Trainer does not validate,
-    and at the end of training if there was a step since. ``ModelCheckpoint`` saves later in each of these, so
-    checkpoints hold what was validated; those of ``every_n_train_steps`` hold running averages. The sanity
-    check, which runs before training, and ``trainer.validate`` and ``trainer.test``, which have no training
-    batches, leave the statistics as they are.
+    and at the end of training if there was a step since. ``ModelCheckpoint`` saves after each of these, so
+    checkpoints hold the validated statistics; those of ``every_n_train_steps`` hold running averages. The
+    sanity check, which runs before training, and ``trainer.validate`` and ``trainer.test``, which have no
+    training batches, do not change the statistics.
 
-    Training goes on from the recomputed statistics, which it does not read. All else is as it was: weights,
-    gradients, other buffers (and ``num_batches_tracked``), modes, random states, and the train loader, of
-    which a copy is iterated. A data set that keeps random numbers of its own is untouched in worker
-    processes only. Other layers are in eval mode, as when the statistics are used: dropout is off. Layers in
-    eval mode during training, or with ``track_running_stats=False``, are left alone.
+    Training continues with the recomputed statistics, which it does not read. Everything else is preserved:
+    weights, gradients, other buffers (and ``num_batches_tracked``), modes, random states, and the train
+    loader, of which a copy is iterated. A data set with its own random state is only unaffected in worker
+    processes. Other layers are in eval mode, as when the statistics are used: dropout is off. Layers in eval
+    mode during training, or with ``track_running_stats=False``, are skipped.
 
-    A batch, or its first element if it is a list or tuple, is handed to ``forward`` of the LightningModule.
-    If training takes something else, define ``precise_batch_norm_forward(self, batch)`` there. Behind
+    A batch, or its first element if it is a list or tuple, is passed to ``forward`` of the LightningModule.
+    If training passes something else, define ``precise_batch_norm_forward(self, batch)`` there. After
     ``WeightAveraging`` in the list of callbacks, the statistics are those of the averaged weights.
 
     Args:
-        num_batches: Batches of each process, at least 1. 32 batches of 256 are 8192 samples, from which a
-            mean is known to 1 % of a standard deviation.
+        num_batches: Batches on each rank, at least 1. 32 batches of 256 are 8192 samples, from which a mean
+            is known to 1 % of a standard deviation.
 
     Raises:
         MisconfigurationException: If the training data cannot be iterated without disturbing training.
@@ -80,14 +80,14 @@ class PreciseBatchNorm(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._forget()
+        self._reset()
         if stage == "fit":
             self._recomputed_at = None
         elif self._recomputed_at is None:
             rank_zero_info(
                 f"PreciseBatchNorm recomputes nothing in trainer.{getattr(stage, 'value', stage)}, which has "
-                "no training batches. What a fit with it trained or saved needs no more; for another model, "
-                "call torch.optim.swa_utils.update_bn first."
+                "no training batches. A model that was trained or saved by a fit with it is up to date; for "
+                "another model, call torch.optim.swa_utils.update_bn first."
             )
 
     @override
@@ -99,17 +99,17 @@ class PreciseBatchNorm(Callback):
             rank_zero_warn(
                 f"PreciseBatchNorm found no statistics to recompute in {type(pl_module).__name__}: none of "
                 f"its {len(self._batch_norms)} batch normalization layers is in train mode with "
-                "track_running_stats=True. Leave the callback out, unless one will be"
+                "track_running_stats=True. Remove the callback, unless one will be"
             )
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        # In validation, those that are frozen cannot be told: all are in eval mode.
+        # Not in validation, where all layers are in eval mode, not only frozen ones.
         self._remember_trained()
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not in a sanity check or an evaluation alone: before training, no layers are known.
+        # Does nothing in a sanity check or an evaluation: before training, no layers are known.
         self._recompute(trainer, pl_module)
 
     @override
@@ -123,9 +123,9 @@ class PreciseBatchNorm(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._batch_norms = {}
         self._trained = {}
 
@@ -141,32 +141,32 @@ class PreciseBatchNorm(Callback):
             return
         layers = self._trained.values()
         statistics = [PopulationStatistics(layer) for layer in layers]
-        # Code that was compiled before does not see hooks; without the compiler there is none.
+        # Code that is already compiled does not call hooks; there is none if the compiler is not loaded.
         compiled = "torch._dynamo" in sys.modules
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             batches = training_batches(trainer, pl_module, self.num_batches, "PreciseBatchNorm")
             with preserve_training_state(trainer, pl_module, layers), closing(batches):
                 hooks = [hook for each in statistics for hook in each.watch()]
                 try:
-                    # update_bn, which is without gradients, hands on the first element of a tuple.
+                    # update_bn, which disables gradients, passes on the first element of a tuple.
                     update_bn(((batch,) for batch in batches), _Passes(layers, _forward(trainer, pl_module)))
                 finally:
                     for hook in hooks:
                         hook.remove()
-        pool(statistics, _adder(trainer))
+        pool(statistics, _all_reduce(trainer))
         self._recomputed_at = trainer.global_step
         unreached = [name for name, each in zip(self._trained, statistics, strict=True) if not each.count]
         if unreached and not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"PreciseBatchNorm left the running statistics of {unreached} as they are, which forward of "
+                f"PreciseBatchNorm did not recompute the running statistics of {unreached}, which forward of "
                 f"{type(pl_module).__name__} does not reach: to recompute them too, define "
                 "precise_batch_norm_forward(self, batch) there, which runs the layers as training_step does"
             )
 
 
 class _Passes(nn.Module):
-    """What update_bn takes for the model: the layers to recompute, and a forward pass that reaches them."""
+    """The model for update_bn: the layers to recompute, and a forward pass that reaches them."""
 
     def __init__(self, layers: Iterable[nn.Module], run: Callable[[Any], Any]) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class _Passes(nn.Module):
 
 
 def _forward(trainer: Trainer, pl_module: LightningModule) -> Callable[[Any], None]:
-    # The root of FSDP1 holds parameters that are whole only within its own forward pass.
+    # The root of FSDP1 holds parameters that are unsharded only within its own forward pass.
     root = trainer.model if isinstance(trainer.model, FullyShardedDataParallel) else pl_module
     own = "precise_batch_norm_forward"
     defined = isinstance(pl_module, HasPreciseBatchNormForward)
@@ -196,7 +196,7 @@ def _forward(trainer: Trainer, pl_module: LightningModule) -> Callable[[Any], No
         except Exception as error:
             if not defined:
                 error.add_note(
-                    f"PreciseBatchNorm handed {type(inputs).__name__} from a training batch "
+                    f"PreciseBatchNorm passed {type(inputs).__name__} from a training batch "
                     f"({type(batch).__name__}) to forward of {type(pl_module).__name__}. If it takes "
                     f"something else, define {own}(self, batch) there, which runs the layers as "
                     "training_step does"
@@ -206,10 +206,10 @@ def _forward(trainer: Trainer, pl_module: LightningModule) -> Callable[[Any], No
     return forward
 
 
-def _adder(trainer: Trainer) -> Callable[[Tensor], Tensor]:
-    """Return what sums a tensor over the processes that see different batches."""
+def _all_reduce(trainer: Trainer) -> Callable[[Tensor], Tensor]:
+    """Return a function that sums a tensor over the data-parallel ranks."""
     mesh: Any = getattr(trainer.strategy, "device_mesh", None)
-    # Processes that share their batches (tensor parallelism) may hold different channels of a layer.
+    # Ranks that share their batches (tensor parallelism) may hold different channels of a layer.
     shared = mesh is not None and "data_parallel" in (mesh.mesh_dim_names or ())
     group = mesh["data_parallel"].get_group() if shared else None
     return lambda values: cast(Tensor, trainer.strategy.reduce(values, group=group, reduce_op="sum"))

@@ -1,4 +1,4 @@
-"""Logs what the trust ratios do, over all layers and layer by layer, draws it, and prints it."""
+"""Logs, plots and prints trust ratios, over all layers and layer by layer."""
 
 from __future__ import annotations
 
@@ -44,31 +44,32 @@ if TYPE_CHECKING:
 
 
 class TrustRatioMonitor(Callback):
-    """Logs trust ratios and what they made of the learning rate, whenever Lightning logs.
+    """Logs trust ratios and effective learning rates whenever Lightning logs.
 
-    Accumulates on the device over all steps between two logs (``log_every_n_steps``) and comes to the host
-    in one transfer when it logs, and once after the first step of a layer. A step that a gradient scaler
-    skipped leaves nothing.
+    Accumulates statistics on the device over all steps between two logs (``log_every_n_steps``), and copies
+    them to the host once per log, and once after the first step of a layer. A step that a gradient scaler
+    skipped does not count.
 
-    Warns, once for each layer and cause, where a ratio is not finite, at its clip since training began, or
-    far from those of the other layers, where weights do not move, or shrink for want of a gradient, and where
-    a layer that is zero takes a first step that may do harm. Warns once where ``trust_coefficient * lr``
-    never moves anything, and where what is excluded moves faster than SGD or Adam usually can.
-    ``docs/trust_ratios.md`` says when exactly, and why.
+    Warns, once for each layer and cause, if a ratio is not finite, at its clip since training began, or far
+    from those of the other layers; if weights do not move, or shrink for lack of a gradient; and if a
+    zero-initialized layer takes a harmfully long first step. Warns once if ``trust_coefficient * lr`` is
+    always negligible, and if the learning rate of excluded parameters is higher than SGD or Adam usually
+    tolerate. ``docs/trust_ratios.md`` gives the exact conditions and reasons.
 
     Lightning counts optimizer steps, or batches in manual optimization, where an optimizer that has not
-    stepped since the last log is left out.
+    stepped since the last log is skipped.
 
     Args:
-        layers: fnmatch patterns over parameter names, of layers to be logged one by one: ``"*"`` for all.
-            By default none is, and loggers with histograms (TensorBoard, Weights & Biases) get one of all
+        layers: fnmatch patterns over the names of parameters to log individually: ``"*"`` for all. By
+            default none is, and loggers with histograms (TensorBoard, Weights & Biases) get one over all
             layers. Names are those of the optimizer, or of the LightningModule where it has none.
-        update_to_weight: Whether to measure by how much the steps that are logged move the weights, for
-            which the adapted weights are copied before the step.
-        alerts: Whether to warn of layers.
-        picture: File to draw into when training ends, be it by an error: a heat-map of the trust ratios,
-            layers over steps, and the effective learning rate of each layer before the schedule. What is no
-            absolute path lies in ``trainer.log_dir``. Needs matplotlib (``lightning-lars[plot]``).
+        update_to_weight: Whether to measure by how much the logged steps move the weights, for which the
+            adapted weights are copied before the step.
+        alerts: Whether to warn about layers.
+        picture: File for a plot that is saved when training ends, even by an error: a heatmap of the trust
+            ratios, layers over steps, and the effective learning rate of each layer in front of the
+            schedule. Relative paths are resolved against ``trainer.log_dir``. Needs matplotlib
+            (``lightning-lars[plot]``).
         table: Whether to print statistics of the trust ratio of each layer when training ends.
 
     ================================  =================================================================
@@ -77,31 +78,31 @@ class TrustRatioMonitor(Callback):
     ``trust_ratio/min``               Smallest ratio of any layer in any step since the last log
     ``trust_ratio/median``            Median over layers of their mean since the last log
     ``trust_ratio/max``               Largest ratio of any layer in any step since the last log
-    ``trust_ratio/at_trust_clip``     Share of layers whose ratio ``trust_clip`` changed, from 0 to 1
-    ``trust_ratio/at_zero_rule``      Share of layers whose ratio is 1 as weights or gradients are zero
-    ``trust_ratio/by_decay_alone``    Share of layers that weight decay alone moved, without a gradient
+    ``trust_ratio/at_trust_clip``     Fraction of layers whose ratio ``trust_clip`` changed
+    ``trust_ratio/at_zero_rule``      Fraction of layers with ratio 1 because |w| or the denominator is 0
+    ``trust_ratio/by_decay_alone``    Fraction of layers that weight decay alone moved, without a gradient
     ``effective_lr/...``              ``min``, ``median``, ``max`` of learning rate times trust ratio
-    ``update_to_weight/...``          The same of ``|change of w| / |w|``, in the steps that are logged
-    ``trust_ratio_per_layer/NAME``    Mean since the last log of a layer that ``layers`` names
-    ``effective_lr_per_layer/NAME``   The same of its effective learning rate
-    ``update_to_weight_per_layer/..`` The same of its update-to-weight ratio
+    ``update_to_weight/...``          The same for ``|change of w| / |w|``, in the logged steps
+    ``trust_ratio_per_layer/NAME``    Mean since the last log, for each layer that matches ``layers``
+    ``effective_lr_per_layer/NAME``   The same for its effective learning rate
+    ``update_to_weight_per_layer/..`` The same for its update-to-weight ratio
     ================================  =================================================================
 
-    With several optimizers (manual optimization) the keys are ``trust_ratio/OPTIMIZER/...``, numbered as
-    ``LearningRateMonitor`` does: ``LARS``, ``LARS-1``. What is not per layer is also in
-    ``trainer.callback_metrics``, from the first log on: for ``EarlyStopping`` to find it at the end of the
-    first epoch, ``log_every_n_steps`` must be no more than the steps of an epoch.
+    With several optimizers (manual optimization) the keys are ``trust_ratio/OPTIMIZER/...``, numbered as in
+    ``LearningRateMonitor``: ``LARS``, ``LARS-1``. Metrics that are not per layer are also in
+    ``trainer.callback_metrics``, from the first log on: for ``EarlyStopping`` to find them at the end of the
+    first epoch, ``log_every_n_steps`` must not exceed the steps of an epoch.
 
-    Picture and table show what was logged, from the beginning of training, also of one that was resumed.
-    However long that was, the picture has at most 512 columns. ``plot()`` draws it at any time. Several
-    monitors in one Trainer must differ in ``layers``, in ``table``, or in whether they have a ``picture``.
+    Plot and table cover everything logged since the start of training, including before a resume. The plot
+    has at most 512 columns, however long the run. ``plot()`` draws it at any time. Several monitors in one
+    Trainer must differ in ``layers``, in ``table``, or in whether they have a ``picture``.
 
     Raises:
-        ModuleNotFoundError: If ``picture`` is asked for without matplotlib.
-        ValueError: If ``layers`` is no pattern; at the start of training, if a pattern matches no layer, be
-            it frozen.
-        MisconfigurationException: At the start of training, if there is nowhere to log to, or no
-            optimizer that has trust ratios.
+        ModuleNotFoundError: If ``picture`` is given without matplotlib.
+        ValueError: If ``layers`` is no pattern; at the start of training, if a pattern matches no layer,
+            adapted or frozen.
+        MisconfigurationException: At the start of training, if there is nowhere to log to, or no optimizer
+            with trust ratios.
 
     Example:
         >>> from lightning import Trainer
@@ -141,7 +142,7 @@ class TrustRatioMonitor(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            # A checkpoint that is resumed fills it before training starts.
+            # Resuming from a checkpoint fills it before training starts.
             self._history = TrustRatioHistory()
 
     @override
@@ -149,15 +150,15 @@ class TrustRatioMonitor(Callback):
         self._detach()
         if not trainer.loggers and self.picture is None and not self.table:
             raise MisconfigurationException(
-                "TrustRatioMonitor has nowhere to log to: give the Trainer a logger (logger=True), ask for "
-                "picture or table, or leave the callback out"
+                "TrustRatioMonitor has nowhere to log to: give the Trainer a logger (logger=True), set "
+                "picture or table, or remove the callback"
             )
         optimizers = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, HasTrustRatios)]
         if not optimizers:
             raise MisconfigurationException(
                 "TrustRatioMonitor needs an optimizer with trust ratios, got "
                 f"{kinds(trainer.optimizers) or 'none'}: "
-                "use LARS or LAMB in configure_optimizers or leave the callback out"
+                "use LARS or LAMB in configure_optimizers or remove the callback"
             )
         for optimizer in optimizers:
             check_holds_parameters(optimizer, trainer.model or pl_module)
@@ -166,7 +167,7 @@ class TrustRatioMonitor(Callback):
         named = by_name(optimizers)
         self._history.set_order(f"{name}{layer}" for name in named for layer in names.values())
         if self.picture is not None and not cast(Any, trainer).fast_dev_run:
-            # Joined, an absolute path stays what it is. All processes must ask for the folder.
+            # Joining keeps an absolute path. All ranks must access the folder.
             self._picture = Path(trainer.log_dir or trainer.default_root_dir, self.picture)
 
         def measures_updates() -> bool:
@@ -186,12 +187,12 @@ class TrustRatioMonitor(Callback):
         for name, watched in self._watched.items():
             watched.has_stepped = False
             if self.alerts:
-                self._warn(name, self._alerts[name].look_at_first_steps(watched.take_first_steps()))
-        # Lightning asks for logs on every batch that is accumulated for a step; the step is in the last.
+                self._warn(name, self._alerts[name].check_first_steps(watched.flush_first_steps()))
+        # Lightning logs on every batch that is accumulated for a step; the step is in the last one.
         is_complete = any(stepped) or not pl_module.automatic_optimization
         if not is_complete or not is_logging(trainer):
             return
-        taken = self._take(trainer)
+        taken = self._flush(trainer)
         if not taken:
             return
         summary: dict[str, float] = {}
@@ -205,15 +206,15 @@ class TrustRatioMonitor(Callback):
                 log_histograms(logger, quantities, name, logged_step(trainer))
         publish(trainer, summary)
         for name, quantities in taken.items():
-            self._warn(name, self._alerts[name].look(quantities))
-            self._look_at_rates(trainer, name, self._total_steps)
+            self._warn(name, self._alerts[name].check(quantities))
+            self._check_rates(trainer, name, self._total_steps)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for name, quantities in self._take(trainer).items():
-            self._warn(name, self._alerts[name].look(quantities))
+        for name, quantities in self._flush(trainer).items():
+            self._warn(name, self._alerts[name].check(quantities))
         for name, watched in self._watched.items():
-            self._look_at_rates(trainer, name, watched.peak.steps if watched.peak else 0)
+            self._check_rates(trainer, name, watched.peak.steps if watched.peak else 0)
         self._show(trainer)
 
     @override
@@ -229,14 +230,14 @@ class TrustRatioMonitor(Callback):
     @property
     @override
     def state_key(self) -> str:
-        # Several monitors may have different tasks.
+        # Several monitors may have different settings.
         return self._generate_state_key(
             layers=self.layers, picture=self.picture is not None, table=self.table
         )
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        # It is large, and of use only to those who are shown it.
+        # The history is large, and only needed for the plot and the table.
         return {"history": self._history.state_dict()} if self.picture is not None or self.table else {}
 
     @override
@@ -245,13 +246,13 @@ class TrustRatioMonitor(Callback):
             self._history.load_state_dict(state_dict["history"])
 
     def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes | list[Axes]]:
-        """Draw what was logged so far, or in the last training.
+        """Plot the statistics logged so far, or in the last run.
 
         Args:
-            ax: To draw the heat-map in, alone; None makes a figure of heat-map and lines.
+            ax: Axes to draw only the heatmap in; None creates a figure with heatmap and lines.
 
         Returns:
-            The figure, and what was drawn in: one or two axes.
+            The figure, and the axes drawn in: one or two.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
@@ -259,8 +260,8 @@ class TrustRatioMonitor(Callback):
         """
         return plot_history(self._history) if ax is None else plot_trust_ratios(self._history, ax)
 
-    def _take(self, trainer: Trainer) -> dict[str, dict[str, dict[str, OverSteps]]]:
-        taken = {name: of for name, watched in self._watched.items() if (of := watched.take())}
+    def _flush(self, trainer: Trainer) -> dict[str, dict[str, dict[str, OverSteps]]]:
+        taken = {name: of for name, watched in self._watched.items() if (of := watched.flush())}
         together: dict[str, dict[str, OverSteps]] = {}
         for name, quantities in taken.items():
             for quantity, layers in quantities.items():
@@ -282,10 +283,10 @@ class TrustRatioMonitor(Callback):
             try:
                 save_picture(self._history, self._picture)
             except (OSError, ValueError) as error:
-                # The training has been done, and others have yet to save it.
-                rank_zero_warn(f"TrustRatioMonitor could not draw its picture {self._picture}: {error}")
+                # Training is done, and other callbacks have yet to save it.
+                rank_zero_warn(f"TrustRatioMonitor could not save its plot {self._picture}: {error}")
             else:
-                rank_zero_info(f"TrustRatioMonitor drew {self._picture}.")
+                rank_zero_info(f"TrustRatioMonitor saved {self._picture}.")
 
     def _detach(self) -> None:
         for watched in self._watched.values():
@@ -301,19 +302,19 @@ class TrustRatioMonitor(Callback):
             for message in messages:
                 rank_zero_warn(f"{optimizer.rstrip('/')}: {message}" if optimizer else message)
 
-    def _look_at_rates(self, trainer: Trainer, optimizer: str, total_steps: float) -> None:
+    def _check_rates(self, trainer: Trainer, optimizer: str, total_steps: float) -> None:
         if not self.alerts:
             return
         watched, alerts = self._watched[optimizer], self._alerts[optimizer]
-        # A trial of the code is shorter than any warmup.
+        # A fast_dev_run is shorter than any warmup.
         if watched.peak is not None and not cast(Any, trainer).fast_dev_run:
-            self._warn(optimizer, alerts.look_at_peak(watched.peak, total_steps, watched.plain_rate))
-        of_excluded = self._excluded[optimizer].message()
-        if of_excluded is not None:
-            self._warn(optimizer, [of_excluded])
+            self._warn(optimizer, alerts.check_peak(watched.peak, total_steps, watched.plain_rate))
+        message = self._excluded[optimizer].message()
+        if message is not None:
+            self._warn(optimizer, [message])
 
     def _check_layers(self, optimizers: Sequence[HasTrustRatios], names: Mapping[Tensor, str]) -> None:
-        """Raise if a pattern is for nothing, and warn if all of the monitor is."""
+        """Raise if a pattern matches nothing, and warn if there is nothing to log."""
         adapted: list[str] = []
         held: set[Tensor] = set()
         for optimizer in optimizers:
@@ -326,9 +327,9 @@ class TrustRatioMonitor(Callback):
         if not adapted:
             rank_zero_warn(
                 f"TrustRatioMonitor has nothing to log: {[type(each).__name__ for each in optimizers]} hold "
-                "no layer that is adapted, as all are excluded or frozen. ParamGroupSummary() prints why"
+                "no adapted layer, because all are excluded or frozen. ParamGroupSummary() prints why"
             )
-        # What is frozen may be thawed, and added to an optimizer.
+        # Frozen layers may be unfrozen, and added to an optimizer.
         known = [*adapted, *(name for p, name in names.items() if p not in held)]
         for pattern in self.layers:
             if known and not any(fnmatchcase(name, pattern) for name in known):

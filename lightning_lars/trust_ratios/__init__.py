@@ -1,4 +1,4 @@
-"""What is known of every layer and step: trust ratios, norms, updates; as metrics, alerts, plots and tables.
+"""Statistics of every layer and step (trust ratios, norms, updates), as metrics, alerts, plots and tables.
 
-Torch only: `TrustRatioMonitor` and `ParamGroupSummary` stand on it.
+Depends on torch only; `TrustRatioMonitor` and `ParamGroupSummary` build on it.
 """

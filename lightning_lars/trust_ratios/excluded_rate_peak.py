@@ -1,4 +1,4 @@
-"""How fast what is excluded moves, which the optimizer takes for plain SGD or Adam, and what to say of it."""
+"""Warns if excluded parameters, which take plain SGD or Adam steps, have too high a learning rate."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,22 +15,22 @@ GOOD = {
     "SGD": ("0.05", ", though ResNets with batch normalization were published so (SimCLR, BYOL, MLPerf)"),
     "Adam": ("0.01", ""),
 }
-"""A rate to begin with, and who trains above."""
+"""A starting rate, and recipes that exceed the limit."""
 
-# Several callbacks watch, and one says it.
-_told: WeakSet[Any] = WeakSet()
+# Several callbacks watch an optimizer, and only one reports.
+_reported: WeakSet[Any] = WeakSet()
 
 
 def excluded_as(group: Mapping[str, Any]) -> str:
-    """Return what a group without adaptation is: ``"SGD"`` of LARS and NovoGrad, or ``"Adam"`` of LAMB."""
+    """Return what a group without adaptation uses: ``"SGD"`` for LARS and NovoGrad, ``"Adam"`` for LAMB."""
     return "Adam" if "bias_correction" in group else "SGD"
 
 
 class ExcludedRatePeak:
-    """Follows the learning rate of the groups without adaptation, inside of each step, on its device.
+    """Tracks the peak learning rate of the groups without adaptation, inside each step, on its device.
 
     Args:
-        optimizer: One with trust ratios. Without a group that is adapted, nothing is followed: it is plain
+        optimizer: An optimizer with trust ratios. Without any adapted group, nothing is tracked: it is plain
             SGD or Adam by choice.
 
     Example:
@@ -42,7 +42,7 @@ class ExcludedRatePeak:
         >>> peak = ExcludedRatePeak(optimizer)
         >>> optimizer.step()
         >>> print(peak.message()[:63])
-        LARS moves what is excluded (1 parameters) at a learning rate o
+        LARS moves excluded parameters (1 of them) at a learning rate o
         >>> print(peak.message())
         None
     """
@@ -53,35 +53,35 @@ class ExcludedRatePeak:
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     def detach(self) -> None:
-        """Leave the optimizer as it was."""
+        """Remove the hook from the optimizer."""
         self._hook.remove()
 
     def is_on_host(self) -> bool:
-        """Tell whether :meth:`message` waits for no device."""
+        """Return whether :meth:`message` needs no synchronization."""
         return self._peak.state().device.type == "cpu"
 
     def message(self) -> str | None:
-        """Return what to say if the rate was one that rarely trains, once for each optimizer."""
+        """Return a warning, once for each optimizer, if the rate was one that rarely trains."""
         excluded = self._excluded()
-        if not excluded or self._optimizer in _told:
+        if not excluded or self._optimizer in _reported:
             return None
         kind = excluded_as(excluded[0])
         rate, limit = self._peak.read().value, SELDOM_ABOVE[kind]
-        if rate <= limit * (1 + 1e-6):  # it may come in single precision
+        if rate <= limit * (1 + 1e-6):  # the rate may be in single precision
             return None
-        _told.add(self._optimizer)
+        _reported.add(self._optimizer)
         number = sum(len(group["params"]) for group in excluded)
         good, published = GOOD[kind]
         name = type(self._optimizer).__name__
         return (
-            f"{name} moves what is excluded ({number} parameters) at a learning rate of {rate:.4g} so far. "
+            f"{name} moves excluded parameters ({number} of them) at a learning rate of {rate:.4g} so far. "
             f"That is plain {kind}, which rarely trains above {limit:g}{published}, and the first to diverge "
-            f"as lr grows. Give it a rate of its own, excluded_lr={good} or so, or excluded_lr_scale, unless "
-            "this is meant"
+            f"as lr grows. Set a separate rate for them, for example excluded_lr={good}, or "
+            "excluded_lr_scale, unless this is intended"
         )
 
     def _before_step(self, *_: Any) -> None:
-        # Whoever adjusts the learning rate for the length of a step has done so.
+        # By now, the learning rate has been adjusted for the step.
         rates = [group["lr"] for group in self._excluded()]
         if rates:
             self._peak.update(largest(rates))

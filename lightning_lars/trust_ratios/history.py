@@ -1,4 +1,4 @@
-"""What the trust ratios did over a whole training, in bounded memory, for pictures and tables."""
+"""The history of trust ratios over a whole run, in bounded memory, for plots and tables."""
 
 import math
 from array import array
@@ -13,8 +13,8 @@ _DRAWN = ("trust_ratio", "effective_lr")
 
 
 @dataclass
-class OverTraining:
-    """One quantity of one layer over all records."""
+class OverRun:
+    """Statistics of one quantity of one layer over all records of a run."""
 
     records: int = 0
     mean: float = 0.0
@@ -23,7 +23,7 @@ class OverTraining:
     last: float = math.nan
 
     def add(self, value: OverSteps) -> None:
-        """Take in a record."""
+        """Add a record."""
         self.records += 1
         self.mean += (value.mean - self.mean) / self.records
         self.minimum = min(self.minimum, value.minimum)
@@ -32,13 +32,13 @@ class OverTraining:
 
 
 class TrustRatioHistory:
-    """Series of trust ratio and effective learning rate of every layer, and statistics of all quantities.
+    """Time series of trust ratios and effective learning rates, and statistics of all quantities, by layer.
 
-    Where there are more records than ``max_records``, every second one of the series is dropped, and from
-    then on every second one is taken. The statistics count all.
+    Beyond ``max_records``, every second record of the series is dropped, and from then on only every second
+    one is kept. The statistics cover all records.
 
     Args:
-        max_records: Records to keep at most, an even number above 0.
+        max_records: Maximum number of records to keep, an even number above 0.
 
     Example:
         >>> from lightning_lars.trust_ratios.step_statistics import OverSteps
@@ -57,8 +57,8 @@ class TrustRatioHistory:
         require("max_records", "an even number above 0", max_records, is_even)
         self.max_records = max_records
         self.steps: list[int] = []
-        """The optimizer steps of the records that are kept."""
-        self.statistics: dict[str, dict[str, OverTraining]] = {}
+        """The optimizer steps of the records in the series."""
+        self.statistics: dict[str, dict[str, OverRun]] = {}
         """By quantity and layer, over all records."""
         self._series: dict[str, dict[str, array[float]]] = {quantity: {} for quantity in _DRAWN}
         self._seen = 0
@@ -66,27 +66,27 @@ class TrustRatioHistory:
         self._position: dict[str, int] = {}
 
     def set_order(self, layers: Iterable[str]) -> None:
-        """Put layers in this order, that of the network; others come last, as they come."""
+        """Set the order of layers, that of the network; others come last, in order of appearance."""
         self._position = {layer: i for i, layer in enumerate(layers)}
 
     def record(self, step: int, quantities: Mapping[str, Mapping[str, OverSteps]]) -> None:
-        """Take in what ``StepStatistics.take`` returned; layers that are not in it have no value."""
+        """Add statistics from ``StepStatistics.flush``; layers that are not in them have no value."""
         for quantity, layers in quantities.items():
             statistics = self.statistics.setdefault(quantity, {})
             for layer, value in layers.items():
-                statistics.setdefault(layer, OverTraining()).add(value)
+                statistics.setdefault(layer, OverRun()).add(value)
         if self._seen % self._every == 0:
             self._append(step, quantities)
         self._seen += 1
 
     def series(self, quantity: str) -> dict[str, list[float]]:
-        """Return by layer, in the order of the network, a value for each of ``steps``.
+        """Return the time series of each layer, in the order of the network, one value for each of ``steps``.
 
         Args:
             quantity: ``"trust_ratio"`` or ``"effective_lr"``.
 
         Returns:
-            NaN where a layer has no value, infinity where that is not finite.
+            NaN where a layer has no value, infinity where its value is not finite.
         """
         series = self._series[quantity]
         return {layer: list(series[layer]) for layer in self.in_order(series)}
@@ -96,7 +96,7 @@ class TrustRatioHistory:
         return sorted(layers, key=lambda layer: self._position.get(layer, len(self._position)))
 
     def learning_rates(self) -> list[float]:
-        """Return the largest learning rate of any layer at each of ``steps``, NaN where none is known."""
+        """Return the largest learning rate of any layer at each of ``steps``, NaN where it is unknown."""
         rates = []
         ratios, effective = self._series["trust_ratio"], self._series["effective_lr"]
         for i in range(len(self.steps)):
@@ -105,7 +105,7 @@ class TrustRatioHistory:
         return rates
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what another can go on from."""
+        """Return the state, from which another instance can continue."""
         return {
             "steps": list(self.steps),
             "seen": self._seen,
@@ -121,7 +121,7 @@ class TrustRatioHistory:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict()`` of another returned."""
+        """Continue from the ``state_dict()`` of another instance."""
         self.steps = list(state_dict["steps"])
         self._seen, self._every = state_dict["seen"], state_dict["every"]
         self._series = {
@@ -129,10 +129,10 @@ class TrustRatioHistory:
             for quantity, layers in state_dict["series"].items()
         }
         self.statistics = {
-            quantity: {layer: OverTraining(**value) for layer, value in layers.items()}
+            quantity: {layer: OverRun(**value) for layer, value in layers.items()}
             for quantity, layers in state_dict["statistics"].items()
         }
-        # The other may have kept more.
+        # The other instance may have kept more records.
         while len(self.steps) > self.max_records:
             self._thin()
 

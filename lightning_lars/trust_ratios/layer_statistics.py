@@ -1,4 +1,4 @@
-"""Mean, minimum, maximum and number of a quantity of every layer over steps, kept on the device."""
+"""Mean, minimum, maximum and count of a quantity of every layer over steps, kept on the device."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from torchmetrics import Metric
 class LayerStatistics(Metric):
     """Mean, minimum, maximum and number of updates, for each layer that had a value.
 
-    Every process sees whole layers, so nothing is exchanged between processes.
+    Every rank has the statistics of whole layers, so no synchronization across ranks is needed.
 
     Example:
         >>> import torch
@@ -43,8 +43,8 @@ class LayerStatistics(Metric):
         """Add one step.
 
         Args:
-            layers: Names; those that are new are added at the end.
-            values: Their values, of shape ``(layers,)``. The first ones decide on device and dtype.
+            layers: Names of layers; new ones are appended.
+            values: Their values, of shape ``(layers,)``. The first call determines device and dtype.
         """
         if not self.layers:
             self.count, self.total = values.new_zeros(0), values.new_zeros(0)
@@ -60,8 +60,8 @@ class LayerStatistics(Metric):
         where: Tensor | slice = slice(None)
         if list(layers) != self.layers:
             number = {layer: i for i, layer in enumerate(self.layers)}
-            places = torch.tensor([number[layer] for layer in layers], device="cpu")
-            where = places.to(values.device, non_blocking=True)
+            indices = torch.tensor([number[layer] for layer in layers], device="cpu")
+            where = indices.to(values.device, non_blocking=True)
         self.count[where] += 1
         self.total[where] += values
         self.minimum[where] = torch.minimum(self.minimum[where], values)
@@ -72,6 +72,6 @@ class LayerStatistics(Metric):
         return torch.stack([self.total / self.count, self.minimum, self.maximum, self.count])
 
     def reset(self) -> None:
-        """Forget all steps and all layers."""
+        """Remove all steps and all layers."""
         super().reset()
         self.layers = []

@@ -1,4 +1,4 @@
-"""What loggers get of the trust ratios: keys, values, histograms."""
+"""Metrics of trust ratios for loggers: keys, values and histograms."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,17 +12,17 @@ from lightning_lars.class_names import has_class_named
 from lightning_lars.trust_ratios.step_statistics import FLAGS, OverSteps
 
 Quantities = Mapping[str, Mapping[str, OverSteps]]
-"""By quantity and layer, what ``StepStatistics.take`` returns."""
+"""Statistics from ``StepStatistics.flush``, by quantity and layer."""
 
 _QUANTITIES = ("trust_ratio", "effective_lr", "update_to_weight")
 
 
 def summary_metrics(quantities: Quantities, optimizer: str) -> dict[str, float]:
-    """Return smallest, median and largest of each quantity over layers, and shares of layers.
+    """Return minimum, median and maximum of each quantity over layers, and fractions of layers.
 
     Args:
-        quantities: Of the layers of one optimizer.
-        optimizer: What stands before the last part of its keys, ``""`` or ``"LARS-1/"``.
+        quantities: Statistics of the layers of one optimizer.
+        optimizer: Prefix of the last component of its keys, ``""`` or ``"LARS-1/"``.
 
     Example:
         >>> from lightning_lars.trust_ratios.step_statistics import OverSteps
@@ -35,11 +35,11 @@ def summary_metrics(quantities: Quantities, optimizer: str) -> dict[str, float]:
     for quantity in _QUANTITIES:
         layers = quantities.get(quantity, {}).values()
         if layers:
-            # A layer that is not finite shows: min and max would order nan by chance.
-            spoiled = math.nan if any(math.isnan(layer.mean) for layer in layers) else 0.0
-            summary[f"{quantity}/{optimizer}min"] = spoiled + min(layer.minimum for layer in layers)
-            summary[f"{quantity}/{optimizer}median"] = spoiled + median(layer.mean for layer in layers)
-            summary[f"{quantity}/{optimizer}max"] = spoiled + max(layer.maximum for layer in layers)
+            # Propagate nan: min and max would order it arbitrarily.
+            nan_or_zero = math.nan if any(math.isnan(layer.mean) for layer in layers) else 0.0
+            summary[f"{quantity}/{optimizer}min"] = nan_or_zero + min(layer.minimum for layer in layers)
+            summary[f"{quantity}/{optimizer}median"] = nan_or_zero + median(layer.mean for layer in layers)
+            summary[f"{quantity}/{optimizer}max"] = nan_or_zero + max(layer.maximum for layer in layers)
     for share in FLAGS:
         layers = quantities.get(share, {}).values()
         if layers:
@@ -48,7 +48,7 @@ def summary_metrics(quantities: Quantities, optimizer: str) -> dict[str, float]:
 
 
 def per_layer_metrics(quantities: Quantities, optimizer: str, patterns: Sequence[str]) -> dict[str, float]:
-    """Return the mean of each quantity of those layers whose names match a pattern."""
+    """Return the mean of each quantity for layers whose names match a pattern."""
     return {
         f"{quantity}_per_layer/{optimizer}{layer}": over_steps.mean
         for quantity in _QUANTITIES
@@ -58,14 +58,14 @@ def per_layer_metrics(quantities: Quantities, optimizer: str, patterns: Sequence
 
 
 def log_histograms(logger: Any, quantities: Quantities, optimizer: str, step: int) -> None:
-    """Give a logger one histogram over layers of each quantity, if it is of a kind that has them."""
+    """Log one histogram over layers of each quantity, if the logger supports histograms."""
     for quantity in _QUANTITIES:
         values = [layer.mean for layer in quantities.get(quantity, {}).values() if math.isfinite(layer.mean)]
         if not values:
             continue
         key = f"{quantity}_per_layer/{optimizer}all"
         if has_class_named(logger, "TensorBoardLogger"):
-            # Its log_metrics, which adds the prefix, takes numbers alone, and the prefix has no public name.
+            # Its log_metrics, which adds the prefix, accepts only numbers, and the prefix has no public name.
             prefix = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
             logger.experiment.add_histogram(f"{prefix}{key}", torch.tensor(values, device="cpu"), step)
         elif has_class_named(logger, "WandbLogger"):

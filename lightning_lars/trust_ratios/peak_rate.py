@@ -1,4 +1,4 @@
-"""The largest learning rate of a training so far, followed in every step, and whether it has passed."""
+"""Tracks the largest learning rate of a run in every step, and whether the peak has passed."""
 
 import math
 from collections.abc import Sequence
@@ -11,28 +11,28 @@ from lightning_lars.sharding.norms import widest_float
 
 
 class Peak(NamedTuple):
-    """What is known of the largest value of a rate."""
+    """The largest value of a rate, and when it was reached."""
 
     value: float
-    """The largest so far."""
+    """The largest value so far."""
     last: float
-    """That of the last step."""
+    """The value of the last step."""
     since: int
-    """Steps since it was first as large."""
+    """Steps since the largest value was first reached."""
     longest_wait: int
-    """The most steps from one rise to the next so far; 0 where it never rose."""
+    """The most steps between consecutive rises so far; 0 if it never rose."""
     steps: int
-    """All of them."""
+    """The number of steps."""
 
     def has_passed(self, total_steps: float, *, is_resumed: bool = False, plain: float = 0.0) -> bool:
-        """Tell whether no larger value is to be expected.
+        """Return whether no larger value is to be expected.
 
-        Not while the value rises, be it once an epoch. One that has never moved may be that of a constant
-        warmup: it counts as the peak after half of the training, unless it is below the plain one.
+        False while the value rises, even if only once per epoch. A value that has never changed may be that
+        of a constant warmup: it counts as the peak after half of the run, unless it is below the plain one.
 
         Args:
-            total_steps: Of the whole training.
-            is_resumed: Whether there were steps before: then only a peak counts that was risen to.
+            total_steps: Steps of the whole run.
+            is_resumed: Whether there were steps before: then a peak only counts if the rate has risen to it.
             plain: The rate without warmup, if it is known.
         """
         if self.longest_wait:
@@ -45,7 +45,7 @@ class Peak(NamedTuple):
 
 
 class PeakRate:
-    """Follows a rate on the device that it lies on, and reads nothing back until asked.
+    """Tracks the peak of a rate on its device, without a device-to-host copy until it is read.
 
     Example:
         >>> from lightning_lars.trust_ratios.peak_rate import PeakRate
@@ -66,7 +66,7 @@ class PeakRate:
         if isinstance(rate, Tensor) and rate.device != self._seen.device:
             self._seen = self._seen.to(rate.device, widest_float(rate.device), non_blocking=True)
         seen = self._seen
-        # A number is written on the device, not copied to it.
+        # A Python number is filled in on the device, not copied to it.
         now = rate.detach().reshape(()).to(seen) if isinstance(rate, Tensor) else seen.new_full((), rate)
         value, _, since, longest_wait, steps = seen.unbind()
         has_begun, rises = steps > 0, now > value
@@ -81,20 +81,20 @@ class PeakRate:
         )
 
     def state(self) -> Tensor:
-        """Return what :meth:`read` needs, 1-D, for those who bring it to the host with other values."""
+        """Return the 1-D state for :meth:`read`, for callers that copy it to the host with other values."""
         return self._seen
 
     def read(self, state: Sequence[float] | None = None) -> Peak:
-        """Return what is known, by default in a transfer of its own to the host."""
+        """Return the peak, by default with a separate device-to-host copy."""
         value, last, since, longest_wait, steps = self._seen.tolist() if state is None else state
         return Peak(value, last, int(since), int(longest_wait), int(steps))
 
 
 def largest(rates: Sequence[float | Tensor]) -> float | Tensor:
-    """Return the largest of numbers and tensors of one element; a number if all are."""
+    """Return the largest of numbers and one-element tensors; a number if all are numbers."""
     numbers = [rate for rate in rates if not isinstance(rate, Tensor)]
     tensors = [rate.reshape(()) for rate in rates if isinstance(rate, Tensor)]
     if not tensors:
         return max(numbers)
-    of_tensors = torch.stack([rate.to(tensors[0]) for rate in tensors]).max()
-    return of_tensors.clamp(min=max(numbers)) if numbers else of_tensors
+    largest_tensor = torch.stack([rate.to(tensors[0]) for rate in tensors]).max()
+    return largest_tensor.clamp(min=max(numbers)) if numbers else largest_tensor

@@ -1,4 +1,4 @@
-"""Pictures of a training: trust ratios of all layers over time, and their effective learning rates."""
+"""Plots of a run: trust ratios of all layers over time, and their effective learning rates."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _NO_VALUE, _NOT_FINITE, _SCHEDULE = "0.92", "#d7191c", "0.9"
 
 
 class Label(NamedTuple):
-    """What stands beside the rows of a heat-map."""
+    """A label beside one or more rows of a heatmap."""
 
     text: str
     first: int
-    """The first of its rows."""
+    """Index of its first row."""
     rows: int
 
 
 def check_picture(argument: str, path: str | Path) -> None:
-    """Raise if no picture can be drawn into such a file.
+    """Raise if a plot cannot be saved to such a file.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -53,14 +53,14 @@ def _check_matplotlib(argument: str) -> None:
 
 
 def plot_trust_ratios(history: TrustRatioHistory, ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """Draw a heat-map of the trust ratio, layers over steps, with colours on a logarithmic scale.
+    """Draw a heatmap of the trust ratio, layers over steps, with colors on a logarithmic scale.
 
-    The first layer of the network is at the top. Many layers share labels by the modules that they are in.
-    Grey is where a layer was not adapted, red where its ratio is not finite.
+    The first layer of the network is at the top. If there are many layers, they share labels by module. Gray
+    cells are layers that were not adapted, red ones have a ratio that is not finite.
 
     Args:
-        history: With one record at least.
-        ax: To draw in; None makes a figure of pyplot.
+        history: A history with at least one record.
+        ax: The axes to draw in; None creates a figure with pyplot.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -77,11 +77,11 @@ def plot_trust_ratios(history: TrustRatioHistory, ax: Axes | None = None) -> tup
     if ax is None:
         ax = _figure(height=_heat_map_height(len(series))).subplots()
     low, high = _limits(values[np.isfinite(values) & (values > 0)].tolist())
-    colours = colormaps["viridis"].with_extremes(bad="none")
+    colors = colormaps["viridis"].with_extremes(bad="none")
     edges = _edges(history.steps)
     rows = np.arange(len(series) + 1)
     positive = np.ma.masked_where(~(np.isfinite(values) & (values > 0)), values)
-    mesh = ax.pcolormesh(edges, rows, positive, cmap=colours, norm=LogNorm(low, high), rasterized=True)
+    mesh = ax.pcolormesh(edges, rows, positive, cmap=colors, norm=LogNorm(low, high), rasterized=True)
     not_finite = np.ma.masked_where(~np.isinf(values), np.ones_like(values))
     ax.pcolormesh(edges, rows, not_finite, cmap=ListedColormap([_NOT_FINITE]), rasterized=True)
     ax.set_facecolor(_NO_VALUE)
@@ -100,11 +100,11 @@ def plot_trust_ratios(history: TrustRatioHistory, ax: Axes | None = None) -> tup
 
 
 def plot_effective_lr(history: TrustRatioHistory, ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """Draw a line for each layer, its learning rate times its trust ratio, before that learning rate.
+    """Plot the effective learning rate of each layer, in front of the learning rate.
 
     Args:
-        history: With one record at least.
-        ax: To draw in; None makes a figure of pyplot.
+        history: A history with at least one record.
+        ax: The axes to draw in; None creates a figure with pyplot.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -130,26 +130,26 @@ def plot_effective_lr(history: TrustRatioHistory, ax: Axes | None = None) -> tup
     values = np.array(list(series.values()))
     values[~np.isfinite(values) | (values <= 0)] = np.nan
     few = len(series) <= _FEW_LINES
-    # Where there are many, those that lie on each other show that they do.
+    # Many lines are transparent, so that overlaps show.
     width, alpha = (1.6, 1.0) if few else (0.8, max(0.7 * min(1, _MANY_LINES / len(series)), 0.25))
     marker = "." if len(history.steps) < 20 else ""
-    # Purple to orange, as yellow does not show on white.
+    # Purple to orange, because yellow is not visible on white.
     share = 0.85 / max(len(series) - 1, 1)
     for i, layer in enumerate(series):
-        colour = colormaps["plasma"](share * i, alpha)
-        # In turns, so that not the last layers alone are on top.
+        color = colormaps["plasma"](share * i, alpha)
+        # Interleaved, so that not only the last layers are on top.
         order = 2 + i * _GOLDEN_RATIO % 1
         ax.plot(
-            history.steps, values[i], marker=marker, lw=width, color=colour, label=_short(layer), zorder=order
+            history.steps, values[i], marker=marker, lw=width, color=color, label=_short(layer), zorder=order
         )
     ax.set_yscale("log")
     if np.isfinite(values).any():
-        # A schedule that ends at zero would take most of a logarithmic scale.
+        # A schedule that ends at zero would take up most of a logarithmic scale.
         ax.set_ylim(bottom=float(np.nanpercentile(values, 2)) / 2)
     edges = _edges(history.steps)
     ax.set_xlim(edges[0], edges[-1])
     ax.set_xlabel("optimizer step")
-    title = "Effective learning rate, which is trust ratio times learning rate (grey, scale on the right)"
+    title = "Effective learning rate, which is trust ratio times learning rate (gray, scale on the right)"
     ax.set_title(title, loc="left", fontweight="bold", fontsize="medium")
     figure = ax.get_figure(root=True)
     assert figure is not None
@@ -166,11 +166,12 @@ def plot_effective_lr(history: TrustRatioHistory, ax: Axes | None = None) -> tup
 
 
 def plot_history(history: TrustRatioHistory, figure: Figure | None = None) -> tuple[Figure, list[Axes]]:
-    """Draw heat-map and lines, one below the other; without lines if the optimizer tells no learning rates.
+    """Draw heatmap and lines, one below the other; without lines if the learning rates are unknown.
 
     Args:
-        history: With one record at least.
-        figure: An empty one to draw in; None makes one of pyplot, which notebooks show when their cell ends.
+        history: A history with at least one record.
+        figure: An empty figure to draw in; None creates one with pyplot, which notebooks show when their cell
+            ends.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -193,7 +194,7 @@ def plot_history(history: TrustRatioHistory, figure: Figure | None = None) -> tu
 
 
 def save_picture(history: TrustRatioHistory, path: Path) -> None:
-    """Write heat-map and lines to a file, in the format that its suffix tells.
+    """Save heatmap and lines to a file, in the format of its suffix.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -202,14 +203,14 @@ def save_picture(history: TrustRatioHistory, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    # None of pyplot, which would keep it, and open a window.
+    # Without pyplot, which would keep the figure and open a window.
     figure, _ = plot_history(history, Figure())
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
 def layer_labels(layers: list[str]) -> list[Label]:
-    """Return labels for rows of layers: every layer's name, or, where they are many, that of their module.
+    """Return labels for rows of layers: every layer's name or, if there are many, that of their module.
 
     Example:
         >>> from lightning_lars.trust_ratios.plot import layer_labels
@@ -224,15 +225,15 @@ def layer_labels(layers: list[str]) -> list[Label]:
     paths = [layer.split(".") for layer in layers]
     depths = range(max(map(len, paths)), 0, -1)
     by_depth = [[(".".join(p), len(list(run))) for p, run in groupby(q[:d] for q in paths)] for d in depths]
-    # One label for all says nothing.
-    telling = [runs for runs in by_depth if 6 * len(runs) >= min(len(layers), _MOST_LABELS)]
-    fitting = [runs for runs in telling if len(runs) <= _MOST_LABELS]
-    runs = fitting[0] if fitting else min(telling, key=len)
+    # A single label for all is not informative.
+    informative = [runs for runs in by_depth if 6 * len(runs) >= min(len(layers), _MOST_LABELS)]
+    fitting = [runs for runs in informative if len(runs) <= _MOST_LABELS]
+    runs = fitting[0] if fitting else min(informative, key=len)
     firsts = accumulate((rows for _, rows in runs), initial=0)
     labels = [Label(_short(text), first, rows) for (text, rows), first in zip(runs, firsts, strict=False)]
     kept = labels[:1]
     for label in labels[1:]:
-        # Beside a block, there is room for its label alone.
+        # There is no room for two labels this close to each other.
         if _middle(label) - _middle(kept[-1]) >= len(layers) / _MOST_LABELS:
             kept.append(label)
     return kept
@@ -251,9 +252,9 @@ def _check_recorded(history: TrustRatioHistory) -> None:
     if not history.series("trust_ratio"):
         raise ValueError(
             "there is nothing to plot: no step with trust ratios has been recorded in this process. Either "
-            "no training has come to its first log (log_every_n_steps), or it ran in processes of its own "
+            "no run has reached its first log (log_every_n_steps), or training ran in separate processes "
             "(strategy='ddp_notebook', 'ddp_spawn', 'ddp_fork'), which have ended with what they recorded: "
-            "there, TrustRatioMonitor(picture=...) draws into a file"
+            "there, TrustRatioMonitor(picture=...) saves a plot to a file"
         )
 
 
@@ -273,7 +274,7 @@ def _bar_aspect(layers: int) -> float:
 
 
 def _limits(values: list[float]) -> tuple[float, float]:
-    """Return where the colours begin and end: a few layers at the zero rule do not take them all."""
+    """Return the limits of the color scale, so that a few layers at the zero rule do not take it all."""
     import numpy as np
 
     if not values:
@@ -283,6 +284,6 @@ def _limits(values: list[float]) -> tuple[float, float]:
 
 
 def _edges(steps: list[int]) -> list[float]:
-    """Return where columns begin and end: each where the one before ended."""
+    """Return the edges of the columns: each begins where the one before ends."""
     first = steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1)
     return [first, *steps]

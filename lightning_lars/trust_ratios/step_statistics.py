@@ -1,4 +1,4 @@
-"""What an optimizer with trust ratios did to every layer, over the steps since someone last asked."""
+"""Statistics of what an optimizer with trust ratios did to every layer, since they were last flushed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
@@ -15,16 +15,16 @@ from lightning_lars.trust_ratios.layer_statistics import LayerStatistics
 from lightning_lars.trust_ratios.peak_rate import Peak, PeakRate, largest
 
 FLAGS = ("at_trust_clip", "at_zero_rule", "by_decay_alone")
-"""What LARS and LAMB tell of each layer of their last step, by methods of these names."""
+"""Methods of LARS and LAMB that return a flag for each layer of their last step."""
 
 
 FOR_ALERTS = ("lr_from_zero", "lost_to_decay")
-"""What is taken for warnings alone, and is no part of a log or a history."""
+"""Quantities that are only used for warnings, not for logs or the history."""
 
 
 @runtime_checkable
 class HasTrustRatios(Protocol):
-    """A ``torch.optim.Optimizer`` that tells the trust ratio of every layer in its last step."""
+    """A ``torch.optim.Optimizer`` that reports the trust ratio of every layer in its last step."""
 
     param_groups: list[dict[str, Any]]
 
@@ -42,36 +42,36 @@ class HasTrustRatios(Protocol):
 
 
 @runtime_checkable
-class TellsWhatMoved(Protocol):
-    """What LARS and LAMB say of why their last step moved a layer as it did, for all that have a ratio."""
+class ReportsCauses(Protocol):
+    """An optimizer that reports, for every layer with a trust ratio, why its last step moved it."""
 
     param_groups: list[dict[str, Any]]
 
     def from_zero(self) -> dict[str, Tensor]:
-        """Return by name whether the weights were all zero."""
+        """Return, by name, whether the weights were all zero."""
         ...
 
     def by_decay_alone(self) -> dict[str, Tensor]:
-        """Return by name whether there was weight decay and no gradient."""
+        """Return, by name, whether there was weight decay and no gradient."""
         ...
 
 
 class OverSteps(NamedTuple):
-    """One quantity of one layer over some steps."""
+    """Statistics of one quantity of one layer over some steps."""
 
     mean: float
     minimum: float
     maximum: float
     steps: float = 1
-    """In how many of them it was measured."""
+    """Number of steps in which it was measured."""
 
 
 def names_by_number(named: Mapping[str, Tensor], names: Mapping[Tensor, str]) -> dict[str, str]:
-    """Return the names of parameters that an optimizer was given without, by the number that it has instead.
+    """Map the numbers that an optimizer uses for unnamed parameters to their names.
 
     Args:
-        named: Parameters of the optimizer.
-        names: Of parameters, of this optimizer or others.
+        named: Parameters of the optimizer, by name or number.
+        names: Names of parameters, of this optimizer or others.
 
     Example:
         >>> import torch
@@ -88,14 +88,13 @@ def names_by_number(named: Mapping[str, Tensor], names: Mapping[Tensor, str]) ->
 
 
 class StepStatistics:
-    """Accumulates on the device, in hooks around ``optimizer.step()``, and reads nothing back until asked.
+    """Accumulates statistics on the device, in hooks around ``optimizer.step()``, until they are flushed.
 
     Args:
-        optimizer: Any that has ``trust_ratios()``; of the methods of ``LARS`` and ``LAMB`` that ``FLAGS``
-            names, those that it has are used.
-        measures_updates: Asked before each step whether to find out by how much it moves the weights,
-            which takes a copy of them. All processes must get the same answer.
-        names: Those of parameters, for layers that the optimizer was given without a name.
+        optimizer: Any optimizer with ``trust_ratios()``; the methods in ``FLAGS`` are used where it has them.
+        measures_updates: Called before each step; whether to measure by how much it moves the weights, which
+            takes a copy of them. Must return the same on all ranks.
+        names: Names of parameters, for layers that are unnamed in the optimizer.
     """
 
     def __init__(
@@ -112,9 +111,9 @@ class StepStatistics:
         self.has_stepped = False
         """Whether a step had trust ratios since this was last set to False."""
         self.peak: Peak | None = None
-        """Of ``trust_coefficient * lr`` until :meth:`take` last returned something.
+        """Peak of ``trust_coefficient * lr`` up to the last non-empty :meth:`flush`.
 
-        Not of groups with ``trust_clip="larc"``, which move by ``trust_coefficient`` at any learning rate.
+        Excludes groups with ``trust_clip="larc"``, which move by ``trust_coefficient`` at any learning rate.
         """
         self._peak = PeakRate()
         self._lr: list[Any] = []
@@ -127,14 +126,14 @@ class StepStatistics:
         ]
 
     def detach(self) -> None:
-        """Leave the optimizer as it was."""
+        """Remove the hooks from the optimizer."""
         for hook in self._hooks:
             hook.remove()
 
-    def take_first_steps(self) -> dict[str, float]:
-        """Return ``lr_from_zero`` of steps, since someone last asked, that were the first of any layer.
+    def flush_first_steps(self) -> dict[str, float]:
+        """Return ``lr_from_zero`` of steps since the last call that were the first of any layer.
 
-        In a transfer of its own to the host, after such steps alone.
+        Takes a separate device-to-host copy, but only after such steps.
         """
         first_steps, self._first_steps = self._first_steps, []
         found: dict[str, float] = {}
@@ -145,24 +144,24 @@ class StepStatistics:
         return found
 
     def plain_rate(self) -> float:
-        """Return ``trust_coefficient * lr`` as schedulers began with it, outside of steps."""
+        """Return ``trust_coefficient * lr`` with the schedulers' initial rates, outside of steps."""
         return max(
             (
                 float(max(group.get("initial_lr", 0.0), group["lr"])) * group["trust_coefficient"]
                 for group in self._optimizer.param_groups
-                if _follows(group)
+                if _moves_by_lr(group)
             ),
             default=0.0,
         )
 
-    def take(self) -> dict[str, dict[str, OverSteps]]:
-        """Return what has been accumulated, by quantity and layer, in one transfer to the host; begin anew.
+    def flush(self) -> dict[str, dict[str, OverSteps]]:
+        """Return the accumulated statistics, in one device-to-host copy, and start over.
 
         Returns:
             ``trust_ratio``, ``effective_lr`` (learning rate times trust ratio), ``update_to_weight``
-            (``|change of w| / |w after it|``, where it was measured), and, where the optimizer tells,
+            (``|change of w| / |w after it|``, where it was measured), and, where the optimizer reports them,
             ``FLAGS`` (0 or 1), ``lr_from_zero`` (the effective learning rate of a step from zero weights,
-            else 0) and ``lost_to_decay`` (the share of its norm that decay took from a layer in a step,
+            else 0) and ``lost_to_decay`` (the fraction of its norm that decay removed from a layer in a step,
             before momentum, if decay alone moved it, else 0).
         """
         quantities, self._quantities = self._quantities, {}
@@ -176,22 +175,21 @@ class StepStatistics:
         peak = self._peak.state()
         values = torch.cat([*columns, peak.to(device, dtype)]).cpu()
         rows = iter(values[: -len(peak)].view(-1, len(tables[0])).tolist())
-        taken = {
+        flushed = {
             quantity: {layer: OverSteps(*next(rows)) for layer in statistics.layers}
             for quantity, statistics in quantities.items()
         }
         self.peak = self._peak.read(values[-len(peak) :].tolist())
-        return taken
+        return flushed
 
     def _before_step(self, *_: Any) -> None:
-        # Whoever adjusts the learning rate for the length of a step has done so, and undoes it before we
-        # are called again.
+        # By now, the learning rate has been adjusted for the step, and will be restored before the next hook.
         groups = self._optimizer.param_groups
         self._lr = [
             group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"] for group in groups
         ]
         pairs = zip(self._lr, groups, strict=True)
-        scaled = [lr * group["trust_coefficient"] for lr, group in pairs if _follows(group)]
+        scaled = [lr * group["trust_coefficient"] for lr, group in pairs if _moves_by_lr(group)]
         if scaled:
             self._peak.update(largest(scaled))
         self._before = {}
@@ -219,7 +217,7 @@ class StepStatistics:
             return
         effective_lr = self._times(self._lr, layers, ratio, named)
         self._add("effective_lr", layers, effective_lr)
-        if isinstance(self._optimizer, TellsWhatMoved):
+        if isinstance(self._optimizer, ReportsCauses):
             lr_from_zero = effective_lr.where(_stack(self._optimizer.from_zero()), 0.0)
             self._add("lr_from_zero", layers, lr_from_zero)
             if not self._known.issuperset(layers):
@@ -234,7 +232,7 @@ class StepStatistics:
 
     def _add(self, quantity: str, layers: list[str], values: Tensor) -> None:
         layers = [self._by_number.get(layer, layer) for layer in layers]
-        # Making one takes longer than all that a step adds to it.
+        # Creating a metric takes longer than all that a step adds to it.
         if quantity not in self._quantities:
             self._quantities[quantity] = LayerStatistics()
         self._quantities[quantity].update(layers, values)
@@ -242,25 +240,25 @@ class StepStatistics:
     def _times(
         self, factors: Sequence[Any], layers: list[str], values: Tensor, named: Mapping[str, Tensor]
     ) -> Tensor:
-        """Multiply what each layer has by the factor of its group."""
+        """Multiply the value of each layer by the factor of its group."""
         number = {p: i for i, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
-        # Layers of a group follow each other: a product for each group, not for each layer.
+        # Layers of a group are consecutive: one product for each group, not for each layer.
         runs = [(group, len(list(run))) for group, run in groupby(number[named[layer]] for layer in layers)]
         parts = torch.split(values, [length for _, length in runs])
         return torch.cat([part * factors[group] for (group, _), part in zip(runs, parts, strict=True)])
 
 
-def _follows(group: Mapping[str, Any]) -> bool:
-    """Tell whether ``trust_coefficient * lr`` is how far the layers of a group move."""
+def _moves_by_lr(group: Mapping[str, Any]) -> bool:
+    """Return whether ``trust_coefficient * lr`` determines how far the layers of a group move."""
     is_scaled = group.get("layer_adaptation", True) and "trust_coefficient" in group
     return is_scaled and group.get("trust_clip") != "larc"
 
 
 def _decay(group: Mapping[str, Any]) -> float:
-    """Return what a layer is decayed by, relative to its norm, for an effective learning rate of 1."""
+    """Return the decay of a layer, relative to its norm, at an effective learning rate of 1."""
     decay: float = group["weight_decay"]
     if group.get("denominator") == "momentum":
-        # What the ratio scales is v', which has gathered the decay of some steps.
+        # The ratio scales v', which has accumulated the decay of several steps.
         decay *= (1 - group["dampening"]) / (1 - group["momentum"])
     return decay
 
@@ -273,7 +271,7 @@ def _stack(values: Mapping[str, Tensor]) -> Tensor:
 @torch.no_grad()
 def _relative_change(params: list[Tensor], before: Mapping[Tensor, Tensor]) -> Tensor:
     after = [local(p) for p in params]
-    # In the memory of the copy, where that is in single precision.
+    # In place in the copy, if that is in single precision.
     change = [before[p].float().sub_(now) for p, now in zip(params, after, strict=True)]
     found = find_shards((str(i), p) for i, p in enumerate(params))
     shards = [found.get(p, Shard((), p.device)) for p in params]

@@ -1,4 +1,4 @@
-"""A table of what the trust ratio of every layer did over a training."""
+"""A table of the trust ratio of every layer over a run."""
 
 import math
 from collections.abc import Collection
@@ -10,14 +10,14 @@ from rich.text import Text
 from lightning_lars.printing.tables import is_too_wide, print_table
 from lightning_lars.trust_ratios.history import TrustRatioHistory
 
-_LEFT_OUT_FIRST = ("last", "Effective\nlr", "min", "max")
+_HIDDEN_FIRST = ("last", "Effective\nlr", "min", "max")
 _SHORTEST_NAME = 24
 
 
 def print_trust_ratios(console: Console, history: TrustRatioHistory) -> None:
-    """Print :func:`trust_ratio_table`, in a narrow terminal without those columns that say least."""
-    for number in range(len(_LEFT_OUT_FIRST) + 1):
-        table = trust_ratio_table(history, left_out=_LEFT_OUT_FIRST[:number])
+    """Print :func:`trust_ratio_table`, in a narrow terminal without the least informative columns."""
+    for number in range(len(_HIDDEN_FIRST) + 1):
+        table = trust_ratio_table(history, hidden_columns=_HIDDEN_FIRST[:number])
         if not is_too_wide(console, table):
             break
     console.print("Trust ratios", highlight=False)
@@ -25,15 +25,15 @@ def print_trust_ratios(console: Console, history: TrustRatioHistory) -> None:
 
 
 def trust_ratio_table(
-    history: TrustRatioHistory, max_rows: int = 100, left_out: Collection[str] = ()
+    history: TrustRatioHistory, max_rows: int = 100, hidden_columns: Collection[str] = ()
 ) -> Table:
-    """Return a row for each layer, in the order of the network.
+    """Return a table with a row for each layer, in the order of the network.
 
     Args:
-        history: What was recorded.
-        max_rows: Rows to fill at most. Of more layers, those with the smallest and the largest mean trust
+        history: The recorded statistics.
+        max_rows: Maximum number of rows. Of more layers, those with the smallest and the largest mean trust
             ratios are shown, half each.
-        left_out: Headings of columns that are not shown, but named below.
+        hidden_columns: Headings of columns to hide; they are listed in the caption.
 
     Example:
         >>> import rich
@@ -64,16 +64,16 @@ def trust_ratio_table(
         ("At zero\nrule", "at_zero_rule", _share),
         ("Decay\nalone", "by_decay_alone", _share),
     )
-    for heading, quantity, written in optional:
+    for heading, quantity, formatted in optional:
         of_layers = history.statistics.get(quantity, {})
-        # A column in which nothing ever happened says nothing.
+        # A column of zeros is not informative.
         if any(value.maximum > 0 for value in of_layers.values()):
-            columns.append((heading, of_layers, "mean", written))
-    hiding = [heading for heading in left_out if any(heading == column[0] for column in columns)]
+            columns.append((heading, of_layers, "mean", formatted))
+    hiding = [heading for heading in hidden_columns if any(heading == column[0] for column in columns)]
     columns = [column for column in columns if column[0] not in hiding]
     caption = f"without {', '.join(hiding)}: widen the terminal".replace("\n", " ") if hiding else None
     table = Table(caption=caption)
-    # A name that is longer is folded, but never away.
+    # Longer names are wrapped, but never hidden.
     shortest = min(_SHORTEST_NAME, max(map(len, of_ratio), default=0))
     table.add_column("Layer", overflow="fold", min_width=shortest)
     for heading, *_ in columns:
@@ -85,8 +85,8 @@ def trust_ratio_table(
     for layer in layers:
         if layer not in hidden:
             cells = (
-                written(getattr(of_layers[layer], statistic)) if layer in of_layers else "-"
-                for _, of_layers, statistic, written in columns
+                formatted(getattr(of_layers[layer], statistic)) if layer in of_layers else "-"
+                for _, of_layers, statistic, formatted in columns
             )
             table.add_row(Text(layer), *cells)
     if hidden:
@@ -96,7 +96,7 @@ def trust_ratio_table(
 
 
 def _rank(mean: float) -> float:
-    # Not a number is neither small nor large, and must not be hidden.
+    # NaN is neither small nor large, and must not be hidden.
     return -math.inf if math.isnan(mean) else mean
 
 

@@ -306,12 +306,12 @@ TINY_BETAS = partial(torch.optim.AdamW, betas=(0.5, 0.9))
         (
             torch.optim.SGD,
             lambda: [BatchSizeScaling(BASE), LearningRateFinder()],
-            "BatchSizeScaling and LearningRateFinder exclude each other",
+            "BatchSizeScaling and LearningRateFinder are mutually exclusive",
         ),
         (
             torch.optim.SGD,
             lambda: [LearningRateFinder(), BatchSizeScaling(BASE)],
-            "BatchSizeScaling and LearningRateFinder exclude each other",
+            "BatchSizeScaling and LearningRateFinder are mutually exclusive",
         ),
         (
             LARS,

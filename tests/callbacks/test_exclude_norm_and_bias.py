@@ -359,7 +359,7 @@ FAILURES = {
     "a list that may be of groups": (
         lambda optimizer: WithLists(optimizer, base_values=[0.5], delays=[3]),
         {},
-        "cannot regroup LARS, as WithLists keeps 'delays', which may or may not have an entry",
+        "cannot regroup LARS, because WithLists keeps 'delays', which may or may not have an entry",
     ),
     "functions that may be of groups": (
         lambda optimizer: WithLists(optimizer, base_values=[0.5], curves=(float,)),
@@ -423,7 +423,7 @@ class Outer(torch.optim.SGD):
 
 
 def test_an_optimizer_around_another_is_refused(tmp_path):
-    with pytest.raises(MisconfigurationException, match="Outer, as the LARS inside it has groups of its own"):
+    with pytest.raises(MisconfigurationException, match="Outer, because the LARS in it has separate groups"):
         fit(tmp_path, Bare(partial(Outer, lr=0.5)), ExcludeNormAndBias())
 
 

@@ -459,6 +459,6 @@ def test_a_module_without_an_optimizer_says_so(tmp_path):
 
     with (
         pytest.warns(UserWarning, match="this fit will run with no optimizer"),
-        pytest.raises(MisconfigurationException, match="configure_optimizers returned none: leave"),
+        pytest.raises(MisconfigurationException, match="configure_optimizers returned none: remove"),
     ):
         trainer(tmp_path, callbacks=[LearningRateWarmup(4)]).fit(Without())

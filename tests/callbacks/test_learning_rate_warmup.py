@@ -197,8 +197,8 @@ def test_refuses_a_bad_argument(arguments, message):
             EndlessWalk,
             [{"warmup_epochs": 0.5}],
             {"max_steps": 8},
-            "LearningRateWarmup(warmup_epochs=0.5) has no length in steps, as the train loader or the "
-            "training has no end: pass warmup_steps",
+            "LearningRateWarmup(warmup_epochs=0.5) has no length in steps, because the train loader or the "
+            "run has no end: pass warmup_steps",
         ),
         (
             EndlessWalk,

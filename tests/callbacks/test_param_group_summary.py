@@ -91,7 +91,7 @@ def test_counts_what_does_not_fit_in_max_rows(tmp_path, capsys):
     summary = ParamGroupSummary(fold=False, max_rows=3)
     parameters, groups = tables(printed(capsys, tmp_path, Module(), summary))
     assert len(parameters) == 4
-    assert parameters[-1] == ["and 5 rows more: see max_rows", "", "", "5", "", ""]
+    assert parameters[-1] == ["and 5 more rows: see max_rows", "", "", "5", "", ""]
     assert [tensors for _, tensors, *_ in groups] == ["2", "6"]
     every, _ = tables(printed(capsys, tmp_path, Module(blocks=60), ParamGroupSummary(False, -1)))
     assert len(every) == 240

@@ -279,7 +279,7 @@ def test_an_error_in_forward_says_what_to_do_and_leaves_all_as_it_was(tmp_path):
 
     module = Indexed()
     note = (
-        r"handed Tensor from a training batch \(list\) to forward of Indexed.*define precise_batch_norm_forw"
+        r"passed Tensor from a training batch \(list\) to forward of Indexed.*define precise_batch_norm_forw"
     )
     with pytest.raises(KeyError) as caught:
         fit(tmp_path, module, PreciseBatchNorm())

@@ -352,7 +352,7 @@ def test_an_optimizer_that_adapts_no_layer_warns(tmp_path):
             return build_optimizer(self, LARS, lr=1.0, exclude="*")
 
     fit = trainer(tmp_path, logger=CSVLogger(tmp_path), callbacks=[TrustRatioMonitor("*")])
-    with pytest.warns(UserWarning, match=r"nothing to log: \['LARS'\] hold no layer that is adapted"):
+    with pytest.warns(UserWarning, match=r"nothing to log: \['LARS'\] hold no adapted layer"):
         fit.fit(Plain())
 
 
@@ -665,7 +665,7 @@ def test_plot_shows_where_a_notebook_looks_when_a_cell_ends(tmp_path):
 
 def test_plot_without_records_says_what_is_known_of_why():
     with pytest.raises(
-        ValueError, match=r"in this process\. Either no training has come to its first log"
+        ValueError, match=r"in this process\. Either no run has reached its first log"
     ) as raised:
         TrustRatioMonitor().plot()
     # Their processes have ended, and this one cannot know that they were there.
@@ -722,7 +722,7 @@ def test_a_training_that_fails_leaves_its_picture(tmp_path):
 def test_a_picture_that_cannot_be_written_does_not_cost_the_training(tmp_path):
     (tmp_path / "file").write_text("in the way")
     monitor = TrustRatioMonitor(picture="file/trust.png")
-    with pytest.warns(UserWarning, match=r"could not draw its picture .*file/trust\.png"):
+    with pytest.warns(UserWarning, match=r"could not save its plot .*file/trust\.png"):
         trainer(tmp_path, enable_checkpointing=True, callbacks=[monitor]).fit(boring())
     assert list(tmp_path.rglob("*.ckpt"))
 

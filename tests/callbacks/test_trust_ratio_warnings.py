@@ -239,7 +239,7 @@ def test_what_is_excluded_and_fast_is_told_once_with_the_way_out(tmp_path, rule,
     callbacks = [callback() for callback in CALLBACKS[by]]
     messages = warned(tmp_path, boring(optimizer), callbacks, max_epochs=2)
     (message,) = (each for each in messages if "what is excluded" in each)
-    assert f"{rule} moves what is excluded (4 parameters) at a learning rate of {lr:g} so far." in message
+    assert f"{rule} moves excluded parameters (4 of them) at a learning rate of {lr:g} so far." in message
     assert words in message
     assert f"excluded_lr={'0.05' if rule == 'LARS' else '0.01'} or so, or excluded_lr_scale" in message
 

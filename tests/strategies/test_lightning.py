@@ -117,7 +117,7 @@ def test_a_resumed_run_goes_on_like_an_uninterrupted_one(seen):
             assert deviation(again, straight) < TOLERANCE
 
 
-@pytest.mark.filterwarnings("ignore:LAMB moves what is excluded")
+@pytest.mark.filterwarnings("ignore:LAMB moves excluded parameters")
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 @over([run for run in PLAIN if run[0] in ("ddp", "zero", "fsdp2 full")])

@@ -33,7 +33,7 @@ def healthy(**changes):
 
 def told(looks):
     alerts = TrustRatioAlerts()
-    return [alerts.look(look) for look in looks]
+    return [alerts.check(look) for look in looks]
 
 
 def test_healthy_layers_are_left_alone():
@@ -96,7 +96,7 @@ def test_a_clip_that_begins_to_hold_later_is_not_told(since):
 @pytest.mark.parametrize("options", [{"is_resumed": True}, {"clip_is_rule": True}], ids=str)
 def test_a_clip_that_may_have_begun_later_or_is_the_rule_is_not_told(options):
     alerts = TrustRatioAlerts(**options)
-    assert [alerts.look(healthy(at_trust_clip=1.0)) for _ in range(9)] == [[]] * 9
+    assert [alerts.check(healthy(at_trust_clip=1.0)) for _ in range(9)] == [[]] * 9
 
 
 def test_a_clip_that_bounds_a_layer_without_weights_or_gradient_is_not_told():
@@ -108,8 +108,8 @@ def test_a_layer_that_decay_alone_moves_is_told_when_it_has_lost_a_tenth():
     look = healthy(by_decay_alone=1.0, lost_to_decay=0.03, trust_ratio=20.0)
     looks = told([look] * 12)
     assert [len(messages) for messages in looks] == [0] * 3 + [1] + [0] * 8
-    assert "weight decay alone moves, as they have no gradient: 'e' (20). The trust ratio" in looks[3][0]
-    assert "decoupled_weight_decay=True, where they lose lr * weight_decay a step" in looks[3][0]
+    assert "weight decay alone moves, because they have no gradient: 'e' (20). The trust ratio" in looks[3][0]
+    assert "decoupled_weight_decay=True, with which they lose lr * weight_decay per step" in looks[3][0]
 
 
 def test_steps_between_looks_count():
@@ -128,28 +128,28 @@ def test_a_layer_that_has_a_gradient_most_of_the_time_is_not_told_to_shrink():
 )
 def test_a_fast_step_from_zero_is_told_at_once_and_once(plain, lr, clip):
     alerts = TrustRatioAlerts(plain=plain)
-    (message,) = alerts.look_at_first_steps({"a": 0.0, "e": lr})
+    (message,) = alerts.check_first_steps({"a": 0.0, "e": lr})
     assert f"weights were all zero, by their learning rate then: 'e' ({lr:g})." in message
     assert f"that of plain {plain}" in message
     assert f"trust_clip={clip}" in message
-    assert alerts.look(healthy(lr_from_zero=lr)) == []
+    assert alerts.check(healthy(lr_from_zero=lr)) == []
     # Of a layer that comes later, or is zero again.
-    assert len(TrustRatioAlerts(plain=plain).look(healthy(lr_from_zero=lr))) == 1
+    assert len(TrustRatioAlerts(plain=plain).check(healthy(lr_from_zero=lr))) == 1
 
 
 @pytest.mark.parametrize(("plain", "lr"), [("SGD", 0.5), ("Adam", 0.05)])
 def test_a_slow_step_from_zero_is_not_told(plain, lr):
     in_single_precision = torch.tensor(lr).item()
-    assert TrustRatioAlerts(plain=plain).look_at_first_steps({"e": in_single_precision}) == []
+    assert TrustRatioAlerts(plain=plain).check_first_steps({"e": in_single_precision}) == []
 
 
 def test_many_layers_of_one_cause_share_a_message():
     layers = [f"net.{i}.conv{j}.weight" for i in range(10) for j in (1, 2)]
     alerts = TrustRatioAlerts()
-    (message,) = alerts.look({"trust_ratio": over_steps(dict.fromkeys(layers, math.nan))})
+    (message,) = alerts.check({"trust_ratio": over_steps(dict.fromkeys(layers, math.nan))})
     assert "20 layers: 'net.[0-9].conv[1-2].weight'. Lower" in message
-    assert alerts.look({"trust_ratio": over_steps(dict.fromkeys(layers, math.nan))}) == []
-    (message,) = alerts.look({"trust_ratio": over_steps({**dict.fromkeys(layers, 1.0), "head": math.inf})})
+    assert alerts.check({"trust_ratio": over_steps(dict.fromkeys(layers, math.nan))}) == []
+    (message,) = alerts.check({"trust_ratio": over_steps({**dict.fromkeys(layers, 1.0), "head": math.inf})})
     assert ": 'head' (inf)." in message
 
 
@@ -160,7 +160,7 @@ def test_layers_that_have_no_common_name_are_counted():
         "at_trust_clip": over_steps(dict.fromkeys(clipped, 1.0)),
     }
     alerts = TrustRatioAlerts()
-    *_, (message,) = [alerts.look(quantities) for _ in range(PATIENCE)]
+    *_, (message,) = [alerts.check(quantities) for _ in range(PATIENCE)]
     assert "7 layers (0.1 to 0.7): 'aa', 'bb', 'cc', 'dd' and 3 more. The clip" in message
 
 
@@ -178,7 +178,7 @@ def peaks(rates):
 
 def test_a_negligible_learning_rate_is_told_once():
     alerts = TrustRatioAlerts()
-    messages = [alerts.look_at_peak(peak, 20) for peak in peaks([1e-5, 1e-4, 5e-5, 4e-5, 3e-5])]
+    messages = [alerts.check_peak(peak, 20) for peak in peaks([1e-5, 1e-4, 5e-5, 4e-5, 3e-5])]
     assert [len(each) for each in messages] == [0, 0, 0, 1, 0]
     assert "trust_coefficient * lr is 0.0001 at its peak, so no layer moves by more than" in messages[3][0]
     assert (
@@ -190,26 +190,26 @@ def test_a_negligible_learning_rate_is_told_once():
 @pytest.mark.parametrize("total_steps", [99_000, 101_000, math.inf])
 def test_it_is_not_told_where_small_steps_lead_a_long_way(total_steps):
     alerts = TrustRatioAlerts()
-    *_, told_last = [alerts.look_at_peak(peak, total_steps) for peak in peaks([1e-5, 1e-4, 5e-5, 4e-5])]
+    *_, told_last = [alerts.check_peak(peak, total_steps) for peak in peaks([1e-5, 1e-4, 5e-5, 4e-5])]
     assert len(told_last) == (total_steps < 1e5)
 
 
 @pytest.mark.parametrize("value", [0.0, 5e-4, 1e-3])
 def test_it_is_not_told_where_it_is_large_enough_or_zero(value):
     alerts = TrustRatioAlerts()
-    assert [alerts.look_at_peak(peak, 9) for peak in peaks([value] * 9)] == [[]] * 9
+    assert [alerts.check_peak(peak, 9) for peak in peaks([value] * 9)] == [[]] * 9
 
 
 def test_without_groups_that_it_is_the_rate_of_there_is_no_peak():
-    assert TrustRatioAlerts().look_at_peak(PeakRate().read(), 9) == []
+    assert TrustRatioAlerts().check_peak(PeakRate().read(), 9) == []
 
 
 def test_a_training_that_begins_below_its_plain_rate_has_not_seen_its_peak():
     last = [*peaks([1e-5] * 9)][-1]
-    assert TrustRatioAlerts().look_at_peak(last, 9, lambda: 1e-2) == []
-    assert len(TrustRatioAlerts().look_at_peak(last, 9, lambda: 1e-5)) == 1
+    assert TrustRatioAlerts().check_peak(last, 9, lambda: 1e-2) == []
+    assert len(TrustRatioAlerts().check_peak(last, 9, lambda: 1e-5)) == 1
 
 
 def test_a_resumed_training_is_told_of_no_peak_that_it_has_not_seen():
-    assert TrustRatioAlerts(is_resumed=True).look_at_peak([*peaks([3e-5, 2e-5])][-1], 2) == []
-    assert len(TrustRatioAlerts(is_resumed=True).look_at_peak([*peaks([1e-5, 3e-5, 2e-5, 1e-5])][-1], 2)) == 1
+    assert TrustRatioAlerts(is_resumed=True).check_peak([*peaks([3e-5, 2e-5])][-1], 2) == []
+    assert len(TrustRatioAlerts(is_resumed=True).check_peak([*peaks([1e-5, 3e-5, 2e-5, 1e-5])][-1], 2)) == 1
