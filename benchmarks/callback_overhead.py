@@ -1,9 +1,9 @@
-"""What callbacks cost a step of a ResNet-50-sized model.
+"""The overhead of callbacks on a training step of ResNet-50.
 
     python -m benchmarks.callback_overhead
 
-Real Trainers train; what is a hundredth of a step would be lost in the noise between two trainings, and is
-timed within one. The model has the layers of ResNet-50, over images of 64 x 64.
+Uses real Trainers. A hundredth of a step would be lost in the noise between two runs, so callbacks are timed
+within one. The model has the layers of ResNet-50, on images of 64 x 64.
 """
 
 import argparse
@@ -75,7 +75,7 @@ class ResNet50(LightningModule):
 
 
 class Timed(TrustRatioMonitor):
-    """A monitor that knows how long it took in each batch."""
+    """A monitor that records its own time in each batch."""
 
     def __init__(self) -> None:
         super().__init__(alerts=False)
@@ -106,7 +106,7 @@ class Timed(TrustRatioMonitor):
 
 
 class TimedClipping(PercentileGradientClipping):
-    """Knows how long it took in each batch."""
+    """Clipping that records its own time in each batch."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -119,7 +119,7 @@ class TimedClipping(PercentileGradientClipping):
 
 
 class Clock(Callback):
-    """How long each batch took."""
+    """Records the time of each batch."""
 
     def __init__(self) -> None:
         self.batches: list[float] = []
@@ -150,24 +150,25 @@ def train(batch_size: int, steps: int, *callbacks: Callback, **options: Any) -> 
 
 
 def monitor(batch_size: int, steps: int, log_every_n_steps: int) -> tuple[float, float]:
-    """Return the seconds of a step, and of the monitor in it, means over one training."""
+    """Return the seconds of a step, and of the monitor in it, averaged over one run."""
     timed = Timed()
     batches = train(batch_size, steps, timed, log_every_n_steps=log_every_n_steps)
-    # Without the first, which allocates.
+    # Skip the first, which allocates memory.
     return statistics.mean(batches[1:]), statistics.mean(timed.spent[1:])
 
 
 def clipping(batch_size: int, steps: int, per_layer: bool) -> tuple[float, float]:
-    """Return the seconds of a step, and of clipping in it, means over one training."""
+    """Return the seconds of a step, and of clipping in it, averaged over one run."""
     timed = TimedClipping(per_layer=per_layer)
     batches = train(batch_size, steps, timed)
     return statistics.mean(batches[1:]), statistics.mean(timed.spent[1:])
 
 
 def noise_scale(batch_size: int, steps: int) -> tuple[float, float]:
-    """Return the seconds of a step, and by how much more one takes that is measured; medians.
+    """Return the median seconds of a step, and the extra seconds of a measured step.
 
-    Hooks in the backward pass do the work, which only the whole step shows: every second one is measured.
+    The work is done in backward hooks and only shows in the time of whole steps: every second one is
+    measured.
     """
     measure = GradientNoiseScale(every_n_steps=2)
     batches = train(batch_size, 2 * steps, measure, accumulate_grad_batches=2)
@@ -182,9 +183,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--batch-size", type=int, default=64, help="Images in a batch.")
-    parser.add_argument(
-        "--steps", type=int, default=51, help="Steps of each training; the first is not counted."
-    )
+    parser.add_argument("--steps", type=int, default=51, help="Steps per run; the first is not counted.")
     arguments = parser.parse_args()
     size, steps = arguments.batch_size, arguments.steps
     table = Table("Callback", "Step, ms", "Callback, ms", "Share")

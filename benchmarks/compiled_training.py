@@ -1,8 +1,8 @@
-"""What torch.compile gains for a training: of the network, of the optimizer's step, and of both.
+"""What torch.compile gains in training: for the network, the optimizer's step, and both.
 
     python -m benchmarks.compiled_training
 
-Trainings of a small CNN take turns, batch by batch, each compiled before it is timed. It needs a C++
+The variants train a small CNN in turns, batch by batch, and are compiled before they are timed. Needs a C++
 compiler.
 """
 
@@ -22,7 +22,7 @@ from lightning_lars import LAMB, LARS, build_optimizer
 
 
 def network() -> nn.Sequential:
-    """Three convolutions and their norms, over images of 32 x 32."""
+    """Three convolutions with norms, for images of 32 x 32."""
     blocks: list[nn.Module] = []
     for before, width in ((3, 32), (32, 64), (64, 128)):
         blocks += [nn.Conv2d(before, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
@@ -32,7 +32,7 @@ def network() -> nn.Sequential:
 def training(
     optimizer_class: type[LARS | LAMB], compiles_network: bool, compiles_step: bool
 ) -> Callable[[Tensor, Tensor], tuple[float, float]]:
-    """Return what trains on a batch, and says how long all of it took and how long the optimizer's step."""
+    """Return a function that trains on a batch and returns the milliseconds in total and in the optimizer."""
     torch.manual_seed(0)
     net = network()
     optimizer = build_optimizer(net, optimizer_class, lr=torch.tensor(1e-3))
@@ -56,9 +56,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=20, help="Batches of each training.")
-    parser.add_argument("--batch-size", type=int, default=64, help="Images of a batch.")
-    parser.add_argument("--threads", type=int, default=1, help="Threads of torch.")
+    parser.add_argument("--rounds", type=int, default=20, help="Batches per variant.")
+    parser.add_argument("--batch-size", type=int, default=64, help="Images per batch.")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads.")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     x, y = torch.randn(arguments.batch_size, 3, 32, 32), torch.randint(10, (arguments.batch_size,))

@@ -1,9 +1,9 @@
-"""What 8-bit state saves, what it costs, and what it leaves of the accuracy.
+"""The memory, time and accuracy of 8-bit optimizer state.
 
     python -m benchmarks.eight_bit_training                       # Fashion-MNIST, three seeds, a few minutes
     python -m benchmarks.eight_bit_training --seeds 1 --train-images 2000
 
-Prints the memory of the state and the time of a step for the layers of ResNet-50, in 8 bits and in 32, and
+Prints the memory of the state and the time of a step for the layers of ResNet-50, in 8 and in 32 bits, and
 the test accuracy of a small network with batch norm, trained by both from the same start on the same batches.
 """
 
@@ -28,7 +28,7 @@ PAIRS = {"LARS": (LARS, LARS8bit, 5.0), "LAMB": (LAMB, LAMB8bit, 0.02)}
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Return what the state of an optimizer takes, scales and code books among it."""
+    """Return the bytes of an optimizer's state, including scales and codebooks."""
     values = [value for state in optimizer.state.values() for value in state.values()]
     parts = [getattr(value, name, None) for value in values for name in ("codes", "scale", "qmap")]
     plain = [value for value in values if not hasattr(value, "codes")]
@@ -38,7 +38,7 @@ def state_bytes(optimizer: Optimizer) -> int:
 def weigh(shapes: str, rounds: int) -> Table:
     """Compare memory and time of steps on one model's layers."""
     table = Table(title=f"{shapes}, in 32 bits and in 8")
-    for column in ("Optimizer", "State, MB", "In 8 bits", "Ratio", "Step, ms", "In 8 bits", "Ratio"):
+    for column in ("Optimizer", "State, MB", "8-bit", "Ratio", "Step, ms", "8-bit", "Ratio"):
         table.add_column(column, justify="left" if column == "Optimizer" else "right")
     for name, (plain, eight_bit, _) in PAIRS.items():
         ready = {each: each(parameters(SHAPES[shapes](), "cpu")) for each in (plain, eight_bit)}
@@ -54,7 +54,7 @@ def weigh(shapes: str, rounds: int) -> Table:
 
 
 def accuracy(optimizer_class: type, lr: float, seed: int, epochs: int, data: list[TensorDataset]) -> float:
-    """Train from a seed and return the share of test images that are right, in percent."""
+    """Train from a seed and return the test accuracy in percent."""
     train, test = data
     torch.manual_seed(seed)
     net = network(28)
@@ -76,7 +76,7 @@ def accuracy(optimizer_class: type, lr: float, seed: int, epochs: int, data: lis
 def compare(seeds: int, epochs: int, data: list[TensorDataset]) -> Table:
     """Train every pair from every seed and tabulate test accuracies."""
     table = Table(title=f"Test accuracy in percent, {seeds} seeds, {epochs} epochs")
-    for column in ("Optimizer", "In 32 bits", "In 8 bits", "Difference of means"):
+    for column in ("Optimizer", "32-bit", "8-bit", "Difference of means"):
         table.add_column(column, justify="left" if column == "Optimizer" else "right")
     runs = [
         (name, each, lr, seed)
@@ -101,11 +101,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="The folder with Fashion-MNIST.")
-    parser.add_argument("--seeds", type=int, default=3, help="Trainings of each optimizer.")
+    parser.add_argument("--seeds", type=int, default=3, help="Runs per optimizer.")
     parser.add_argument("--epochs", type=int, default=2, help="Passes over the images.")
-    parser.add_argument("--train-images", type=int, default=60_000, help="How many of them.")
-    parser.add_argument("--shapes", choices=list(SHAPES), default="resnet50", help="Whose layers to weigh.")
-    parser.add_argument("--rounds", type=int, default=5, help="Steps to time of each optimizer.")
+    parser.add_argument("--train-images", type=int, default=60_000, help="Training images to use.")
+    parser.add_argument(
+        "--shapes", choices=list(SHAPES), default="resnet50", help="Model whose layers to compare."
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="Timed steps per optimizer.")
     arguments = parser.parse_args()
     train, test = fashion_mnist(arguments.data_dir)
     console = Console()

@@ -44,7 +44,7 @@ _SMALLEST: list[Shape] = [(16, 16), (3,)]
 
 
 def has_gpu() -> bool:
-    """Tell whether there is a GPU."""
+    """Return whether there is a GPU."""
     return torch.cuda.is_available()
 
 
@@ -54,7 +54,7 @@ def shapes_of(model: str) -> list[Shape]:
 
 
 def device_of(dry: bool) -> str:
-    """Return where a phase works; the kernels work there too, a program on few elements if it is dry."""
+    """Return the device of a phase; in a dry run, make the kernels run on the CPU with small blocks."""
     if dry:
         choice.TRITON_DEVICES.add("cpu")
         _patched(64, 64, None).__enter__()
@@ -62,7 +62,7 @@ def device_of(dry: bool) -> str:
 
 
 def canary(say: Say, dry: bool) -> None:
-    """Say where this runs, what a copy moves, and whether the kernels are right at all."""
+    """Record the environment, the copy bandwidth, and whether the kernels are correct at all."""
     device = device_of(dry)
     say(
         device="CPU" if dry else torch.cuda.get_device_name(),
@@ -106,7 +106,7 @@ def _three_steps(
         generator = torch.Generator().manual_seed(number)
         for p in params:
             p.grad = torch.randn(p.shape, generator=generator).to(p)
-        # Behind an odd address.
+        # At an unaligned address.
         memory = params[0].new_empty(params[0].numel() + 1)
         params[0].grad = memory[1:].view_as(params[0]).copy_(params[0].grad)
         optimizer.step()
@@ -118,7 +118,7 @@ def _build(optimizer_class: type[LARS | LAMB], params: list[Parameter], **option
 
 
 def times(say: Say, dry: bool) -> None:
-    """Time steps beside torch's fused optimizers and timm's, with one optimizer in memory at a time."""
+    """Time steps against torch's fused optimizers and timm's, with one optimizer in memory at a time."""
     device = device_of(dry)
     models = ["smallest"] if dry else ["resnet50", "bert-large", "tiny"]
     for model in models:
@@ -143,7 +143,7 @@ def times(say: Say, dry: bool) -> None:
 
 
 def _candidates(device: str) -> Iterator[tuple[str, Build]]:
-    """Return those like LARS and then those like LAMB, a floor before those that it is the floor of."""
+    """Return the LARS group and then the LAMB group, each starting with its baseline."""
     yield "SGD fused", lambda params: torch.optim.SGD(params, lr=1e-3, fused=True, **_LARS)
     yield "LARS fused", lambda params: _build(LARS, params, fused=True, **_LARS)
     yield "LARS fused, clipped", lambda params: _build(LARS, params, fused=True, **_LARS, **_CLIPPED)
@@ -163,7 +163,7 @@ def _adamw(params: list[Parameter], device: str) -> Optimizer:
 
 
 def _timm(name: str) -> Any:
-    # What is there, rather than what could be installed: there may be no network.
+    # Use what is installed: there may be no network.
     return getattr(importlib.import_module("timm.optim"), name)
 
 
@@ -182,7 +182,7 @@ def _time(optimizer: Optimizer, turns: int) -> dict[str, Any]:
 
 
 def waits(say: Say, dry: bool) -> None:
-    """Say whether a step ever waits for the device, and whether graphs take the steps of eager ones."""
+    """Record whether a step ever synchronizes with the device, and whether graphs match eager steps."""
     device = device_of(dry)
     cases = (
         (LARS, {}),
@@ -226,7 +226,7 @@ def _waits(optimizer_class: type[LARS | LAMB], options: dict[str, Any], device: 
 
 
 def _replays_off(optimizer_class: type[LARS | LAMB], options: dict[str, Any], device: str) -> float:
-    """Return how far replays of a captured step, with eager ones between, are off eager steps alone."""
+    """Return the difference between eager steps, and replays of a captured one interleaved with eager ones."""
     ends = []
     for captures in (True, False):
         params = parameters(shapes_of("smallest" if device == "cpu" else "small-cnn"), device)
@@ -242,7 +242,7 @@ def _replays_off(optimizer_class: type[LARS | LAMB], options: dict[str, Any], de
             for p, grad in zip(params, grads, strict=True):
                 assert grad is not None
                 grad.normal_(generator=generator)
-                # New gradients, and so new addresses: a table that the graph does not read.
+                # New gradients have new addresses, in a table that the graph does not read.
                 p.grad = grad.clone() if number == 1 else grad
             (optimizer.step if number == 1 else replay)()
         ends.append([p.detach().clone() for p in params])
@@ -250,7 +250,7 @@ def _replays_off(optimizer_class: type[LARS | LAMB], options: dict[str, Any], de
 
 
 def _iterations_off(optimizer_class: type[LARS | LAMB], options: dict[str, Any], device: str) -> float:
-    """Return how far replays of a captured iteration, gradients and all, are off eager iterations."""
+    """Return the difference between replays of a captured iteration, including gradients, and eager ones."""
     ends = []
     for captures in (True, False):
         torch.manual_seed(0)
@@ -282,7 +282,7 @@ def _iterations_off(optimizer_class: type[LARS | LAMB], options: dict[str, Any],
 
 
 def tests(say: Say, dry: bool) -> None:
-    """Run the tests of the kernels, which compile here and do not take the interpreter."""
+    """Run the tests of the kernels, compiled for the GPU instead of interpreted."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "-rfE"]
     command += ["--tb=line", "-o", "addopts=--import-mode=importlib", "-k", "triton or compiles or graph"]
     command += ["-n", "8"] if importlib.util.find_spec("xdist") else []
@@ -327,7 +327,7 @@ _SWEPT = ((2048, 512, 4), (2048, 1024, 8), (2048, 1024, 4), (4096, 1024, 8), (81
 
 
 class _patched:  # noqa: N801
-    """Let the kernels have other constants."""
+    """Patch the constants of the kernels."""
 
     def __init__(self, chunk: int, block: int, warps: int | None) -> None:
         from lightning_lars.optim.backends import triton
@@ -347,7 +347,7 @@ class _patched:  # noqa: N801
 
 
 class _WithWarps:
-    """A kernel that is launched with so many warps."""
+    """A kernel that is launched with a given number of warps."""
 
     def __init__(self, kernel: Any, warps: int) -> None:
         self.kernel, self.warps = kernel, warps
@@ -358,14 +358,14 @@ class _WithWarps:
 
 
 def memcheck(say: Say, dry: bool) -> None:
-    """Let compute-sanitizer look for reads and writes outside of tensors."""
+    """Check for out-of-bounds reads and writes with compute-sanitizer."""
     checker = shutil.which("compute-sanitizer")
     if checker is None and not dry:
-        say(memcheck="compute-sanitizer is not there")
+        say(memcheck="compute-sanitizer is not installed")
         return
     watched = [] if dry else [checker, "--tool", "memcheck", "--error-exitcode", "9"]
     script = f"from benchmarks.gpu_phases import small_steps; small_steps({device_of(dry)!r})"
-    # Without the cache every tensor has memory of its own, whose ends are watched.
+    # Without the caching allocator every tensor has a separate allocation, whose bounds are checked.
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
     command = [*map(str, watched), sys.executable, "-c", script]
     if dry:
@@ -377,14 +377,14 @@ def memcheck(say: Say, dry: bool) -> None:
 
 
 def small_steps(device: str) -> None:
-    """Take steps of layers that the ends of chunks, odd addresses or nothing make special."""
+    """Take steps of layers with edge cases: ends of chunks, unaligned addresses, no elements."""
     for optimizer_class in (LARS, LAMB):
         for dtype in (torch.float32, torch.bfloat16):
             _three_steps(optimizer_class, device, dtype, True)
 
 
 def compiled(say: Say, dry: bool) -> None:
-    """Time compiled steps, last, as compiling takes long."""
+    """Time compiled steps; the last phase, because compiling takes long."""
     device = device_of(dry)
     model = "smallest" if dry else "resnet50"
     for optimizer_class in (LARS,) if dry else (LARS, LAMB):

@@ -9,7 +9,7 @@ Fact = Mapping[str, Any]
 
 FLOORS = {"LARS": "SGD fused", "LAMB": "AdamW fused"}
 MODELS = {"resnet50": "ResNet-50", "bert-large": "BERT-large", "tiny": "10,000 layers"}
-# Read and written for each float32 parameter, in two passes where there are norms.
+# Bytes read and written per float32 parameter, in two passes.
 BYTES = {"LARS": 28, "LAMB": 40}
 
 COLUMNS = (
@@ -27,16 +27,16 @@ COLUMNS = (
     "Host",
     "timm, eager",
 )
-"""Times of a step in milliseconds: replays of a CUDA graph, but for the last four."""
+"""Times of a step in milliseconds: replays of a CUDA graph, except in the last four columns."""
 
 
 def read(path: Path) -> list[Fact]:
-    """Return the facts of a session, in the order in which they became known."""
+    """Return the measurements of a session, in the order in which they were recorded."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def report(facts: Iterable[Fact]) -> str:
-    """Return what was measured, in Markdown: device, times of steps, what checks found, other constants."""
+    """Return the results in Markdown: device, step times, checks, and the sweep of constants."""
     facts = list(facts)
     copy = next((fact["copy_GBs"] for fact in facts if "copy_GBs" in fact), None)
     return "\n\n".join(
@@ -106,7 +106,7 @@ def _checks(facts: list[Fact]) -> str:
             rows.append(f"- `{fact['optimizer']}`, {fact['dtype']}: {off}")
         if "waits" in fact:
             arguments = ", ".join(f"{key}={value!r}" for key, value in fact["options"].items())
-            waits = "never waits" if fact["waits"] is False else f"waits: {fact['waits']}"
+            waits = "never synchronizes" if fact["waits"] is False else f"synchronizes: {fact['waits']}"
             off = (_off(fact, "graph_off", "of a step"), _off(fact, "iteration_off", "of an iteration"))
             rows.append(f"- `{fact['optimizer']}({arguments})`: {'; '.join(filter(None, (waits, *off)))}")
         if "memcheck" in fact:

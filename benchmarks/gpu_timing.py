@@ -1,4 +1,4 @@
-"""Times of what runs on a GPU, eager or replayed from a CUDA graph; on a CPU only to try it."""
+"""Timing of steps on a GPU, eager or replayed from a CUDA graph; on a CPU only as a dry run."""
 
 import gc
 import statistics
@@ -18,12 +18,12 @@ def steps(step: Step, count: int) -> None:
 
 
 def median_time(step: Step, count: int, turns: int) -> tuple[float, float]:
-    """Return the median of the milliseconds of a step, and how far turns are apart, by the device's clock.
+    """Return the median milliseconds per step, and the spread over turns, by the device's clock.
 
     Args:
-        step: What to time.
-        count: Steps of a turn, where one alone is too short for the clock.
-        turns: How many.
+        step: The function to time.
+        count: Steps per turn, because a single one is too short for the clock.
+        turns: Number of turns.
     """
     times = []
     for _ in range(turns):
@@ -43,7 +43,7 @@ def median_time(step: Step, count: int, turns: int) -> tuple[float, float]:
 
 
 def host_time(step: Step, turns: int) -> float:
-    """Return the median of the microseconds for which the host is busy with a step."""
+    """Return the median microseconds that a step keeps the host busy."""
     times = []
     for _ in range(turns):
         if torch.cuda.is_available():
@@ -58,8 +58,8 @@ def capture(step: Step, before: Step | None = None) -> Step:
     """Take three steps, and return the replay of a captured fourth one; without a GPU the step itself.
 
     Args:
-        step: What to capture.
-        before: What to do between the steps and the capture.
+        step: The function to capture.
+        before: Called between the warmup steps and the capture.
     """
     if not torch.cuda.is_available():
         steps(step, 3)
@@ -79,7 +79,7 @@ def capture(step: Step, before: Step | None = None) -> Step:
 
 
 def kernels(step: Step) -> dict[str, tuple[int, float]]:
-    """Return how often a step launches each kernel, and the microseconds of all its launches."""
+    """Return the number of launches of each kernel in a step, and their total microseconds."""
     if not torch.cuda.is_available():
         return {}
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -93,7 +93,7 @@ def kernels(step: Step) -> dict[str, tuple[int, float]]:
 
 
 def clear(device: str) -> None:
-    """Give the memory of what is gone back to the device."""
+    """Release unused memory to the device."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

@@ -1,16 +1,16 @@
-"""Groups the parameters of published models, and says where that differs from the models' own lists.
+"""Groups the parameters of published models, and reports where that differs from the models' own lists.
 
     python -m benchmarks.group_sweep timm
     python -m benchmarks.group_sweep transformers
 
 Builds all architectures of timm on the meta device, or some families of transformers at toy size (with
-``--all`` every model that a configuration alone can build). Prints how many tensors each rule excludes; what
-differs from the model's own ``no_weight_decay()`` and the usual "no decay for vectors and biases", by
-which rule; then what looks wrong by names and shapes alone, each kind once: a norm, bias, gain, token or
-scalar that is adapted, a weight that is excluded.
+``--all`` every model that can be built from its configuration alone). Prints how many tensors each rule
+excludes; differences from the model's own ``no_weight_decay()`` and the usual "no decay for vectors and
+biases", by rule; then suspicious tensors, judged by names and shapes alone, once per kind: an adapted norm,
+bias, gain, token or scalar, or an excluded weight.
 
-Needs ``pip install --no-deps timm`` (or transformers) and what that imports. torchvision, which timm imports
-and no architecture needs, is replaced by a stand-in.
+Needs ``pip install --no-deps timm`` (or transformers) and its dependencies. torchvision, which timm imports
+but no architecture needs, is replaced by a stand-in.
 """
 
 import argparse
@@ -40,7 +40,7 @@ WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.MultiheadAttent
 
 
 class _StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Gives a module for every name below a package that is missing, with a type for every attribute."""
+    """Provides a module for every name below a missing package, with a class for every attribute."""
 
     def __init__(self, package: str) -> None:
         self.package = package
@@ -95,7 +95,7 @@ def timm_models(pattern: str, every: bool) -> Iterator[tuple[str, Callable[[], n
         yield name, functools.partial(models.create_model, name)
 
 
-# What makes a configuration small, where it has such a field; lists keep their length.
+# Values for small configurations, for the fields that they have; lists keep their length.
 SMALL = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
     "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 50, "d_model": 16, "n_embd": 16, "n_layer": 2,
@@ -141,7 +141,7 @@ def transformers_models(pattern: str, every: bool) -> Iterator[tuple[str, Callab
 
 
 def own_no_decay(model: nn.Module, layers: list[Layer]) -> set[str]:
-    """Return the names that a training with timm's groups would not decay."""
+    """Return the names that timm's parameter groups would not decay."""
     listed = set(getattr(model, "no_weight_decay", set)())
     return {
         layer.name
@@ -151,13 +151,13 @@ def own_no_decay(model: nn.Module, layers: list[Layer]) -> set[str]:
 
 
 def kind_of(layer: Layer) -> str:
-    """Return what a tensor is, with one word for all of its kind."""
+    """Return a description of the kind of a tensor."""
     shape = ["1" if size == 1 else "n" for size in layer.shape or ()]
     return f"{layer.module}.{layer.name.rpartition('.')[2]} ({', '.join(shape)})"
 
 
 def looks_wrong(layer: Layer) -> str:
-    """Return why a tensor looks as if it were in the wrong group, by names and shapes alone, or ""."""
+    """Return why a tensor seems to be in the wrong group, by names and shapes alone, or ""."""
     name, shape = layer.name.rpartition(".")[2].lower(), layer.shape or ()
     vector = sum(size > 1 for size in shape) <= 1
     weighted = isinstance(layer.owner, WEIGHTED) and "weight" in name and not name.endswith("_g")
@@ -166,7 +166,7 @@ def looks_wrong(layer: Layer) -> str:
         if vector and not weighted:
             return "vector or scalar adapted"
         if not weighted and (any(word in name for word in words) or "norm" in layer.module.lower()):
-            return "called like a gain, adapted"
+            return "named like a gain, adapted"
         return "first dimension 1, adapted" if not weighted and shape[0] == 1 else ""
     if layer.rule == "no_weight_decay":
         return ""
@@ -178,7 +178,7 @@ def looks_wrong(layer: Layer) -> str:
 
 
 class Found(NamedTuple):
-    """What a sweep has found, and in which architectures."""
+    """Results of a sweep, with the affected architectures."""
 
     built: list[str]
     failed: dict[str, str]
@@ -188,7 +188,7 @@ class Found(NamedTuple):
 
 
 def sweep(models: Iterable[tuple[str, Callable[[], nn.Module]]]) -> Found:
-    """Group what can be built."""
+    """Group the parameters of all models that can be built."""
     found = Found([], {}, Counter(), defaultdict(list), defaultdict(list))
     for name, build in models:
         try:
@@ -212,7 +212,7 @@ def sweep(models: Iterable[tuple[str, Callable[[], nn.Module]]]) -> Found:
 
 
 def show(title: str, kinds: dict[tuple[str, str], list[str]], most: int) -> None:
-    """Print how often each kind was met, and one place to look at it."""
+    """Print how often each kind occurs, with an example."""
     table = Table("Tensors", "Architectures", "What", "Of", "For example", title=title)
     for key, names in sorted(kinds.items(), key=lambda kind: -len(kind[1]))[:most]:
         table.add_row(str(len(names)), str(len(set(names))), *key, names[0])
@@ -237,7 +237,7 @@ def main() -> None:
     rich.print(table)
     differing = {name for names in found.differs.values() for name in names}
     show(f"{len(differing)} architectures differ from their own groups", found.differs, arguments.most)
-    show("To look at", found.wrong, arguments.most)
+    show("Suspicious", found.wrong, arguments.most)
     for name, reason in found.failed.items():
         print(f"{name} could not be built: {reason}")
 

@@ -1,8 +1,8 @@
-"""How the time of a step grows with parameters and with layers.
+"""How the time of a step grows with the number of parameters and of layers.
 
     python -m benchmarks.growth --picture growth.png
 
-Once with 16 layers that become larger, once with layers of 4,096 parameters that become more.
+Measures 16 layers of increasing size, and an increasing number of layers of 4,096 parameters.
 """
 
 import argparse
@@ -27,12 +27,12 @@ OPTIMIZERS = {
 
 
 def larger(most: int) -> dict[int, list[Shape]]:
-    """Return 16 layers of 2**14 parameters in all, and of four times as many, up to ``2**most``."""
+    """Return 16 layers of 2**14 parameters in total, and repeatedly four times as many, up to ``2**most``."""
     return {2**power: [(16, 2 ** (power - 8))] * 16 for power in range(14, most + 1, 2)}
 
 
 def more(most: int) -> dict[int, list[Shape]]:
-    """Return one layer, and four times as many, up to ``2**most``."""
+    """Return one layer, and repeatedly four times as many, up to ``2**most``."""
     return {2**power: [(64, 64)] * 2**power for power in range(0, most + 1, 2)}
 
 
@@ -55,7 +55,7 @@ def draw(path: Path, series: dict[str, tuple[list[int], dict[str, list[float]]]]
         for label, times in medians.items():
             axes.loglog(numbers, times, "o-", label=label)
         axes.set_xlabel(title)
-        axes.set_ylabel("ms a step")
+        axes.set_ylabel("ms per step")
         axes.legend()
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -66,11 +66,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=9, help="Turns of each optimizer.")
+    parser.add_argument("--rounds", type=int, default=9, help="Rounds.")
     parser.add_argument("--most-parameters", type=int, default=24, help="As a power of 2.")
     parser.add_argument("--most-layers", type=int, default=12, help="As a power of 2.")
-    parser.add_argument("--threads", type=int, default=1, help="Threads of torch on the CPU.")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="Where the layers are.")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads.")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="Device of the layers.")
     parser.add_argument("--picture", type=Path, help="Where to save a PNG.")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

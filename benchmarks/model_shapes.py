@@ -1,4 +1,4 @@
-"""The layers of well-known models, by their shapes alone."""
+"""The shapes of the layers of well-known models."""
 
 from collections.abc import Callable
 from functools import partial
@@ -34,7 +34,7 @@ def resnet50() -> list[Shape]:
 
 
 def transformer(width: int, layers: int, embeddings: list[Shape]) -> list[Shape]:
-    """Blocks of attention and a perceptron of four times the width."""
+    """Transformer blocks: attention and an MLP of four times the width."""
     block = [(3 * width, width), (3 * width,), (width, width), (width,)]
     block += [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
     return [*embeddings, *(block + 4 * [(width,)]) * layers]
@@ -53,7 +53,7 @@ SHAPES: dict[str, Callable[[], list[Shape]]] = {
 def parameters(
     shapes: list[Shape], device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> list[Parameter]:
-    """Parameters with gradients."""
+    """Return random parameters with gradients."""
     torch.manual_seed(0)
     params = [Parameter(0.05 * torch.randn(shape, device=device).to(dtype)) for shape in shapes]
     for p in params:
@@ -62,7 +62,7 @@ def parameters(
 
 
 def grouped(params: list[Parameter]) -> list[dict[str, object]]:
-    """Weights, and norms and biases apart."""
+    """Return two groups: weights, and norms and biases."""
     groups = [
         {"params": [p for p in params if p.ndim > 1]},
         {"params": [p for p in params if p.ndim <= 1], "layer_adaptation": False, "weight_decay": 0.0},
@@ -71,5 +71,5 @@ def grouped(params: list[Parameter]) -> list[dict[str, object]]:
 
 
 def elements(shapes: list[Shape]) -> int:
-    """How many parameters there are."""
+    """Return the number of parameters."""
     return sum(torch.Size(shape).numel() for shape in shapes)

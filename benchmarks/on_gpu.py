@@ -1,16 +1,16 @@
-"""Check and time the kernels in Triton on a GPU: one command of less than eight minutes.
+"""Check and time the Triton kernels on a GPU, in one command of less than eight minutes.
 
     python -m benchmarks.on_gpu --out results.jsonl         # from the root of a checkout, installed or not
     python -m benchmarks.on_gpu --only canary times --out results.jsonl
     python -m benchmarks.on_gpu --report results.jsonl      # the tables of docs/performance.md
     python -m benchmarks.on_gpu --dry --out results.jsonl   # on a CPU, tiny, only to see that it runs
 
-Every phase is a process with a limit of its own, and a fact is written as a line of JSON as soon as it is
-known: a crash, an illegal address or a limit in one phase costs no other, and what has been written stays.
-The most valuable come first.
+Every phase is a separate process with its own time limit, and results are written as JSON lines as soon as
+they are known: a crash, an illegal address or a timeout in one phase affects no other, and earlier results
+are kept. The most valuable phases come first.
 
-It needs torch with CUDA and triton, and takes timm, torchao, pytest with pytest-xdist and compute-sanitizer
-where they are there.
+Needs torch with CUDA and triton, and uses timm, torchao, pytest with pytest-xdist and compute-sanitizer where
+available.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pathlib import Path
 from benchmarks.gpu_report import read, report
 
 LIMITS = {"canary": 60, "times": 150, "waits": 60, "tests": 140, "sweep": 60, "memcheck": 60, "compiled": 90}
-"""Seconds that a phase may take."""
+"""Time limit of each phase in seconds."""
 
 WITHOUT_GPU = 3
 _SHORTEST = 10
@@ -36,7 +36,7 @@ Say = Callable[..., None]
 
 
 def say_to(path: Path, phase: str) -> Say:
-    """Return what prints a fact of a phase, and adds it to a file."""
+    """Return a function that prints a result of a phase, and appends it to a file."""
 
     def say(**facts: object) -> None:
         line = json.dumps({"phase": phase, **facts})
@@ -48,8 +48,8 @@ def say_to(path: Path, phase: str) -> Say:
 
 
 def take(phase: str, path: Path, dry: bool) -> None:
-    """Go through a phase: what its process does."""
-    os.setsid()  # so that a limit ends what it has started, too
+    """Run a phase, in its own process."""
+    os.setsid()  # so that a timeout also ends its child processes
     from benchmarks import gpu_phases
 
     say = say_to(path, phase)
@@ -63,7 +63,7 @@ def take(phase: str, path: Path, dry: bool) -> None:
 
 
 def watch(phase: str, process: BaseProcess, limit: float, say: Say) -> int | None:
-    """Wait for a phase until its limit, and say how it ended."""
+    """Wait for a phase until its time limit, and record how it ended."""
     start = time.monotonic()
     process.start()
     process.join(limit)
@@ -76,15 +76,17 @@ def watch(phase: str, process: BaseProcess, limit: float, say: Say) -> int | Non
 
 
 def main() -> int:
-    """Read the command line, and go through one phase after the other."""
+    """Read the command line, and run one phase after the other."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=list(LIMITS), default=list(LIMITS), help="Which phases.")
-    parser.add_argument("--out", type=Path, default=Path("results.jsonl"), help="Where to add the facts.")
-    parser.add_argument("--seconds", type=float, default=470, help="Of all phases together.")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(LIMITS), default=list(LIMITS), help="Phases to run."
+    )
+    parser.add_argument("--out", type=Path, default=Path("results.jsonl"), help="File to append results to.")
+    parser.add_argument("--seconds", type=float, default=470, help="Time limit for all phases together.")
     parser.add_argument("--dry", action="store_true", help="On the CPU, in Triton's interpreter.")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="Only print the tables of these facts.")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="Only print the tables of these results.")
     arguments = parser.parse_args()
     if arguments.report:
         print(report(read(arguments.report)))
@@ -100,7 +102,7 @@ def main() -> int:
         say = say_to(arguments.out, phase)
         limit = min(LIMITS[phase], end - time.monotonic())
         if limit < _SHORTEST:
-            say(skipped="no time is left")
+            say(skipped="no time left")
             continue
         process = context.Process(target=take, args=(phase, arguments.out, arguments.dry))
         codes.append(watch(phase, process, limit, say))

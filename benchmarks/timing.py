@@ -1,4 +1,4 @@
-"""Times of optimizer steps, taken in turns."""
+"""Timing of optimizer steps, in interleaved rounds."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -6,20 +6,20 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from rich.progress import track
 
-# Steps of one turn on a GPU, where one alone is too short for its clock.
+# Steps per measurement on a GPU, because a single one is too short for its clock.
 _STEPS_ON_GPU = 10
 
 
 def in_turns(
     steps: Mapping[str, Callable[[], object]], rounds: int, device: str, description: str
 ) -> dict[str, list[float]]:
-    """Call each once to warm up, then all of them in turns.
+    """Call each function once to warm up, then all of them in interleaved rounds.
 
     Args:
-        steps: What to call, by name.
-        rounds: How often.
-        device: Where it works: a GPU keeps time itself.
-        description: What the progress bar says.
+        steps: The functions to time, by name.
+        rounds: Number of rounds.
+        device: Their device: a GPU is timed by its own clock.
+        description: Text of the progress bar.
 
     Returns:
         Milliseconds of each call, by name.
@@ -36,10 +36,10 @@ def in_turns(
 
 
 def memory_bandwidth(device: str, rounds: int = 10) -> float:
-    """Return how many bytes of 256 MiB are read and written in a millisecond.
+    """Return the memory bandwidth in bytes per millisecond, measured with 256 MiB.
 
-    By a copy on a GPU, by a multiplication in place on the CPU, where a copy is slower than a step: it reads
-    what it is about to overwrite.
+    Measured by a copy on a GPU, and by an in-place multiplication on the CPU, where a copy is slower than a
+    step because it reads the memory that it is about to overwrite.
     """
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)

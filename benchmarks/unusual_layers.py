@@ -2,8 +2,8 @@
 
     python -m benchmarks.unusual_layers
 
-The first: what is left of the norm of a layer of 64 x 64 after 100 steps with a gradient of 0. The second:
-LoRA of rank 8, whose B starts at zero, fine-tunes a network that knows scikit-learn's digits to their
+The first table shows what remains of the norm of a layer of 64 x 64 after 100 steps with a gradient of 0. The
+second shows LoRA of rank 8, whose B starts at zero, fine-tuning a network from scikit-learn's digits to their
 transposes.
 """
 
@@ -46,7 +46,7 @@ FROM_ZERO: dict[str, Callable[..., Optimizer]] = {
 
 
 def left_without_gradient(build: Callable[..., Optimizer], steps: int = 100) -> float:
-    """Return the norm of a layer after steps with a gradient of 0, as a part of what it was."""
+    """Return the norm of a layer after steps with a gradient of 0, relative to the initial norm."""
     torch.manual_seed(0)
     w = nn.Parameter(torch.randn(64, 64))
     before = w.detach().norm()
@@ -73,13 +73,13 @@ class LoRA(nn.Module):
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Return images of 64 numbers from 0 to 1, and what they show."""
+    """Return flattened 8 x 8 images with values in [0, 1], and their labels."""
     data: Any = load_digits()
     return torch.tensor(data.data / 16, dtype=torch.float32), torch.tensor(data.target)
 
 
 def trained_network(images: Tensor, labels: Tensor, steps: int = 600) -> nn.Sequential:
-    """Return a network of three layers that knows the images."""
+    """Return a network of three layers, trained on the images."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
     train(network, AdamW(network.parameters(), lr=1e-3), images, labels, 128, steps)
@@ -89,7 +89,7 @@ def trained_network(images: Tensor, labels: Tensor, steps: int = 600) -> nn.Sequ
 def train(
     network: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor, batch_size: int, steps: int
 ) -> list[float]:
-    """Return the loss of every step."""
+    """Train and return the loss of every step."""
     losses = []
     for _ in range(steps):
         batch = torch.randint(len(images), (batch_size,))
@@ -104,7 +104,7 @@ def train(
 def fine_tune(
     build: Callable[..., Optimizer], network: nn.Sequential, images: Tensor, labels: Tensor, steps: int = 100
 ) -> tuple[float, float]:
-    """Return the largest loss as a multiple of the first, and the accuracy in the end."""
+    """Return the largest loss relative to the first, and the final accuracy."""
     torch.manual_seed(1)
     tuned = nn.Sequential(*(LoRA(each) if isinstance(each, nn.Linear) else each for each in network))
     named = [(name, p) for name, p in tuned.named_parameters() if p.requires_grad]
@@ -117,7 +117,7 @@ def fine_tune(
 def main() -> None:
     """Print both tables."""
     console = Console()
-    table = Table("100 steps with a gradient of 0", "Left of the norm")
+    table = Table("100 steps with a gradient of 0", "Remaining norm")
     for name, build in UNUSED.items():
         table.add_row(name, f"{left_without_gradient(build):.1%}")
     console.print(table)

@@ -41,14 +41,14 @@ def rows(printed):
 
 
 @pytest.mark.slow
-def test_the_time_of_a_step_is_printed_and_drawn_beside_floor_and_peers(tmp_path):
+def test_the_time_of_a_step_is_printed_and_drawn_beside_baselines_and_peers(tmp_path):
     picture = tmp_path / "step_time.png"
     printed = run("benchmarks.step_time", "--shapes", "small-cnn", "--rounds", 3, "--picture", picture)
     table = rows(printed)
     for optimizer in ("SGD(fused=True)", "LARS", "AdamW(fused=True)", "LAMB"):
-        median, _, of_floor, _, moved, share = table[optimizer]
+        median, _, ratio, _, moved, share = table[optimizer]
         assert float(median) > 0
-        assert float(of_floor) > 0
+        assert float(ratio) > 0
         assert int(moved) in (20, 28, 40)
         assert int(share.rstrip("%")) >= 0
     assert table["SGD(fused=True)"][2] == table["AdamW(fused=True)"][2] == "1.00"

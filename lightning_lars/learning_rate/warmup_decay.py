@@ -50,7 +50,7 @@ class WarmupDecayLR(LRScheduler):
         power: Exponent of ``"polynomial"``, above 0. Default: 2.
         milestones: Optimizer steps after which ``"step"`` multiplies by ``gamma``, ascending.
         gamma: Factor of ``"step"``, in (0, 1]. Default: 0.1.
-        cooldown_steps: The last optimizer steps, in which ``"wsd"`` leaves the peak, from 0 (not yet) to
+        cooldown_steps: The last optimizer steps, in which ``"wsd"`` decays, from 0 (no cooldown yet) to
             ``total_steps - warmup_steps``. Default: a fifth of ``total_steps``, if the warmup leaves so many.
         cooldown: Shape of the cooldown of ``"wsd"``. Default: ``"linear"``.
         momentum_range: Lowest and highest momentum, or first beta, of ``"one_cycle"``, in [0, 1).
@@ -214,7 +214,7 @@ class WarmupDecayLR(LRScheduler):
             theirs, ours = f"total_steps={self.total_steps}", f"{own}"
             if self.decay == "wsd":
                 theirs += f" and cooldown_steps={self.cooldown_steps}"
-                ours += f" and {own_end['cooldown_steps']}, since one of the two cooldowns has begun"
+                ours += f" and {own_end['cooldown_steps']}, because one of the two cooldowns has begun"
             warnings.warn(
                 f"The state has {theirs}, which replaces {ours}: the learning rate "
                 f"stays constant from there on. Call set_total_steps({own}) on the scheduler to extend it",
@@ -222,7 +222,7 @@ class WarmupDecayLR(LRScheduler):
             )
 
     def _is_stable(self) -> bool:
-        """Return whether no step was taken in the cooldown, nor is the coming one the second of it."""
+        """Return whether no step was taken in the cooldown, and the next one is at most its first."""
         if self.total_steps is None:
             return True
         return self.last_epoch <= self.total_steps - self._cooldown_of(self.total_steps)

@@ -44,7 +44,7 @@ def found(monkeypatch, **shapes):
     [
         ("gamma", (4, 1), "vector or scalar adapted"),
         ("logit_scale", (), "vector or scalar adapted"),
-        ("cls_token", (1, 3, 4), "called like a gain, adapted"),
+        ("cls_token", (1, 3, 4), "named like a gain, adapted"),
         ("pos_embed", (1, 3, 4), "first dimension 1, adapted"),
         ("kernel", (4, 4), "matrix excluded"),
     ],
@@ -103,10 +103,10 @@ def test_no_part_of_the_families_of_transformers_is_in_the_wrong_group():
     importlib.import_module("transformers")
     swept = sweep(group_sweep.transformers_models("", every=False))
     assert len(swept.built) > 20
-    expected = {"matrix excluded as a gain", "matrix excluded", "called like a gain, adapted"}
+    expected = {"matrix excluded as a gain", "matrix excluded", "named like a gain, adapted"}
     assert {reason for reason, _ in swept.wrong} <= expected
     for reason, kind in swept.wrong:
         if reason == "matrix excluded":
             assert "bias" in kind
-        if reason == "called like a gain, adapted":
+        if reason == "named like a gain, adapted":
             assert "table" in kind or "biases" in kind or "Experts" in kind

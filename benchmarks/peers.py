@@ -1,4 +1,4 @@
-"""What is timed beside LARS and LAMB: torch's fused optimizers, and those that others have published."""
+"""Optimizers to compare LARS and LAMB with: torch's fused optimizers, and published implementations."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,22 +14,22 @@ from lightning_lars import LAMB, LARS
 from tests.support.peers import peer
 
 Build = Callable[[list[Parameter]], torch.optim.Optimizer]
-FLOORS = ("SGD(fused=True)", "AdamW(fused=True)")
-"""What a step cannot be faster than, without layers: of LARS, and of LAMB."""
+BASELINES = ("SGD(fused=True)", "AdamW(fused=True)")
+"""Lower bounds on the time of a step: for LARS, and for LAMB."""
 
 
-class Rival(NamedTuple):
-    """An optimizer in the race."""
+class Candidate(NamedTuple):
+    """An optimizer in the comparison."""
 
-    floor: str
+    baseline: str
     bytes_moved: int
-    """For each float32 parameter, that a step has to read and write; in two passes, if it has norms."""
+    """Bytes that a step must read and write per float32 parameter; in two passes, if it needs norms."""
 
     build: Build
 
     @property
     def is_peer(self) -> bool:
-        """Whether others have published it."""
+        """Whether it is a published implementation."""
         return isinstance(self.build, partial)
 
 
@@ -39,7 +39,7 @@ _TIMM = "timm==1.0.31"
 _KOZISTR = "pytorch_optimizer==4.1.0"
 
 Peer = tuple[str, str, str, str, dict[str, Any]]
-"""What the table calls it, requirement, module, class, arguments."""
+"""Label in the table, requirement, module, class, arguments."""
 
 _LARS_PEERS: tuple[Peer, ...] = (
     ("timm Lars, foreach", _TIMM, "timm.optim.lars", "Lars", {**_LARS, "foreach": True}),
@@ -57,24 +57,26 @@ _LAMB_PEERS: tuple[Peer, ...] = (
 )
 
 
-def rivals() -> dict[str, Rival]:
-    """Return all of them, a floor before those that it is the floor of; peers that can be had."""
-    sgd, adamw = FLOORS
+def candidates() -> dict[str, Candidate]:
+    """Return all optimizers to compare, each baseline first; peers only if they can be installed."""
+    sgd, adamw = BASELINES
     return {
-        sgd: Rival(sgd, 20, lambda params: SGD(params, **_LARS, fused=True)),
-        "LARS": Rival(sgd, 28, lambda params: LARS(grouped(params), **_LARS)),
-        "LARS(nesterov=True)": Rival(sgd, 28, lambda params: LARS(grouped(params), **_LARS, nesterov=True)),
-        "LARS(fused=False)": Rival(sgd, 28, lambda params: LARS(grouped(params), **_LARS, fused=False)),
+        sgd: Candidate(sgd, 20, lambda params: SGD(params, **_LARS, fused=True)),
+        "LARS": Candidate(sgd, 28, lambda params: LARS(grouped(params), **_LARS)),
+        "LARS(nesterov=True)": Candidate(
+            sgd, 28, lambda params: LARS(grouped(params), **_LARS, nesterov=True)
+        ),
+        "LARS(fused=False)": Candidate(sgd, 28, lambda params: LARS(grouped(params), **_LARS, fused=False)),
         **_published(_LARS_PEERS, sgd, 28),
-        adamw: Rival(adamw, 28, lambda params: AdamW(params, **_LAMB, fused=True)),
-        "LAMB": Rival(adamw, 40, lambda params: LAMB(grouped(params), **_LAMB)),
-        "LAMB(fused=False)": Rival(adamw, 40, lambda params: LAMB(grouped(params), **_LAMB, fused=False)),
+        adamw: Candidate(adamw, 28, lambda params: AdamW(params, **_LAMB, fused=True)),
+        "LAMB": Candidate(adamw, 40, lambda params: LAMB(grouped(params), **_LAMB)),
+        "LAMB(fused=False)": Candidate(adamw, 40, lambda params: LAMB(grouped(params), **_LAMB, fused=False)),
         **_published(_LAMB_PEERS, adamw, 40),
     }
 
 
 def find(label: str) -> Build | None:
-    """Return how to build a published optimizer, None where it cannot be installed."""
+    """Return a function that builds a published optimizer, or None if it cannot be installed."""
     by_label = {peer[0]: peer for peer in (*_LARS_PEERS, *_LAMB_PEERS)}
     _, requirement, module, name, arguments = by_label[label]
     try:
@@ -84,6 +86,6 @@ def find(label: str) -> Build | None:
         return None
 
 
-def _published(peers: tuple[Peer, ...], floor: str, bytes_moved: int) -> dict[str, Rival]:
+def _published(peers: tuple[Peer, ...], baseline: str, bytes_moved: int) -> dict[str, Candidate]:
     builds = {label: find(label) for label, *_ in peers}
-    return {label: Rival(floor, bytes_moved, build) for label, build in builds.items() if build}
+    return {label: Candidate(baseline, bytes_moved, build) for label, build in builds.items() if build}
