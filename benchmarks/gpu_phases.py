@@ -226,7 +226,7 @@ def _waits(optimizer_class: type[LARS | LAMB], options: dict[str, Any], device: 
 
 
 def _replays_off(optimizer_class: type[LARS | LAMB], options: dict[str, Any], device: str) -> float:
-    """Return the difference between eager steps, and replays of a captured one interleaved with eager ones."""
+    """Return how much replays of a captured step, interleaved with eager steps, differ from eager steps."""
     ends = []
     for captures in (True, False):
         params = parameters(shapes_of("smallest" if device == "cpu" else "small-cnn"), device)

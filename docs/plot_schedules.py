@@ -18,7 +18,7 @@ WARMUP_STEPS, TOTAL_STEPS = 20, 100
 FIRST, SECOND, MOMENTUM = "#08519c", "#4a98c9", "#c2410c"
 LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 
-# What bends each curve, its label, and where the label begins (left, bottom).
+# Arguments of each curve, its label, and the position of the label (left, bottom).
 WARMUPS = {
     "constant": [({"start_factor": 0.1}, "start_factor\n= 0.1", (4, 0.14))],
     "linear": [({}, "start_factor\n= 0", (15.5, 0.1)), ({"start_factor": 0.25}, "0.25", (2, 0.6))],

@@ -1,9 +1,9 @@
-"""Draw the pictures of docs/trust_ratios.md: a healthy training on Fashion-MNIST, and sick ones.
+"""Draw the plots of docs/trust_ratios.md: a healthy run on Fashion-MNIST, and unhealthy ones.
 
 python docs/plot_trust_ratios.py
 
-Takes two minutes on a CPU. Prints, for each, what TrustRatioMonitor warns of, its table, and the accuracy on
-test images. They come with ``apt-get install dataset-fashion-mnist``, or from ``--data-dir``.
+Takes two minutes on a CPU. Prints, for each, the warnings and the table of TrustRatioMonitor, and the test
+accuracy. The images come from ``apt-get install dataset-fashion-mnist``, or from ``--data-dir``.
 """
 
 import argparse

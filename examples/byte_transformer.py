@@ -1,4 +1,4 @@
-"""A transformer that reads the sources of Python's standard library byte by byte."""
+"""A byte-level transformer, trained on the sources of Python's standard library."""
 
 import math
 import sysconfig
@@ -17,10 +17,10 @@ BYTES = 256
 
 
 def standard_library(limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """The bytes of all sources to train on, and of one file in ten to validate on, chosen by its name.
+    """Return the bytes of the training sources, and of one file in ten for validation, chosen by name.
 
     Args:
-        limit: How many of each to take; None for all.
+        limit: Maximum number of bytes of each; None for all.
     """
     folder = Path(sysconfig.get_paths()["stdlib"])
     parts: tuple[list[bytes], list[bytes]] = ([], [])
@@ -33,36 +33,36 @@ def standard_library(limit: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 class Block(nn.Module):
-    """Causal self-attention, then a perceptron, each behind a norm and around which the input goes."""
+    """A pre-norm transformer block: causal self-attention, then an MLP, each with a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm_of_attention = nn.LayerNorm(width)
+        self.attention_norm = nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)
         self.attended = nn.Linear(width, width)
-        self.norm_of_perceptron = nn.LayerNorm(width)
-        self.perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         count, length, width = x.shape
-        mixed = self.query_key_value(self.norm_of_attention(x)).view(count, length, 3, self.heads, -1)
+        mixed = self.query_key_value(self.attention_norm(x)).view(count, length, 3, self.heads, -1)
         query, key, value = mixed.permute(2, 0, 3, 1, 4)
         attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.attended(attended.transpose(1, 2).reshape(count, length, width))
-        return x + self.perceptron(self.norm_of_perceptron(x))
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class ByteTransformer(LargeBatchMixin, lightning.LightningModule):
-    """Predicts every byte from those before it, in stretches that begin where the batch says.
+    """Predicts every byte from those before it, in sequences whose start positions form the batch.
 
     Args:
         train: Bytes, of shape ``(count,)``.
         validation: Likewise.
-        length: Bytes of a stretch.
-        width: Numbers for each byte between the layers.
-        layers: Blocks.
-        **kwargs: Optimizer, schedule and what they leave out.
+        length: Sequence length in bytes.
+        width: Width of the hidden layers.
+        layers: Number of blocks.
+        **kwargs: Arguments of ``LargeBatchMixin``.
     """
 
     def __init__(

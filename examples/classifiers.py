@@ -1,4 +1,4 @@
-"""A classifier that says nothing of its optimizer, and one with the mixin."""
+"""A classifier without an optimizer, and one with the mixin."""
 
 import lightning
 from images import network
@@ -10,7 +10,7 @@ from lightning_lars import LargeBatchMixin
 
 
 class Classifier(lightning.LightningModule):
-    """The network with its loss and its accuracy.
+    """The network with its loss and accuracy.
 
     Args:
         image_size: Height and width of the images.
@@ -41,4 +41,4 @@ class Classifier(lightning.LightningModule):
 
 
 class MixinClassifier(LargeBatchMixin, Classifier):
-    """The same, with an optimizer and a schedule as arguments of the module."""
+    """The same classifier, with optimizer and schedule as arguments of the module."""

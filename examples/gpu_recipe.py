@@ -3,9 +3,10 @@
     python examples/gpu_recipe.py --data-dir FOLDER
     python examples/gpu_recipe.py --toy                # tiny, to see on a CPU that all of it runs
 
-Nothing is downloaded. Learning rates are those of a small batch, carried over by rule (`BatchSizeScaling`),
-with a warmup (`LearningRateWarmup`) and a cosine decay. Prints a table of each part, and leaves CSV and PNG
-in a folder. docs/gpu_recipe.md estimates how long it takes on a GPU, which has not been measured.
+Nothing is downloaded. Learning rates are those of a small batch size, transferred by rule
+(`BatchSizeScaling`), with a warmup (`LearningRateWarmup`) and cosine decay. Prints a table for each part, and
+writes CSV and PNG files to a folder. docs/gpu_recipe.md estimates how long it takes on a GPU, which has not
+been measured.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from lightning_lars import (
 
 
 class Optimizer(NamedTuple):
-    """What a training steps with: the rate of a base batch, and the rule that carries it to others."""
+    """An optimizer with its learning rate at a base batch size, and the rule that scales it to others."""
 
     build: Callable[..., torch.optim.Optimizer]
     rule: str
@@ -58,7 +59,7 @@ TEXT = {
 
 
 class Size(NamedTuple):
-    """How large the networks are, and how long they train."""
+    """The sizes of networks, batches and runs."""
 
     width: int
     epochs: int
@@ -68,7 +69,7 @@ class Size(NamedTuple):
     text_length: int
     text_batches: tuple[int, ...]
     stretches: int
-    """Of text, in a training."""
+    """Number of text sequences in a run."""
 
 
 FULL = Size(16, 15, (128, 1024, 4096, 15000), 384, 6, 256, (64, 1024), 128_000)
@@ -76,35 +77,35 @@ TOY = Size(4, 2, (64, 512), 64, 1, 32, (16, 64), 256)
 
 
 def train_images(data_dir: Path | None, size: Size, seeds: int) -> list[Row]:
-    """Train the small batch with SGD, larger ones with every optimizer, and test each."""
+    """Train with SGD at the small batch size, with every optimizer at larger ones, and test each run."""
     train, test = digits() if data_dir is None else fashion_mnist(data_dir)
     small, *large = size.image_batches
-    trainings = [(small, "Nesterov SGD"), *itertools.product(large, IMAGES)]
+    runs = [(small, "Nesterov SGD"), *itertools.product(large, IMAGES)]
     rows = []
-    for seed, (batch_size, name) in itertools.product(range(seeds), trainings):
-        announce("Images", len(rows), seeds * len(trainings), name, batch_size, seed)
+    for seed, (batch_size, name) in itertools.product(range(seeds), runs):
+        announce("Images", len(rows), seeds * len(runs), name, batch_size, seed)
         lightning.seed_everything(seed, verbose=False)
         steps = len(train) // batch_size * size.epochs
         model = ImageClassifier(resnet20(size.width), train, test, **arguments_of(IMAGES[name], steps))
-        by_number = (
+        loaders = (
             batches(TensorDataset(torch.arange(len(train))), batch_size, shuffle=True),
             batches(TensorDataset(torch.arange(len(test))), 1000, shuffle=False),
         )
         callbacks = [PreciseBatchNorm(max(1, 8192 // batch_size))]
         trainer = trainer_of(IMAGES[name], size.epochs, steps, small, batch_size, callbacks)
-        result = train_one(trainer, model, *by_number)
+        result = train_one(trainer, model, *loaders)
         rows.append({"optimizer": name, "batch": batch_size, "seed": seed, **result})
     return rows
 
 
 def train_text(size: Size, seeds: int) -> list[Row]:
-    """Train on as much text by every optimizer, in small batches and in large ones, and test each."""
+    """Train on the same amount of text with every optimizer, in small and large batches, and test each."""
     train, held_out = standard_library(limit=2**16 if size is TOY else None)
     small = size.text_batches[0]
-    trainings = list(itertools.product(size.text_batches, TEXT))
+    runs = list(itertools.product(size.text_batches, TEXT))
     rows = []
-    for seed, (batch_size, name) in itertools.product(range(seeds), trainings):
-        announce("Text", len(rows), seeds * len(trainings), name, batch_size, seed)
+    for seed, (batch_size, name) in itertools.product(range(seeds), runs):
+        announce("Text", len(rows), seeds * len(runs), name, batch_size, seed)
         lightning.seed_everything(seed, verbose=False)
         steps = size.stretches // batch_size
         model = ByteTransformer(
@@ -117,22 +118,22 @@ def train_text(size: Size, seeds: int) -> list[Row]:
         )
         starts = torch.randint(len(train) - size.text_length, (size.stretches,))
         every = torch.arange(0, len(held_out) - size.text_length, size.text_length)
-        by_number = (
+        loaders = (
             batches(TensorDataset(starts), batch_size, shuffle=True),
             batches(TensorDataset(every[:4096]), 256, shuffle=False),
         )
-        result = train_one(trainer_of(TEXT[name], 1, steps, small, batch_size, []), model, *by_number)
+        result = train_one(trainer_of(TEXT[name], 1, steps, small, batch_size, []), model, *loaders)
         rows.append({"optimizer": name, "batch": batch_size, "seed": seed, **result})
     return rows
 
 
 def announce(part: str, done: int, total: int, name: str, batch_size: int, seed: int) -> None:
-    """Say which training comes, above the progress bar of its Trainer."""
+    """Print which run comes next, above the progress bar of its Trainer."""
     rich.print(f"{part}, {done + 1} of {total}: {name}, batch {batch_size:,}, seed {seed}")
 
 
 def arguments_of(optimizer: Optimizer, steps: int) -> dict[str, Any]:
-    """What a ``LargeBatchMixin`` wants to know."""
+    """Return the arguments of ``LargeBatchMixin``."""
     return {
         "optimizer": optimizer.build,
         "lr_scheduler": partial(WarmupDecayLR, warmup_steps=0, total_steps=steps),
@@ -148,7 +149,7 @@ def trainer_of(
     batch_size: int,
     callbacks: list[lightning.Callback],
 ) -> lightning.Trainer:
-    """A Trainer that carries the rate of the base batch over to this batch size, and warms up."""
+    """Return a Trainer that scales the rate from the base batch size to this one, and warms up."""
     return lightning.Trainer(
         accelerator="auto",
         devices=1,
@@ -168,7 +169,7 @@ def trainer_of(
 def train_one(
     trainer: lightning.Trainer, model: lightning.LightningModule, train: DataLoader, test: DataLoader
 ) -> Row:
-    """Train, test, and return what came out."""
+    """Train, test, and return the results."""
     started = time.perf_counter()
     trainer.fit(model, train)
     seconds = time.perf_counter() - started
@@ -188,9 +189,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="of the Fashion-MNIST files")
+    parser.add_argument(
+        "--data-dir", type=Path, default=FASHION_MNIST, help="folder of the Fashion-MNIST files"
+    )
     parser.add_argument("--toy", action="store_true", help="tiny networks, on scikit-learn's digits")
-    parser.add_argument("--seeds", type=positive, default=1, help="how often each training is run")
+    parser.add_argument("--seeds", type=positive, default=1, help="repetitions of each run")
     parser.add_argument("--output-dir", type=Path, default=Path("gpu_recipe"), help="for CSV and PNG")
     arguments = parser.parse_args()
     be_quiet()

@@ -1,4 +1,4 @@
-"""Real images to train on, and a small network for them: what the examples share."""
+"""Data sets and a small network, shared by the examples."""
 
 import gzip
 from pathlib import Path
@@ -14,7 +14,7 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's data
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, every fifth for testing."""
+    """Return scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, every fifth for testing."""
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16 - 0.3
     labels = torch.tensor(data.target)
@@ -23,14 +23,14 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 
 
 def fashion_mnist(data_dir: Path) -> tuple[TensorDataset, TensorDataset]:
-    """The 60,000 and 10,000 images of 28 x 28 pixels."""
+    """Return the 60,000 training and 10,000 test images of 28 x 28 pixels."""
 
     def read(name: str, header: int) -> Tensor:
         path = data_dir / name
         if not path.exists():
             raise SystemExit(
                 f"{path} is missing. Install the images with\n\n    apt-get install dataset-fashion-mnist\n\n"
-                "or name the folder that holds them with --data-dir."
+                "or pass the folder that contains them as --data-dir."
             )
         with gzip.open(path) as file:
             return torch.from_numpy(numpy.frombuffer(file.read(), numpy.uint8, offset=header).copy())
@@ -43,16 +43,16 @@ def fashion_mnist(data_dir: Path) -> tuple[TensorDataset, TensorDataset]:
 
 
 def batches(data: TensorDataset, batch_size: int, shuffle: bool) -> DataLoader:
-    """A loader that indexes the tensors once a batch, instead of once an image."""
+    """Return a loader that indexes the tensors once per batch instead of once per image."""
     sampler = RandomSampler(data) if shuffle else SequentialSampler(data)
     return DataLoader(data, batch_size=None, sampler=BatchSampler(sampler, batch_size, drop_last=shuffle))
 
 
 def network(image_size: int, width: int = 16, classes: int = 10) -> nn.Sequential:
-    """Three convolutions with batch norm, and a linear head."""
+    """Return a network of three convolutions with batch norm and a linear head."""
 
     def convolution(channels_in: int, channels_out: int, stride: int) -> list[nn.Module]:
-        # Without a bias: the norm behind it has one.
+        # Without a bias, because the norm that follows has one.
         convolve = nn.Conv2d(channels_in, channels_out, 5, stride, padding=2, bias=False)
         return [convolve, nn.BatchNorm2d(channels_out), nn.ReLU()]
 

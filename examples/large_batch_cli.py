@@ -1,4 +1,4 @@
-"""The CLI whose --optimizer knows norms and biases, under every strategy.
+"""A CLI whose --optimizer excludes norms and biases from adaptation, under every strategy.
 
 python examples/large_batch_cli.py fit --config examples/large_batch_cli.yaml
 """

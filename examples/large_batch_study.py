@@ -1,13 +1,13 @@
-"""How far does what was found at batch 128 carry, at 16 and 64 times the batch and for as many epochs?
+"""How well do hyperparameters tuned at batch 128 transfer to 16 and 64 times the batch size?
 
     python examples/large_batch_study.py --seeds 5
     python examples/large_batch_study.py --seeds 5 --batch-sizes
     python examples/large_batch_study.py --models cnn mlp transformer --lr-window --variants
 
-The images are Fashion-MNIST's; --data-dir names their folder. Every optimizer is tuned at the small batch, on
-validation images, and transferred to the large ones by rule; nothing is chosen after a large batch was seen.
-Prints tables, and leaves all runs as CSV, and pictures, in a folder; a study that was interrupted goes on
-where it stopped.
+Uses Fashion-MNIST, from the folder --data-dir. Every optimizer is tuned at the small batch size, on
+validation images, and transferred to the large ones by rule, for the same number of epochs; nothing is chosen
+after seeing results of large batches. Prints tables, and writes all runs as CSV, and plots, to a folder; an
+interrupted study resumes where it stopped.
 """
 
 import argparse
@@ -32,8 +32,9 @@ from study_training import Choice, Run
 
 from lightning_lars.learning_rate.batch_scaling import ScalingRule
 
-# What every optimizer starts from, and the rates to begin with, a factor of 2 apart. Weight decay is what is
-# customary, and so is the rate of norms and biases for LARS and LAMB: one that plain SGD and Adam have.
+# Starting point of every optimizer, and the lowest rates of the grids, which grow by factors of 2. Weight
+# decay has its customary value, and so has the rate of norms and biases for LARS and LAMB: that of plain SGD
+# and Adam.
 STARTS = {
     "SGD": Choice("SGD", 0.0, weight_decay=5e-4),
     "AdamW": Choice("AdamW", 0.0, weight_decay=0.01),
@@ -42,7 +43,7 @@ STARTS = {
 }
 LOWEST_RATES = {"SGD": 0.05, "AdamW": 0.002, "LARS": 4.0, "LAMB": 0.005}
 RATES = 5
-# Then one change at a time, in order of caution: the first that is as good as the best is taken.
+# Then one change at a time, most conservative first: the first that is as good as the best is chosen.
 EXCLUDED_RATES = {
     "SGD": (0.05, None),
     "AdamW": (0.002, None),
@@ -50,11 +51,11 @@ EXCLUDED_RATES = {
     "LAMB": (0.005, 0.01, 0.02),
 }
 CLIPS = {"SGD": (1.0, None), "AdamW": (1.0, None), "LARS": (0.02, None), "LAMB": (1.0, None)}
-TOLERANCE = 0.25  # points of accuracy that one seed cannot tell apart
+TOLERANCE = 0.25  # points of accuracy that a single seed cannot resolve
 
 WINDOW = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)  # times the transferred rate
 TUNING_SEED = 0
-FIRST_SEED = 11  # of the results: the exploration before this study had seeds 1 to 3
+FIRST_SEED = 11  # for the results: the exploration before this study used seeds 1 to 3
 
 
 def choose(
@@ -115,9 +116,9 @@ def _validate(
 
 
 def middle_of_the_best(accuracy: Mapping[float, float]) -> float:
-    """Return the geometric middle of the rates around the best one that are as good, within the tolerance.
+    """Return the geometric mean of the adjacent rates that match the best one, within the tolerance.
 
-    Neither edge of what the small batch bears: a low one costs steps, and behind a high one is a cliff.
+    This avoids both edges of what the small batch tolerates: low rates make slow progress, high ones diverge.
     """
     rates = sorted(accuracy)
     low = high = rates.index(max(rates, key=accuracy.__getitem__))
@@ -136,11 +137,11 @@ def first_of_the_best(choices: list[Choice], accuracy: Mapping[Choice, float]) -
 
 
 Planned = list[tuple[str, list[Run]]]
-"""Rows of a table before they are trained: a name, and a run for every seed."""
+"""Rows of a table before training: a name, and a run for every seed."""
 
 
 def by_rule(model: str, best: Mapping[str, Choice], batch_size: int, seeds: range) -> Planned:
-    """Transfer what was chosen to the large batch."""
+    """Transfer the choices to the large batch size."""
     sgd = best["SGD"]
     return [
         _row(f"SGD at {sgd.batch_size}", model, sgd, sgd.batch_size, seeds, "none"),
@@ -151,7 +152,7 @@ def by_rule(model: str, best: Mapping[str, Choice], batch_size: int, seeds: rang
 
 
 def by_batch_size(model: str, best: Mapping[str, Choice], batch_sizes: list[int], seeds: range) -> Planned:
-    """Transfer it to several batch sizes, for as many epochs each."""
+    """Transfer the choices to several batch sizes, for the same number of epochs."""
     choices = {"Plain SGD": plain(best["SGD"]), **best}
     return [
         _row(name, model, choice, size, seeds, "none" if size == choice.batch_size else "sqrt")
@@ -161,7 +162,7 @@ def by_batch_size(model: str, best: Mapping[str, Choice], batch_sizes: list[int]
 
 
 def by_rate(model: str, best: Mapping[str, Choice], batch_size: int, seeds: range) -> Planned:
-    """Take multiples of the transferred rate."""
+    """Scan multiples of the transferred rate."""
     choices = {"Plain SGD": plain(best["SGD"]), **best}
     return [
         _row(name, model, replace(choice, lr=choice.lr * factor), batch_size, seeds)
@@ -171,7 +172,7 @@ def by_rate(model: str, best: Mapping[str, Choice], batch_size: int, seeds: rang
 
 
 def variants(model: str, best: Mapping[str, Choice], batch_size: int, seeds: range) -> Planned:
-    """Change, one at a time, what LARS and LAMB have at the large batch."""
+    """Change one setting at a time of LARS and LAMB at the large batch size."""
     rows = []
     for name in ("LARS", "LAMB"):
         choice = best[name]
@@ -188,7 +189,7 @@ def variants(model: str, best: Mapping[str, Choice], batch_size: int, seeds: ran
 
 
 def plain(sgd: Choice) -> Choice:
-    """SGD as textbooks have it: one rate for all, nothing clipped."""
+    """Return textbook SGD: a single rate for all parameters, no clipping."""
     return replace(sgd, excluded_lr=None, clip=None)
 
 
@@ -210,22 +211,26 @@ def main() -> None:
     )
     names = ["cnn", "mlp", "transformer"]
     parser.add_argument("--models", nargs="+", choices=names, default=["cnn"], help="the first has all parts")
-    parser.add_argument("--seeds", type=int, default=5, help="trainings behind every row of the result")
-    parser.add_argument("--window-seeds", type=int, default=3, help="and behind all other points")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds for every row of the result")
+    parser.add_argument("--window-seeds", type=int, default=3, help="seeds for all other points")
     parser.add_argument("--base-batch-size", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--train-images", type=int, default=20480)
     parser.add_argument("--validation-images", type=int, default=20000)
     parser.add_argument("--dataset", choices=["digits", "fashion-mnist"], default="fashion-mnist")
-    parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="of the Fashion-MNIST files")
-    parser.add_argument("--folder", type=Path, default=Path("large_batch_study"), help="for CSV and pictures")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="trainings at a time")
-    parser.add_argument("--rates", type=int, default=RATES, help="rates of every grid to try")
-    parser.add_argument("--batch-sizes", action="store_true", help="train at four batch sizes too")
-    parser.add_argument("--lr-window", action="store_true", help="scan learning rates at the large batch too")
     parser.add_argument(
-        "--variants", action="store_true", help="change one thing at a time of LARS and LAMB too"
+        "--data-dir", type=Path, default=FASHION_MNIST, help="folder of the Fashion-MNIST files"
+    )
+    parser.add_argument("--folder", type=Path, default=Path("large_batch_study"), help="for CSV and plots")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="parallel runs")
+    parser.add_argument("--rates", type=int, default=RATES, help="rates per grid")
+    parser.add_argument("--batch-sizes", action="store_true", help="also train at four batch sizes")
+    parser.add_argument(
+        "--lr-window", action="store_true", help="also scan learning rates at the large batch size"
+    )
+    parser.add_argument(
+        "--variants", action="store_true", help="also change one setting at a time of LARS and LAMB"
     )
     arguments = parser.parse_args()
 

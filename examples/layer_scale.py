@@ -1,10 +1,10 @@
-"""What a trust ratio does to gains and tokens: residual networks with them adapted, and excluded.
+"""The effect of trust ratios on gains and tokens: residual networks with gains adapted, and excluded.
 
 python examples/layer_scale.py --help
 
-Trains a residual network, or a small vision transformer, whose blocks have a layer scale that starts at 1e-6,
-over several learning rates, once with ``exclude_gain=False`` and once as it is by default. Prints the test
-accuracy of each, and how large the layer scale has become.
+Trains a residual network, or a small vision transformer, whose blocks have a layer scale initialized to 1e-6,
+over several learning rates, once with ``exclude_gain=False`` and once with the defaults. Prints the test
+accuracy of each, and the final magnitude of the layer scale.
 """
 
 import argparse
@@ -25,7 +25,7 @@ OPTIMIZERS = {"LAMB": LAMB, "LARS": LARS}
 
 
 class Scaled(nn.Module):
-    """``x + gamma * f(norm(x))``, with a gamma that begins so small that the block is as good as none."""
+    """``x + gamma * f(norm(x))``, with a gamma initialized so small that the block is nearly the identity."""
 
     def __init__(self, width: int, inner: nn.Module, start: float) -> None:
         super().__init__()
@@ -51,12 +51,12 @@ class Attention(nn.Module):
 
 
 def mlp(width: int, hidden: int) -> nn.Sequential:
-    """Two layers."""
+    """Return a two-layer MLP."""
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
 class Residual(nn.Module):
-    """A stem, residual blocks, and a head: the shape of a network that begins as its stem and head."""
+    """A stem, residual blocks, and a head; initially, the blocks are nearly the identity."""
 
     def __init__(self, size: int, start: float, width: int = 64, depth: int = 8) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Residual(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """16 patches, a class token and a position embedding."""
+    """A vision transformer with 16 patches, a class token and a position embedding."""
 
     def __init__(self, size: int, start: float, width: int = 48, depth: int = 4) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ def shuffled(images: Tensor, labels: Tensor, batch_size: int) -> Iterator[tuple[
 def train(
     arguments: argparse.Namespace, data: list[Tensor], name: str, lr: float, gains: bool, seed: int
 ) -> tuple[float, float]:
-    """Return the test accuracy in percent and the median of the layer scale's sizes."""
+    """Return the test accuracy in percent and the median magnitude of the layer scale."""
     images, labels, test_images, test_labels = data
     torch.manual_seed(seed)
     model = MODELS[arguments.model](images.shape[-1], arguments.start)
@@ -122,8 +122,8 @@ def train(
             scheduler.step()
     with torch.no_grad():
         accuracy = (model(test_images).argmax(1) == test_labels).double().mean().item()
-    sizes = [p.detach().abs().flatten() for key, p in model.named_parameters() if key.endswith("gamma")]
-    return 100 * accuracy, torch.cat(sizes).median().item()
+    magnitudes = [p.detach().abs().flatten() for key, p in model.named_parameters() if key.endswith("gamma")]
+    return 100 * accuracy, torch.cat(magnitudes).median().item()
 
 
 def main() -> None:
@@ -135,30 +135,28 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="folder of Fashion-MNIST")
     parser.add_argument("--images", type=int, default=10_000, help="images of Fashion-MNIST to train on")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, nargs="+", default=list(OPTIMIZERS))
-    parser.add_argument("--lr", type=float, nargs="+", help="learning rates in place of the usual ones")
+    parser.add_argument("--lr", type=float, nargs="+", help="learning rates instead of the default ones")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--decay", type=float, default=1e-4, help="weight decay")
-    parser.add_argument("--excluded-lr", type=float, help="learning rate of what is excluded, if not lr")
-    parser.add_argument("--start", type=float, default=1e-6, help="first value of the layer scale")
+    parser.add_argument("--excluded-lr", type=float, help="learning rate of excluded parameters, if not lr")
+    parser.add_argument("--start", type=float, default=1e-6, help="initial value of the layer scale")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     train_set, test_set = digits() if arguments.dataset == "digits" else fashion_mnist(arguments.data_dir)
     data = [each[: arguments.images] for each in (*train_set.tensors, *test_set.tensors)]
     title = f"Test accuracy in %, {arguments.model} on {arguments.dataset}, {arguments.epochs} epochs"
-    table = Table(
-        "Optimizer", "lr", "Gains adapted", "their size", "Gains excluded", "their size", title=title
-    )
+    table = Table("Optimizer", "lr", "Gains adapted", "magnitude", "Gains excluded", "magnitude", title=title)
     for name in arguments.optimizer:
         for lr in arguments.lr or RATES[name]:
             cells = []
             for excluded in (False, True):
                 runs = [train(arguments, data, name, lr, excluded, seed) for seed in range(arguments.seeds)]
-                accuracies, sizes = zip(*runs, strict=True)
+                accuracies, magnitudes = zip(*runs, strict=True)
                 cells += [
                     " ".join(f"{each:.1f}" for each in accuracies),
-                    f"{sorted(sizes)[len(sizes) // 2]:.1e}",
+                    f"{sorted(magnitudes)[len(magnitudes) // 2]:.1e}",
                 ]
             table.add_row(name, f"{lr:g}", *cells)
     rich.print(table)

@@ -1,4 +1,4 @@
-"""LARS in a training loop of your own, without Lightning.
+"""LARS in a plain PyTorch training loop, without Lightning.
 
 python examples/plain_torch.py
 """
@@ -13,7 +13,7 @@ model = nn.Sequential(nn.Linear(20, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(
 inputs = torch.randn(1024, 20)
 targets = inputs.pow(2).sum(1, keepdim=True) / 20
 
-# Norms and biases are plain SGD: a learning rate for LARS is too high for them.
+# Norms and biases are trained by plain SGD, for which LARS's learning rate is too high.
 optimizer = build_optimizer(model, LARS, lr=5.0, weight_decay=1e-4, excluded_lr_scale=0.01)
 for step in range(101):
     optimizer.zero_grad()

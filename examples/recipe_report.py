@@ -1,4 +1,4 @@
-"""Table, CSV and picture of the recipe for a GPU."""
+"""Tables, CSV files and plots of the GPU recipe."""
 
 import csv
 import statistics
@@ -12,19 +12,19 @@ from rich.table import Table
 from study_report import COLORS
 
 Row = dict[str, str | int | float]
-"""Optimizer, batch, seed, steps, seconds, and last what counts, under its name."""
+"""Optimizer, batch size, seed, steps, seconds, and last the metric, under its name."""
 
 
 def report(title: str, rows: Sequence[Row], folder: Path) -> None:
-    """Print the rows, seeds taken together, and leave them as CSV, one by one, and as PNG."""
+    """Print the rows, aggregated over seeds, and save them individually as CSV, and as a plot."""
     metric = list(rows[0])[-1]
-    trainings: dict[tuple[str, int], list[Row]] = {}
+    runs: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
-        trainings.setdefault((row["optimizer"], row["batch"]), []).append(row)
+        runs.setdefault((row["optimizer"], row["batch"]), []).append(row)
     table = Table(title=title)
     for name in ("optimizer", "batch", "steps", "seconds", metric):
         table.add_column(name, justify="left" if name == "optimizer" else "right")
-    for (optimizer, batch_size), seeds in trainings.items():
+    for (optimizer, batch_size), seeds in runs.items():
         values = [row[metric] for row in seeds]
         spread = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
         table.add_row(
@@ -41,26 +41,26 @@ def report(title: str, rows: Sequence[Row], folder: Path) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    draw(title, metric, trainings, path.with_suffix(".png"))
+    draw(title, metric, runs, path.with_suffix(".png"))
 
 
-def draw(title: str, metric: str, trainings: Mapping[tuple[str, int], Sequence[Row]], path: Path) -> None:
-    """Draw what counts over the batch size: every seed, and a line through the means of each optimizer."""
+def draw(title: str, metric: str, runs: Mapping[tuple[str, int], Sequence[Row]], path: Path) -> None:
+    """Plot the metric over the batch size: every seed, and a line through the means of each optimizer."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for index, name in enumerate(dict.fromkeys(optimizer for optimizer, _ in trainings)):
+    for index, name in enumerate(dict.fromkeys(optimizer for optimizer, _ in runs)):
         color = COLORS[name.removeprefix("Nesterov ")]
         values = {
             size: [row[metric] for row in rows]
-            for (optimizer, size), rows in trainings.items()
+            for (optimizer, size), rows in runs.items()
             if optimizer == name
         }
-        aside = 1.04**index  # so that none hides another
+        offset = 1.04**index  # so that the points do not overlap
         means = [statistics.mean(each) for each in values.values()]
-        axes.plot([aside * size for size in values], means, "_-", color=color, markersize=14, label=name)
+        axes.plot([offset * size for size in values], means, "_-", color=color, markersize=14, label=name)
         for size, each in values.items():
-            axes.plot([aside * size] * len(each), each, "o", color=color, alpha=0.6, markeredgewidth=0)
-    sizes = sorted({size for _, size in trainings})
+            axes.plot([offset * size] * len(each), each, "o", color=color, alpha=0.6, markeredgewidth=0)
+    sizes = sorted({size for _, size in runs})
     axes.set_xscale("log")
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.xaxis.set_minor_locator(NullLocator())

@@ -1,4 +1,4 @@
-"""A ResNet-20 for images of one channel, which holds all of its images on its own device."""
+"""A ResNet-20 for single-channel images, with a module that keeps all images on its device."""
 
 import lightning
 import torch
@@ -10,27 +10,30 @@ from lightning_lars import LargeBatchMixin
 
 
 class Block(nn.Module):
-    """Two convolutions, around which the input goes unchanged, or thinned out (He et al. 2015, option A)."""
+    """Two convolutions with an identity or subsampling shortcut (He et al. 2015, option A)."""
 
     def __init__(self, channels_in: int, channels: int) -> None:
         super().__init__()
         self.stride = channels // channels_in
-        # Without biases: the norms behind them have one.
+        # Without biases, because the norms that follow have one.
         self.one = nn.Conv2d(channels_in, channels, 3, self.stride, padding=1, bias=False)
-        self.norm_of_one = nn.BatchNorm2d(channels)
+        self.norm_one = nn.BatchNorm2d(channels)
         self.two = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm_of_two = nn.BatchNorm2d(channels)
+        self.norm_two = nn.BatchNorm2d(channels)
 
     def forward(self, images: Tensor) -> Tensor:
-        branch = functional.relu(self.norm_of_one(self.one(images)))
-        branch = self.norm_of_two(self.two(branch))
+        branch = functional.relu(self.norm_one(self.one(images)))
+        branch = self.norm_two(self.two(branch))
         missing = branch.shape[1] - images.shape[1]
-        around = functional.pad(images[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, missing))
-        return functional.relu(branch + around)
+        shortcut = functional.pad(images[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, missing))
+        return functional.relu(branch + shortcut)
 
 
 def resnet20(width: int = 16, blocks: int = 3) -> nn.Sequential:
-    """He et al. 2015, section 4.2: ``6 * blocks + 2`` layers, of 1, 2 and 4 times the width."""
+    """Return the ResNet of He et al. 2015, section 4.2.
+
+    It has ``6 * blocks + 2`` layers, in stages of 1, 2 and 4 times the width.
+    """
     stages = [(width, width), (width, 2 * width), (2 * width, 4 * width)]
     return nn.Sequential(
         nn.Conv2d(1, width, 3, padding=1, bias=False),
@@ -44,19 +47,18 @@ def resnet20(width: int = 16, blocks: int = 3) -> nn.Sequential:
 
 
 class ImageClassifier(LargeBatchMixin, lightning.LightningModule):
-    """A network that is trained on its images by number, each moved by up to two pixels, or mirrored.
-
+    """A classifier whose batches are image indices, with random shifts and mirroring of training images.
     Args:
         net: The network.
         train: Images of shape ``(count, 1, height, width)`` and labels.
         test: Likewise.
-        **kwargs: Optimizer, schedule and what they leave out.
+        **kwargs: Arguments of ``LargeBatchMixin``.
     """
 
     def __init__(self, net: nn.Module, train: TensorDataset, test: TensorDataset, **kwargs) -> None:
         super().__init__(**kwargs)
         self.net = net
-        # They move to the device with the network, and into no checkpoint.
+        # Buffers move to the device with the network; these are not saved in checkpoints.
         for name, data in (("train", train), ("test", test)):
             images, labels = data.tensors
             self.register_buffer(f"{name}_images", images, persistent=False)
@@ -78,7 +80,7 @@ class ImageClassifier(LargeBatchMixin, lightning.LightningModule):
 
 
 def shifted(images: Tensor, pixels: int = 2) -> Tensor:
-    """Move each image by up to so many pixels, and mirror every other one, without a loop."""
+    """Shift each image by up to ``pixels``, and mirror half of them at random, without a loop."""
     count, _, height, width = images.shape
     padded = functional.pad(images, [pixels] * 4, mode="replicate")
     down, right = torch.randint(0, 2 * pixels + 1, (2, count, 1), device=images.device)

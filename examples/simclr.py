@@ -1,11 +1,11 @@
-"""Learn features of images without labels, by SimCLR's recipe for LARS, and see what they are worth.
+"""Learn features of images without labels, with SimCLR's recipe for LARS, and evaluate them.
 
     python examples/simclr.py
     python examples/simclr.py --dataset digits --epochs 20
 
-Two random views of an image are to be told from those of all other images of the batch (Chen et al. 2020,
-arXiv:2002.05709). In the end a linear classifier, the probe, is trained with labels: on the features that
-were learned, on those of the network as it was initialized, and on the pixels.
+The network learns to match two random views of an image among those of all images in the batch (Chen et al.
+2020, arXiv:2002.05709). Then a linear classifier, the probe, is trained with labels: on the learned features,
+on those of the untrained network, and on the pixels.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from lightning_lars import LargeBatchMixin, PreciseBatchNorm, TrustRatioMonitor,
 
 
 class SimCLR(LargeBatchMixin, lightning.LightningModule):
-    """An encoder and a projection of its features, trained to find the other view of an image.
+    """An encoder and a projection head, trained to find the other view of an image.
 
     Args:
         image_size: Height and width of the images.
-        temperature: What similarities are divided by.
-        **kwargs: Optimizer, schedule and what they leave out.
+        temperature: Temperature of the contrastive loss.
+        **kwargs: Arguments of ``LargeBatchMixin``.
     """
 
     def __init__(self, image_size: int = 28, temperature: float = 0.5, **kwargs) -> None:
@@ -74,7 +74,7 @@ def convolution(channels_in: int, channels_out: int, stride: int) -> list[nn.Mod
 
 
 def random_view(images: Tensor) -> Tensor:
-    """Crop between 30 % and all of each image, mirror every other one, change contrast and light."""
+    """Crop 30 to 100 % of each image, mirror half of them at random, and change contrast and brightness."""
     count = len(images)
     scale = torch.empty(count, device=images.device).uniform_(0.3, 1.0).sqrt()
     shift = (2 * torch.rand(count, 2, device=images.device) - 1) * (1 - scale)[:, None]
@@ -83,16 +83,16 @@ def random_view(images: Tensor) -> Tensor:
     rows = [torch.stack([scale * mirror, zero, shift[:, 0]], 1), torch.stack([zero, scale, shift[:, 1]], 1)]
     grid = functional.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
     views = functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    contrast, light = torch.empty(2, count, 1, 1, 1, device=images.device).uniform_(-0.4, 0.4)
-    return views * (1 + contrast) + 0.5 * light
+    contrast, brightness = torch.empty(2, count, 1, 1, 1, device=images.device).uniform_(-0.4, 0.4)
+    return views * (1 + contrast) + 0.5 * brightness
 
 
 def contrastive_loss(projected: Tensor, temperature: float) -> Tensor:
-    """Return the cross-entropy of finding, among all other views, the other one of the same image (NT-Xent).
+    """Return the NT-Xent loss: the cross-entropy of finding the other view of the same image.
 
     Args:
         projected: First views of all images, then their second views, of shape ``(2 * batch, size)``.
-        temperature: What cosine similarities are divided by, above 0.
+        temperature: Divisor of the cosine similarities, above 0.
     """
     directions = functional.normalize(projected, dim=1)
     similarity = directions @ directions.T / temperature
@@ -104,7 +104,7 @@ def contrastive_loss(projected: Tensor, temperature: float) -> Tensor:
 
 @torch.no_grad()
 def features(model: SimCLR, data: TensorDataset) -> Tensor:
-    """The features of all images, with the running statistics of the norms."""
+    """Return the features of all images, computed with the running statistics of the norms."""
     model.eval()
     found = torch.cat([model(images) for images, _ in batches(data, 1000, shuffle=False)])
     model.train()
@@ -112,7 +112,7 @@ def features(model: SimCLR, data: TensorDataset) -> Tensor:
 
 
 def probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
-    """Accuracy of a linear classifier on test images, in percent."""
+    """Return the test accuracy of a linear classifier, in percent."""
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
     classifier.fit(train, train_labels)
     return 100 * float(classifier.score(test, test_labels))
@@ -123,12 +123,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dataset", choices=["digits", "fashion-mnist"], default="fashion-mnist")
-    parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="of the Fashion-MNIST files")
+    parser.add_argument(
+        "--data-dir", type=Path, default=FASHION_MNIST, help="folder of the Fashion-MNIST files"
+    )
     parser.add_argument("--epochs", type=int, default=30, help="the first 10 warm up")
     parser.add_argument("--batch-size", type=int, help="default: 512, or 128 for digits")
     parser.add_argument("--train-images", type=int, default=20480, help="to learn the features from")
     parser.add_argument(
-        "--labels", type=int, nargs="+", default=[100, 1000, 10000], help="how many the probe is trained with"
+        "--labels", type=int, nargs="+", default=[100, 1000, 10000], help="numbers of labels for the probe"
     )
     parser.add_argument(
         "--base-lr", type=float, default=1.0, help="at batch 256; SimCLR's is 1.0 for CIFAR-10"
@@ -146,7 +148,7 @@ def main() -> None:
     model = SimCLR(train[0][0].shape[-1], **recipe)
 
     def accuracies(of: SimCLR | None) -> list[float]:
-        """Return those of the features, or of the pixels, by the number of labels."""
+        """Return the accuracies on features, or on pixels, for each number of labels."""
         known, new = (
             each.tensors[0].flatten(1) if of is None else features(of, each) for each in (train, test)
         )
@@ -162,7 +164,7 @@ def main() -> None:
         enable_checkpointing=False,
         enable_model_summary=False,
         log_every_n_steps=10,
-        # The statistics for the probe: of whole images, and of the weights as they are in the end.
+        # Statistics for the probe: of uncropped images, and at the final weights.
         callbacks=[PreciseBatchNorm(16), TrustRatioMonitor(table=True)],
     )
     trainer.fit(model, batches(unlabeled, batch_size, shuffle=True))

@@ -1,4 +1,4 @@
-"""Lightning's own CLI: the mixin, or callbacks around a module that knows nothing of them.
+"""Lightning's own CLI, with the mixin, or with callbacks around an unchanged module.
 
 python examples/stock_cli.py fit --config examples/mixin.yaml
 python examples/stock_cli.py fit --config examples/callbacks.yaml

@@ -1,4 +1,4 @@
-"""Tables and pictures of the large-batch study."""
+"""Tables and plots of the large-batch study."""
 
 import dataclasses
 import statistics
@@ -23,7 +23,7 @@ COLORS = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row of the result: runs that differ in their seed alone."""
+    """A row of the results: runs that differ only in their seed."""
 
     name: str
     runs: Sequence[Run]
@@ -31,7 +31,7 @@ class Row:
 
     @property
     def accuracies(self) -> list[float]:
-        """Accuracy on the test images, in percent, seed by seed."""
+        """Test accuracy in percent, for each seed."""
         return [outcome.test for outcome in self.outcomes]
 
     @property
@@ -41,7 +41,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """The rates around a best one at which accuracy does not fall below a bound; open where the grid ends."""
+    """The range of rates around the best one with accuracy above a bound; open where the grid ends."""
 
     low: float
     high: float
@@ -53,9 +53,9 @@ class Window:
 
 
 def window(accuracy: Mapping[float, float], bound: float) -> Window | None:
-    """Return the rates around the best one, without a gap, at which accuracy is at least the bound.
+    """Return the contiguous range of rates around the best one with an accuracy of at least the bound.
 
-    Between two rates, accuracy is taken to be linear in the logarithm of the rate. None where no rate reaches
+    Between two rates, accuracy is interpolated linearly in the logarithm of the rate. None if no rate reaches
     the bound.
     """
     rates = sorted(accuracy)
@@ -148,7 +148,7 @@ def _by_rate(rows: Sequence[Row]) -> dict[str, dict[float, float]]:
 
 
 def plot_sizes(rows: Sequence[Row], path: Path, epochs: int) -> None:
-    """Draw accuracy over the batch size: every seed, and a line through the means."""
+    """Plot accuracy over the batch size: every seed, and a line through the means."""
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     top = max(row.mean for row in rows)
     axes.set_ylim(top - 12, top + 1)
@@ -170,7 +170,7 @@ def plot_sizes(rows: Sequence[Row], path: Path, epochs: int) -> None:
 
 
 def plot_windows(rows: Sequence[Row], path: Path) -> None:
-    """Draw accuracy over the learning rate, as a multiple of each optimizer's best."""
+    """Plot accuracy over the learning rate, relative to each optimizer's best."""
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     means = _by_rate(rows)
     for name, accuracy in means.items():

@@ -1,4 +1,4 @@
-"""Trains the runs of the large-batch study in several processes, and keeps what comes out in a CSV file."""
+"""Trains the runs of the large-batch study in parallel processes, and stores the outcomes in a CSV file."""
 
 import csv
 import dataclasses
@@ -15,7 +15,7 @@ from study_training import Data, Outcome, Run, be_quiet, load, train
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What all runs of a study share."""
+    """Settings shared by all runs of a study."""
 
     epochs: int
     data_dir: Path | None
@@ -24,14 +24,14 @@ class Settings:
 
 
 class Trainings:
-    """Trains runs, in order of nothing, unless the CSV file already holds them.
+    """Trains runs, in no particular order, unless the CSV file already contains them.
 
-    So a study that was interrupted goes on where it stopped, and the parts of a study share what they can.
+    An interrupted study resumes where it stopped, and the parts of a study share their runs.
 
     Args:
-        settings: What all runs share; stands in every line of the file.
+        settings: Settings shared by all runs, written to every line of the file.
         path: The CSV file.
-        processes: How many to train in at a time, each with one thread.
+        processes: Number of parallel processes, each with one thread.
     """
 
     def __init__(self, settings: Settings, path: Path, processes: int) -> None:
@@ -49,12 +49,12 @@ class Trainings:
 
     @property
     def cpu_seconds(self) -> float:
-        """Of the runs that were asked for, those that the file held too; data and imports not counted."""
+        """Total of the requested runs, including those from the file, without data loading and imports."""
         return sum(self._known[key].cpu_seconds for key in self._asked)
 
     @property
     def number(self) -> int:
-        """How many runs were asked for."""
+        """Number of requested runs."""
         return len(self._asked)
 
     def __call__(self, runs: Iterable[Run], description: str) -> dict[Run, Outcome]:
@@ -84,7 +84,7 @@ class Trainings:
             yield from ((run, _train(run)) for run in runs)
             return
         if self._pool is None and runs:
-            # Spawned, as the threads of torch do not survive a fork.
+            # Spawned, because torch's threads do not survive a fork.
             self._pool = ProcessPoolExecutor(
                 self._processes, get_context("spawn"), initializer=_start, initargs=(self._settings,)
             )
@@ -126,7 +126,7 @@ class Trainings:
 
 
 def in_words(run: Run) -> str:
-    """Name a run in the progress bar."""
+    """Return a short description of a run for the progress bar."""
     return f"{run.model}, {run.choice.optimizer} {run.choice.lr:.3g} at {run.batch_size}"
 
 
@@ -135,7 +135,7 @@ def _outcome(line: dict[str, str]) -> Outcome:
     return Outcome(**{**found, "steps": int(line["steps"])})
 
 
-_shared: tuple[Settings, Data] | None = None  # of a process
+_shared: tuple[Settings, Data] | None = None  # per process
 
 
 def _start(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""One training of the large-batch study: what is trained on, what, and how it ends."""
+"""One run of the large-batch study: data, networks, training and outcome."""
 
 import dataclasses
 import logging
@@ -32,12 +32,12 @@ OPTIMIZERS = {
     "LAMB": LAMB,
 }
 DECAYS = {"linear": {"decay": "polynomial", "power": 1.0}, "cosine": {"decay": "cosine"}}
-PRECISE_SAMPLES = 8192  # that PreciseBatchNorm sees, at any batch size
+PRECISE_SAMPLES = 8192  # samples for PreciseBatchNorm, at any batch size
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Images to train on, to choose by, and to report on."""
+    """Images for training, validation and test."""
 
     train: TensorDataset
     validation: TensorDataset
@@ -46,10 +46,10 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """An optimizer with all that is chosen about it, and the batch size that it was chosen at.
+    """An optimizer with its tuned hyperparameters, and the batch size at which they were tuned.
 
-    ``excluded_lr`` is the rate of norms and biases, where it is not that of the rest. ``clip`` is the
-    ``trust_clip`` of LARS, and the norm that gradients are clipped at for the others.
+    ``excluded_lr`` is the rate of norms and biases, if different from that of the rest. ``clip`` is the
+    ``trust_clip`` of LARS, and the norm that gradients are clipped to for the others.
     """
 
     optimizer: str
@@ -63,10 +63,10 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A training: a choice, and what it is transferred to.
+    """A run: a choice, and the batch size that it is transferred to.
 
-    ``rule`` scales the learning rate from the batch size of the choice to that of the run. Weight decay goes
-    with it, so that ``lr * weight_decay * steps`` stays what it was (Wang & Aitchison 2024), unless
+    ``rule`` scales the learning rate from the batch size of the choice to that of the run. Weight decay is
+    scaled accordingly, so that ``lr * weight_decay * steps`` stays constant (Wang & Aitchison 2024), unless
     ``scales_weight_decay`` is False.
     """
 
@@ -80,7 +80,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a run ended with: accuracies in percent, and the highest learning rate that a step used."""
+    """The outcome of a run: accuracies in percent, and the highest learning rate that a step used."""
 
     steps: int
     peak_lr: float
@@ -92,19 +92,19 @@ class Outcome:
 
 
 def load(data_dir: Path | None, train_images: int, validation_images: int) -> Data:
-    """Fashion-MNIST of a folder, or the digits without one; images to validate on are taken from training."""
+    """Load Fashion-MNIST, or the digits without a folder, and split off validation images."""
     train, test = digits() if data_dir is None else fashion_mnist(data_dir)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     split = {"train": order[:train_images], "validation": order[len(order) - validation_images :]}
     if train_images + validation_images > len(train):
         raise SystemExit(
-            f"{train_images:,} images to train on and {validation_images:,} are more than {len(train):,}"
+            f"{train_images:,} training and {validation_images:,} validation images exceed {len(train):,}"
         )
     return Data(test=test, **{name: TensorDataset(*train[rows]) for name, rows in split.items()})
 
 
 def network(name: str, image_size: int) -> nn.Module:
-    """The CNN with batch norm, the MLP without any norm, or the transformer with layer norms."""
+    """Return the CNN with batch norm, the MLP without norms, or the transformer with layer norms."""
     if name == "cnn":
         return ResidualNet(stride=4 if image_size == 28 else 1)
     if name == "transformer":
@@ -114,7 +114,7 @@ def network(name: str, image_size: int) -> nn.Module:
         layers += [nn.Linear(size, 128), nn.ReLU()]
     net = nn.Sequential(*layers, nn.Linear(128, 10))
     for layer in net:
-        if isinstance(layer, nn.Linear):  # as signals keep their size through ReLUs (He et al. 2015)
+        if isinstance(layer, nn.Linear):  # keeps the scale of signals through ReLUs (He et al. 2015)
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
     return net
@@ -129,7 +129,7 @@ class ResidualNet(nn.Module):
             *(nn.Conv2d(1, 8, 5, stride, padding=2, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
             *(nn.Conv2d(8, 16, 3, 2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
         )
-        # Without biases: the norms behind them have one.
+        # Without biases, because the norms that follow have one.
         self.residual = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
         self.head = nn.Linear(16 * 4 * 4, 10)
 
@@ -156,7 +156,7 @@ class PatchTransformer(nn.Module):
 
 
 class Classifier(LargeBatchMixin, lightning.LightningModule):
-    """A network with its loss and accuracy, which logs nothing while it trains but the loss of the epoch."""
+    """A network with its loss and accuracy, which logs nothing during training."""
 
     def __init__(self, net: nn.Module, **kwargs) -> None:
         super().__init__(**kwargs)
@@ -181,7 +181,7 @@ class Classifier(LargeBatchMixin, lightning.LightningModule):
 
 
 class Watch(lightning.Callback):
-    """Keeps the highest learning rate that a step used, and the mean loss of the last tenth of the steps."""
+    """Records the highest learning rate of any step, and the mean loss of the last tenth of the steps."""
 
     def __init__(self) -> None:
         self.peak_lr = 0.0
@@ -193,7 +193,7 @@ class Watch(lightning.Callback):
         return torch.stack(last).mean().item()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        # Registered behind the hook of BatchSizeScaling, so this sees what that made of the rate.
+        # Registered after the hook of BatchSizeScaling, so this sees the scaled rate.
         trainer.optimizers[0].register_step_pre_hook(self._before_step)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -204,7 +204,7 @@ class Watch(lightning.Callback):
 
 
 def be_quiet() -> None:
-    """Keep Lightning from saying the same of every training."""
+    """Silence Lightning's messages that repeat for every run."""
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "The '.*' does not have many workers")
@@ -218,7 +218,7 @@ def train(run: Run, epochs: int, data: Data) -> Outcome:
     lightning.seed_everything(run.seed, verbose=False)
     choice = run.choice
     net = network(run.model, data.train[0][0].shape[-1])
-    # A pass leaves over what does not fill a batch; more passes make up for it.
+    # A pass drops the last incomplete batch; additional passes make up for it.
     steps_of_pass = len(data.train) // run.batch_size
     passes = round(epochs * len(data.train) / run.batch_size / steps_of_pass)
     steps = passes * steps_of_pass
