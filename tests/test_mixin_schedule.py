@@ -81,9 +81,7 @@ def test_a_training_without_end_needs_a_length(tmp_path):
         def train_dataloader(self):
             return DataLoader(Endless(), batch_size=4)
 
-    with pytest.raises(
-        MisconfigurationException, match="WarmupDecayLR needs total_steps where the training has"
-    ):
+    with pytest.raises(MisconfigurationException, match="WarmupDecayLR needs total_steps where the run has"):
         trainer(tmp_path).fit(EndlessModule(lr_scheduler=SCHEDULE))
 
 

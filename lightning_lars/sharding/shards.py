@@ -47,8 +47,8 @@ def find_shards(named_params: Iterable[tuple[str, Tensor]]) -> dict[Tensor, Shar
             shards[p] = _shard_of_dtensor(name, p)
         elif getattr(p, "_is_flat_param", False):
             raise RuntimeError(
-                f"parameter {name!r} holds all layers of an FSDP unit in one flat tensor, from which their "
-                "norms cannot be computed: wrap with FullyShardedDataParallel(..., use_orig_params=True)"
+                f"parameter {name!r} holds all layers of an FSDP unit in one tensor, from which their norms "
+                "cannot be computed: wrap with FullyShardedDataParallel(..., use_orig_params=True)"
             )
         elif getattr(p, "_fsdp_flattened", False):
             flattened.append((name, p))

@@ -379,7 +379,7 @@ FAILURES = {
     "no rate of its own": (
         lambda optimizer: WithLists(optimizer, base_values=[0.5]),
         {"excluded_lr": 0.01},
-        "can give what is excluded a learning rate of its own under torch's schedulers, got a WithLists",
+        "can give excluded parameters a separate learning rate only under torch's schedulers, got a WithLists",
     ),
     "an end above the rate": (
         lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 8, eta_min=0.1),

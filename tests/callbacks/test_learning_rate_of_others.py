@@ -127,7 +127,7 @@ def test_adafactor_is_refused_before_training_unless_it_has_a_rate(
             pass
 
     module = Own()
-    said = f"need a number or a tensor as the lr of every parameter group, got None from {name}: give it one"
+    said = f"need a number or a tensor as the lr of every parameter group, got None from {name}: set one"
     with pytest.raises(MisconfigurationException, match=re.escape(said)):
         train(tmp_path, module)
     assert module.position() == (1.0, 1.0)

@@ -669,8 +669,8 @@ def test_plot_without_records_says_what_is_known_of_why():
     ) as raised:
         TrustRatioMonitor().plot()
     # Their processes have ended, and this one cannot know that they were there.
-    assert "in processes of its own (strategy='ddp_notebook', " in str(raised.value)
-    assert "TrustRatioMonitor(picture=...) draws into a file" in str(raised.value)
+    assert "in separate processes (strategy='ddp_notebook', " in str(raised.value)
+    assert "TrustRatioMonitor(picture=...) saves a plot to a file" in str(raised.value)
 
 
 def test_an_optimizer_of_someone_else_is_drawn_without_a_learning_rate(tmp_path):

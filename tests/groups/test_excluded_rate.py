@@ -264,7 +264,7 @@ class OneMinimumForAll(lr_scheduler.LRScheduler):
 
 
 BY_CALLBACK = (
-    "ExcludeNormAndBias can give what is excluded a learning rate of its own under torch's schedulers"
+    "ExcludeNormAndBias can give excluded parameters a separate learning rate only under torch's schedulers"
 )
 
 
