@@ -98,7 +98,7 @@ def test_a_phase_of_the_session_on_a_gpu_costs_no_other(tmp_path, monkeypatch):
     ]
 
 
-def test_the_table_of_the_docs_is_what_the_results_say():
+def test_the_table_of_the_docs_matches_the_results():
     page = (ROOT / "docs/performance.md").read_text()
     commit = re.search(r"NVIDIA H100 .*, at commit (\w+);", page)[1]
     (results,) = (ROOT / "benchmarks/results").glob(f"*-h100-{commit}.jsonl")

@@ -65,7 +65,7 @@ def metrics(tmp_path):
 
 
 @pytest.mark.parametrize(("script", "config"), DOORS, ids=[config for _, config in DOORS])
-def test_each_door_trains_from_its_yaml(tmp_path, monkeypatch, run_script, script, config):
+def test_each_entry_point_trains_from_its_yaml(tmp_path, monkeypatch, run_script, script, config):
     monkeypatch.chdir(tmp_path)
     csv_log = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=."]
     less = ["--trainer.max_epochs=6", "--trainer.enable_progress_bar=false"]
@@ -84,7 +84,7 @@ def test_each_door_trains_from_its_yaml(tmp_path, monkeypatch, run_script, scrip
 
 
 @pytest.mark.slow
-def test_a_door_trains_in_a_process_of_its_own(tmp_path):
+def test_a_door_trains_in_a_process_separate(tmp_path):
     command = [
         sys.executable,
         str(EXAMPLES / "stock_cli.py"),
@@ -309,7 +309,7 @@ class Inherits(Configured):
         ),
     ],
 )
-def test_an_optimizer_beside_that_of_the_model_is_pointed_out(cli_class, model, said):
+def test_an_optimizer_that_overrides_the_model_raises_a_warning(cli_class, model, said):
     """In the words of the stock CLI, which does so too."""
     arguments = ["--optimizer=lightning_lars.LAMB", *QUIET]
     stock = f"`{model.__name__}.configure_optimizers` will be overridden by `{cli_class.__name__}"

@@ -67,9 +67,7 @@ def weights_after_training(module, tmp_path, callbacks):
     ("optimizer_class", "warms_up"),
     [slow_unless(warms_up == (each is LARS), each, warms_up) for each in (LARS, LAMB) for warms_up in (0, 1)],
 )
-def test_a_compiled_training_has_no_graph_breaks_and_ends_where_the_eager_one_does(
-    optimizer_class, warms_up, tmp_path
-):
+def test_compiled_training_has_no_graph_breaks_and_matches_eager(optimizer_class, warms_up, tmp_path):
     def callbacks():
         return [LearningRateWarmup(warmup_steps=4)] if warms_up else []
 

@@ -38,7 +38,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 @pytest.mark.slow
-def test_the_picture_of_the_schedules_is_drawn_by_its_script(tmp_path):
+def test_the_plot_of_the_schedules_is_drawn_by_its_script(tmp_path):
     script = shutil.copy(ROOT / "docs/plot_schedules.py", tmp_path)
     subprocess.run([sys.executable, script], check=True, capture_output=True)
     drawn, shown = (folder.joinpath("schedules.png").read_bytes() for folder in (tmp_path, ROOT / "docs"))
@@ -46,7 +46,7 @@ def test_the_picture_of_the_schedules_is_drawn_by_its_script(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_pictures_of_trust_ratios_are_drawn_by_their_script(tmp_path):
+def test_the_plots_of_trust_ratios_are_drawn_by_their_script(tmp_path):
     cases = ["healthy", "learning_rate_of_sgd", "learning_rate_too_large"]
     script = [sys.executable, ROOT / "docs/plot_trust_ratios.py", "--dataset", "digits", "--epochs", "2"]
     finished = subprocess.run(

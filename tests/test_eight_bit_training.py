@@ -79,7 +79,7 @@ def assert_close(actual, expected):
 @distributed
 @strategies
 @names
-def test_the_parameters_are_those_of_one_device_after_every_step(strategy, name):
+def test_parameters_match_one_device_after_every_step(strategy, name):
     for process in seen(strategy, name):
         for actual, expected in zip(process["values"], alone(name), strict=True):
             assert_close(actual, expected)
@@ -88,7 +88,7 @@ def test_the_parameters_are_those_of_one_device_after_every_step(strategy, name)
 @distributed
 @strategies
 @names
-def test_a_sharded_checkpoint_goes_on(strategy, name):
+def test_a_sharded_checkpoint_resumes(strategy, name):
     for process in seen(strategy, name):
         assert_close(process["resumed"], process["values"][-1])
 
@@ -96,7 +96,7 @@ def test_a_sharded_checkpoint_goes_on(strategy, name):
 @distributed
 @strategies
 @names
-def test_a_full_checkpoint_goes_on_on_one_device(strategy, name):
+def test_full_checkpoint_resumes_on_one_device(strategy, name):
     net = network()
     net.load_state_dict(seen(strategy, name)[0]["values"][RESUMED - 1])
     optimizer = build(name, net)
@@ -118,7 +118,7 @@ def test_a_full_checkpoint_holds_nothing_that_is_still_on_its_way(name):
 
 @distributed
 @pytest.mark.parametrize("run", [run for run in GOES_ON if run[2] in GOES_ON[run]], ids=str)
-def test_trainers_of_two_processes_resume_exactly(in_trainers, run):
+def test_trainers_on_two_ranks_resume_exactly(in_trainers, run):
     for (straight, in_eight_bits), resumed in in_trainers(*run):
         again, again_in_eight_bits = resumed[8]
         assert in_eight_bits == again_in_eight_bits == ["net.0.weight", "net.2.weight"]
@@ -129,7 +129,7 @@ def test_trainers_of_two_processes_resume_exactly(in_trainers, run):
 
 @distributed
 @pytest.mark.parametrize("run", [run for run in GOES_ON if 32 in (run[2], *GOES_ON[run])], ids=str)
-def test_trainers_of_two_processes_go_on_in_the_other_kind(in_trainers, run):
+def test_trainers_on_two_ranks_continue_in_the_other_kind(in_trainers, run):
     other = 40 - run[2]
     seen = in_trainers(*run)
     _, of_the_first = seen[0]
@@ -144,7 +144,7 @@ def test_trainers_of_two_processes_go_on_in_the_other_kind(in_trainers, run):
 @distributed
 @strategies
 @names
-def test_layers_that_all_processes_share_evenly_are_in_eight_bits(strategy, name):
+def test_layers_sharded_evenly_across_all_ranks_have_8_bit_state(strategy, name):
     for process in seen(strategy, name):
         assert process["in eight bits"] == ["0.weight", "2.weight"]
 

@@ -208,7 +208,7 @@ def test_images_are_moved_by_two_pixels_at_most_and_mirrored(monkeypatch):
     assert len(seen) == 50
 
 
-def test_the_contrastive_loss_is_that_of_the_paper(monkeypatch):
+def test_the_contrastive_loss_matches_the_paper(monkeypatch):
     """Chen et al. 2020, equation 1, pair by pair."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     loss = importlib.import_module("simclr").contrastive_loss

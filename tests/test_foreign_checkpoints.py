@@ -91,7 +91,7 @@ ADAPTS_ALL, DECAYS_ALL = {"minerva"}, {"open_lars"}
 
 @pytest.mark.parametrize("row", LARS_ROWS)
 @pytest.mark.parametrize("named", [True, False])
-def test_lars_goes_on_from_another(row, named):
+def test_lars_continues_from_another(row, named):
     (requirement, module, name), theirs, ours = LARS_ROWS[row]
     build = getattr(peer(requirement, module), name)
     params, own = layers(), layers()
@@ -106,7 +106,7 @@ def test_lars_goes_on_from_another(row, named):
     )
 
 
-def test_lars_goes_on_from_the_moments_of_barlow_twins_under_their_names():
+def test_lars_continues_from_the_moments_of_barlow_twins_under_their_names():
     """Which are `mu` and `eta`: with what else the paper's code keeps, as it stands in no package."""
     params, own = layers(), layers()
     ours = LARS(groups(own, **EXCLUDED), denominator="decayed_gradient", eps=0.0)
@@ -143,7 +143,7 @@ LAMB_ROWS = {
 
 
 @pytest.mark.parametrize("row", LAMB_ROWS)
-def test_lamb_goes_on_from_another(row):
+def test_lamb_continues_from_another(row):
     (requirement, module, name), theirs, ours = LAMB_ROWS[row]
     build = getattr(peer(requirement, module), name)
     params, own = layers(), layers()
@@ -194,7 +194,7 @@ AS_BITSANDBYTES = {"denominator": "momentum", "trust_coefficient": 0.02, "trust_
 
 @pytest.mark.xdist_group("bitsandbytes")
 @pytest.mark.parametrize("name", ["LARS", "PytorchLARS"])
-def test_lars_goes_on_from_bitsandbytes(name, bitsandbytes):
+def test_lars_continues_from_bitsandbytes(name, bitsandbytes):
     weights, saved, expected = bitsandbytes[name]
     params = [Parameter(w) for w in weights]
     lars = LARS(params, eps=0.0, **AS_BITSANDBYTES)
@@ -204,7 +204,7 @@ def test_lars_goes_on_from_bitsandbytes(name, bitsandbytes):
 
 
 @pytest.mark.xdist_group("bitsandbytes")
-def test_lamb_goes_on_from_bitsandbytes(bitsandbytes):
+def test_lamb_continues_from_bitsandbytes(bitsandbytes):
     weights, saved, expected = bitsandbytes["LAMB"]
     lamb = LAMB([Parameter(w) for w in weights], bias_correction=False, trust_clip=1.0)
     lamb.load_state_dict(saved)
@@ -219,7 +219,7 @@ def test_lamb_goes_on_from_bitsandbytes(bitsandbytes):
 @pytest.mark.parametrize(
     ("name", "optimizer_class", "eight_bit_class"), [("LARS", LARS, LARS8bit), ("LAMB", LAMB, LAMB8bit)]
 )
-def test_8_bit_state_of_bitsandbytes_is_that_of_32_bits_within_its_rounding(
+def test_8_bit_state_of_bitsandbytes_matches_32_bits_within_quantization_error(
     name, optimizer_class, eight_bit_class, bitsandbytes
 ):
     weights, saved, _ = bitsandbytes[f"{name}8bit"]
@@ -304,7 +304,7 @@ def test_a_state_of_bitsandbytes_that_may_be_squares_is_refused(bitsandbytes):
         ),
     ],
 )
-def test_what_is_no_lars_or_lamb_is_refused_by_what_it_lacks(saved_by, loaded_by, match):
+def test_other_optimizers_are_refused_by_the_missing_key(saved_by, loaded_by, match):
     params = layers()
     options = {"momentum": 0.9} if saved_by is torch.optim.RMSprop and loaded_by is LARS else {}
     theirs = saved_by(list(params.values()), lr=0.1, **options)

@@ -82,7 +82,7 @@ def test_all_is_chosen_at_the_small_batch_before_another_is_seen(runs):
     assert {run["seed"] for run in runs} == {"0", "11"}
 
 
-def test_what_was_chosen_is_carried_over_by_rule(runs):
+def test_choices_are_transferred_by_rule(runs):
     """The peak is what the steps used, not what the script asked for."""
     carried = of_seed(runs, 11, batch_size=LARGE, rule="sqrt", scales_weight_decay=True)
     assert {run["base_optimizer"] for run in carried} == set(NAMES)
@@ -115,19 +115,19 @@ def test_lr_times_weight_decay_times_steps_is_the_same_at_every_batch_size(runs)
         assert list(shrunk.values()) == pytest.approx([next(iter(shrunk.values()))] * 4)
 
 
-def test_all_see_as_many_images(runs):
+def test_all_see_the_same_number_of_images(runs):
     for run in runs:
         per_pass = IMAGES // int(run["batch_size"])
         assert int(run["steps"]) % per_pass == 0
         assert int(run["steps"]) * int(run["batch_size"]) == pytest.approx(EPOCHS * IMAGES, rel=0.15)
 
 
-def test_pictures(runs, folder):
+def test_plots(runs, folder):
     for name in ("batch_sizes", "lr_window"):
         assert (folder / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n", name
 
 
-def test_a_study_goes_on_where_it_stopped(module, runs, folder):
+def test_a_study_resumes_where_it_stopped(module, runs, folder):
     path = folder / "runs.csv"
     before = path.read_text()
     lines = before.splitlines(keepends=True)
@@ -147,7 +147,7 @@ def test_a_window_ends_where_accuracy_crosses_the_bound(module):
     assert report.window(accuracy, 91.0) is None
 
 
-def test_the_networks_are_what_the_page_says(module):
+def test_the_networks_match_the_page(module):
     network = module("study_training").network
     for name, parameters in (("cnn", 6306), ("mlp", 151_306), ("transformer", 19_594)):
         net = network(name, 28)
@@ -155,7 +155,7 @@ def test_the_networks_are_what_the_page_says(module):
         assert net(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 
-def test_the_middle_of_the_rates_that_are_as_good_as_the_best(module):
+def test_the_middle_of_the_rates_that_match_the_best_is_chosen(module):
     middle = module("large_batch_study").middle_of_the_best
     assert middle({1.0: 80.0, 2.0: 88.0, 4.0: 88.1, 8.0: 87.0}) == pytest.approx(8**0.5)
     # A gap ends them.
@@ -163,7 +163,7 @@ def test_the_middle_of_the_rates_that_are_as_good_as_the_best(module):
     assert middle({1.0: 88.0}) == 1.0
 
 
-def test_the_first_choice_that_is_as_good_as_the_best(module):
+def test_the_first_choice_that_matches_the_best_is_chosen(module):
     first = module("large_batch_study").first_of_the_best
     choice = module("study_training").Choice
     clipped, free = choice("SGD", 0.1, 5e-4, clip=1.0), choice("SGD", 0.1, 5e-4)

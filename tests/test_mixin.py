@@ -176,7 +176,7 @@ def test_the_closure_of_lightning_sees_the_trust_ratio(tmp_path):
     assert not torch.equal(lars.net[0].weight, sgd.net[0].weight)
 
 
-def test_an_excluded_lr_scale_out_of_range_raises_before_the_training():
+def test_an_excluded_lr_scale_out_of_range_raises_before_training():
     with pytest.raises(ValueError, match="excluded_lr_scale must be above 0 and finite, got -1"):
         Boring(excluded_lr_scale=-1)
 
@@ -199,14 +199,14 @@ def unfreezing():
     return BackboneFinetuning(unfreeze_backbone_at_epoch=1, train_bn=False)
 
 
-def test_what_finetuning_unfreezes_joins_the_optimizer(tmp_path):
+def test_layers_that_finetuning_unfreezes_join_the_optimizer(tmp_path):
     module = Backbone(optimizer=partial(LARS, lr=1.0))
     trainer(tmp_path, max_epochs=2, callbacks=[unfreezing()]).fit(module)
     assert len(module.trainer.optimizers[0].param_groups) == 3
 
 
 @pytest.mark.parametrize("optimizer", [partial(LARS, lr=1.0), partial(LAMB, lr=0.1)])
-def test_what_finetuning_unfroze_goes_on_after_a_resume(tmp_path, optimizer):
+def test_layers_that_finetuning_unfroze_resume(tmp_path, optimizer):
     straight = Backbone(optimizer=optimizer)
     trainer(tmp_path, max_epochs=3, callbacks=[unfreezing()]).fit(straight)
 

@@ -60,7 +60,7 @@ class Endless(IterableDataset):
     ],
     ids=str,
 )
-def test_the_schedule_is_as_long_as_the_training(tmp_path, options, steps):
+def test_the_schedule_is_as_long_as_the_run(tmp_path, options, steps):
     module, fit = Rated(lr_scheduler=SCHEDULE), trainer(tmp_path, **options)
     fit.fit(module)
     assert fit.lr_scheduler_configs[0].scheduler.total_steps == steps == fit.global_step
@@ -76,7 +76,7 @@ def test_a_length_that_was_given_stays(tmp_path):
     assert fit.lr_scheduler_configs[0].scheduler.total_steps == 100
 
 
-def test_a_training_without_end_needs_a_length(tmp_path):
+def test_a_run_without_end_needs_a_length(tmp_path):
     class EndlessModule(Rated):
         def train_dataloader(self):
             return DataLoader(Endless(), batch_size=4)
@@ -85,7 +85,7 @@ def test_a_training_without_end_needs_a_length(tmp_path):
         trainer(tmp_path).fit(EndlessModule(lr_scheduler=SCHEDULE))
 
 
-def test_a_warmup_longer_than_the_training_raises(tmp_path):
+def test_a_warmup_longer_than_the_run_raises(tmp_path):
     with pytest.raises(ValueError, match=r"warmup_steps must be below total_steps=8 .* got 8"):
         trainer(tmp_path).fit(Rated(lr_scheduler=partial(WarmupDecayLR, warmup_steps=8)))
 
@@ -97,13 +97,13 @@ def test_fast_dev_run_tries_a_schedule_that_is_longer(tmp_path):
 
 
 @pytest.mark.parametrize(("interval", "steps"), [(None, 2), ("epoch", 2), ("step", 16)])
-def test_other_schedulers_step_by_the_epoch_unless_told_otherwise(tmp_path, interval, steps):
+def test_other_schedulers_step_per_epoch_by_default(tmp_path, interval, steps):
     fit = trainer(tmp_path, max_epochs=2)
     fit.fit(Rated(lr_scheduler=partial(StepLR, step_size=5), lr_scheduler_interval=interval))
     assert fit.lr_scheduler_configs[0].scheduler.last_epoch == steps
 
 
-def test_a_plateau_names_what_it_watches(tmp_path):
+def test_a_plateau_names_its_metric(tmp_path):
     fit = trainer(tmp_path)
     fit.fit(Rated(lr_scheduler=partial(ReduceLROnPlateau, monitor="loss")))
     assert fit.lr_scheduler_configs[0].monitor == "loss"
@@ -174,7 +174,7 @@ def test_one_cycle_moves_the_momentum_of_lamb(tmp_path):
     assert beta2 == 0.999
 
 
-def test_a_second_fit_is_told_the_steps_that_are_left(tmp_path):
+def test_a_second_fit_gets_the_remaining_steps(tmp_path):
     fit = trainer(tmp_path)
     fit.fit(Rated(lr_scheduler=SCHEDULE))
     fit.fit_loop.max_epochs = 3
@@ -203,7 +203,7 @@ def test_a_second_fit_where_nothing_is_left_returns(tmp_path, options):
     ],
     ids=str,
 )
-def test_a_second_fit_is_told_what_its_own_epochs_take(tmp_path, first, then, steps):
+def test_a_second_fit_gets_the_steps_of_its_own_epochs(tmp_path, first, then, steps):
     fit = trainer(tmp_path, **first)
     fit.fit(Rated(lr_scheduler=partial(WarmupDecayLR, warmup_steps=1)))
     before = fit.global_step

@@ -314,7 +314,7 @@ def test_lars_reproduces_the_compiled_classes_of_bitsandbytes(theirs, ours, name
 
 @pytest.mark.xdist_group("bitsandbytes")
 @on_each_row
-def test_lars8bit_does_what_that_of_bitsandbytes_was_to_do(theirs, ours, bitsandbytes):
+def test_lars8bit_matches_the_intended_bitsandbytes_rule(theirs, ours, bitsandbytes):
     pytest.importorskip("torchao", reason="there is no torchao for this system")
     lars = LARS8bit([Parameter(start_of_bitsandbytes())], **BITSANDBYTES_OPTIONS, **ours)
     expected, broken = (bitsandbytes[each, case_of(theirs)] for each in ("PytorchLARS", "LARS8bit"))
@@ -341,7 +341,7 @@ def test_lamb_reproduces_the_compiled_classes_of_bitsandbytes_given_their_learni
 
 @pytest.mark.xdist_group("bitsandbytes")
 @on_each_row
-def test_lamb8bit_does_what_that_of_bitsandbytes_was_to_do(theirs, ours, bitsandbytes):
+def test_lamb8bit_matches_the_intended_bitsandbytes_rule(theirs, ours, bitsandbytes):
     pytest.importorskip("torchao", reason="there is no torchao for this system")
     lamb = LAMB8bit([Parameter(start_of_bitsandbytes())], **BITSANDBYTES_LAMB_OPTIONS, **ours)
     case = case_of(theirs, BITSANDBYTES_LAMB_CASES)

@@ -76,7 +76,7 @@ def test_the_optimizers_are_imported_with_torch_alone_and_the_rest_when_it_is_as
     assert run.returncode == 0, run.stderr
 
 
-def test_type_checkers_are_told_of_every_public_name():
+def test_type_checkers_know_every_public_name():
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     [block] = [node for node in tree.body if isinstance(node, ast.If)]
     told = {alias.name for node in block.body for alias in node.names}
@@ -89,7 +89,7 @@ def test_every_public_name_is_there(name):
     assert name in dir(lightning_lars)
 
 
-def test_a_name_that_is_not_there_is_told_as_by_any_module():
+def test_a_missing_name_raises_as_in_any_module():
     with pytest.raises(AttributeError, match="module 'lightning_lars' has no attribute 'LARC'"):
         lightning_lars.LARC  # noqa: B018
     with pytest.raises(ImportError, match="cannot import name 'LARC'"):
@@ -119,7 +119,7 @@ def _as_at_first():
 
 @pytest.mark.usefixtures("_as_at_first")
 @pytest.mark.parametrize(("old", "new"), OLD_PATHS.items(), ids=OLD_PATHS)
-def test_old_paths_of_modules_still_lead_to_what_they_had_and_say_where_it_is(old, new):
+def test_old_module_paths_still_work_with_a_deprecation_warning(old, new):
     with pytest.warns(
         DeprecationWarning, match=f"{old} is deprecated.*: import .*from lightning_lars"
     ) as caught:
@@ -133,7 +133,7 @@ def test_old_paths_of_modules_still_lead_to_what_they_had_and_say_where_it_is(ol
 
 
 @pytest.mark.usefixtures("_as_at_first")
-def test_a_module_that_has_the_name_of_a_function_is_called_as_the_function():
+def test_a_module_named_like_a_function_is_callable_as_the_function():
     with pytest.warns(DeprecationWarning, match="lightning_lars.param_groups is deprecated"):
         import lightning_lars.param_groups as module
     function = lightning_lars.groups.param_groups.param_groups
@@ -154,7 +154,7 @@ def test_every_public_name_has_an_example(name):
     ("path", "refused"),
     [("optim/lars.py", 1), ("groups/param_groups.py", 1), ("mixin.py", 0), ("callbacks/a.py", 0)],
 )
-def test_the_linter_refuses_lightning_below_the_doors(path, refused):
+def test_the_linter_refuses_lightning_in_torch_only_modules(path, refused):
     run = subprocess.run(
         [
             sys.executable,
@@ -175,7 +175,7 @@ def test_the_linter_refuses_lightning_below_the_doors(path, refused):
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("callbacks/[!_]*.py")), ids=lambda path: path.stem)
-def test_callbacks_know_neither_each_other_nor_the_doors(path):
+def test_callbacks_import_neither_each_other_nor_the_entry_points(path):
     public = {getattr(lightning_lars.callbacks, name).__module__
               for name in lightning_lars.callbacks.__all__}  # fmt: skip
     doors = {"lightning_lars.callbacks", "lightning_lars.mixin", "lightning_lars.cli", "lightning_lars"}
@@ -209,5 +209,5 @@ def test_every_folder_and_module_has_its_arrows():
 
 
 @pytest.mark.parametrize("folder", sorted(PACKAGE.glob("*/__init__.py")), ids=lambda path: path.parent.name)
-def test_every_folder_says_what_lives_there(folder):
+def test_every_folder_describes_its_contents(folder):
     assert len(ast.get_docstring(ast.parse(folder.read_text()))) > 40

@@ -21,7 +21,7 @@ def error_of(function, *arguments, limit=60.0):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_every_rank_returns_what_the_function_does_there(world_size):
+def test_every_rank_returns_its_own_result(world_size):
     total = world_size * 10.0 + sum(range(world_size))
     expected = [(rank, total) for rank in range(world_size)]
     assert on_ranks(world_size, misbehaving.add_up, 10) == expected
@@ -74,7 +74,7 @@ def test_a_result_that_cannot_be_sent_fails():
     assert "Can't pickle" in error_of(misbehaving.return_what_cannot_be_sent)
 
 
-def test_no_call_finds_what_one_before_it_left():
+def test_no_call_finds_leftovers_of_an_earlier_one():
     first, second = (on_ranks(2, misbehaving.leave_traces) for _ in range(2))
     assert first == second
     assert first[0]["environment"] is None
@@ -85,7 +85,7 @@ def test_ranks_are_forked_from_a_process_with_one_thread():
     assert on_ranks(1, misbehaving.threads_of_the_server) == [1]
 
 
-def test_what_is_called_once_returns_or_raises_the_same_again():
+def test_cached_calls_return_or_raise_the_same_again():
     calls = []
 
     @once

@@ -147,7 +147,7 @@ def test_the_optimizer_has_the_numbers_of_the_source(name):
 
 
 @every_recipe
-def test_the_schedule_is_that_of_the_source(name):
+def test_the_schedule_matches_the_source(name):
     """From the end of the warmup on at the same step, within it one step ahead."""
     recipe, total_steps, _, rate, _ = CASES[name]
     optimizer, scheduler = built(recipe)
@@ -200,7 +200,7 @@ def test_every_yaml_is_tested():
     assert sorted(path.stem for path in FOLDER.glob("*.yaml")) == sorted(CASES)
 
 
-def test_a_recipe_is_unpacked_into_the_mixin_and_as_long_as_the_training(tmp_path):
+def test_a_recipe_is_unpacked_into_the_mixin_and_as_long_as_the_run(tmp_path):
     module = boring(**recipes.barlow_twins(batch_size=64, steps_per_epoch=1))
     own = trainer(tmp_path, max_epochs=3)
     own.fit(module)

@@ -90,7 +90,7 @@ def test_an_lr_of_two_elements_is_refused(optimizer_class):
     ("argument", "value"), [("nesterov", True), ("lr_in_momentum", True), ("dampening", 0.1)]
 )
 @pytest.mark.parametrize("denominator", ["gradient", "momentum"])
-def test_what_needs_momentum_is_refused_without_it(argument, value, denominator):
+def test_one_cycle_is_refused_without_momentum(argument, value, denominator):
     with pytest.raises(ValueError, match=rf"^{argument} must be .*without momentum.*got {value}"):
         LARS([Parameter(torch.ones(2))], momentum=0.0, denominator=denominator, **{argument: value})
 
@@ -153,7 +153,7 @@ def test_bad_params_are_refused(optimizer_class, kind):
     [(torch.ones(2), "iterable"), ([1.0], r"got 1.0 at 0"), ([("a", None)], "got None at 0")],
     ids=["a tensor", "a number", "a name for None"],
 )
-def test_what_is_no_parameter_is_refused(optimizer_class, params, match):
+def test_objects_that_are_no_parameter_are_refused(optimizer_class, params, match):
     with pytest.raises(TypeError, match=match):
         optimizer_class(params)
 
@@ -228,7 +228,7 @@ def test_a_switch_that_is_neither_true_nor_false_is_refused(optimizer_class, val
 @pytest.mark.parametrize(
     "params", [torch.nn.Linear(2, 2), None, 3, {"params": []}, [{"lr": 0.1}]], ids=lambda p: type(p).__name__
 )
-def test_what_holds_no_parameters_is_refused_with_what_to_pass(optimizer_class, params):
+def test_objects_without_parameters_are_refused_with_a_remedy(optimizer_class, params):
     with pytest.raises(TypeError, match=r"pass model\.parameters\(\)|must be a dict with \"params\""):
         optimizer_class(params)
 

@@ -144,7 +144,7 @@ class ExcludeNormAndBias(Callback):
         others = unknown(*schedulers)
         if others:
             raise MisconfigurationException(
-                "ExcludeNormAndBias can give excluded parameters a separate learning rate only under torch's "
+                "ExcludeNormAndBias can give excluded parameters a separate rate only under torch's "
                 f"schedulers, got a {others[0]}: build the optimizer with build_optimizer in "
                 "configure_optimizers, and the scheduler on it"
             )

@@ -36,7 +36,7 @@ def times(*factors):
 
 @pytest.mark.parametrize("accumulated", [1, 2, 3])
 @pytest.mark.parametrize("rule", RULES)
-def test_multiplies_by_what_the_rule_says(tmp_path, rule, accumulated):
+def test_multiplies_by_the_factor_of_the_rule(tmp_path, rule, accumulated):
     module = walk(tmp_path, Walk(), BatchSizeScaling(BASE, rule), accumulate_grad_batches=accumulated)
     factor = (BATCH_SIZE * accumulated / BASE) ** RULES[rule]
     assert module.rates() == times(*[factor] * (2 * BATCHES // accumulated))
@@ -133,7 +133,7 @@ class GrowingUntold(Walk):
         return DataLoader(DATA, batch_sampler=Batches(2 + 2 * self.trainer.current_epoch))
 
 
-def test_follows_a_reloaded_loader_that_does_not_tell(tmp_path):
+def test_follows_a_reloaded_loader_without_a_batch_size(tmp_path):
     module = walk(tmp_path, GrowingUntold(), BatchSizeScaling(BASE), reload_dataloaders_every_n_epochs=1)
     assert module.rates() == times(*[2 / BASE] * 12, *[4 / BASE] * 6)
 
@@ -149,7 +149,7 @@ class Objects(IterableDataset):
         return iter([Batch(), Batch()])
 
 
-def test_says_what_to_pass_where_nothing_tells_the_batch_size(tmp_path):
+def test_says_what_to_pass_where_the_batch_size_is_unknown(tmp_path):
     module = Walk()
     module.train_dataloader = lambda: DataLoader(Objects(), batch_size=None)
     with pytest.raises(MisconfigurationException, match="nor in the first batch, a Batch: pass batch_size"):
@@ -157,7 +157,7 @@ def test_says_what_to_pass_where_nothing_tells_the_batch_size(tmp_path):
     assert module.position() == (1.0, 1.0)
 
 
-def test_several_loaders_must_tell_their_batch_sizes(tmp_path):
+def test_several_loaders_must_have_batch_sizes(tmp_path):
     module = Walk()
     module.train_dataloader = lambda: [
         DataLoader(DATA, batch_size=4),
@@ -168,7 +168,7 @@ def test_several_loaders_must_tell_their_batch_sizes(tmp_path):
     assert module.position() == (1.0, 1.0)
 
 
-def test_a_second_fit_looks_at_its_own_first_batch(tmp_path):
+def test_a_second_fit_checks_its_own_first_batch(tmp_path):
     scaling = BatchSizeScaling(BASE)
     module = Walk()
     module.train_dataloader = lambda: DataLoader(DATA, batch_sampler=Batches(2))
@@ -325,9 +325,7 @@ TINY_BETAS = partial(torch.optim.AdamW, betas=(0.5, 0.9))
         ),
     ],
 )
-def test_refuses_a_training_that_it_does_not_fit_before_the_first_step(
-    tmp_path, optimizer, callbacks, message
-):
+def test_refuses_a_run_that_it_does_not_fit_before_the_first_step(tmp_path, optimizer, callbacks, message):
     module = Walk(optimizer)
     with pytest.raises(MisconfigurationException, match=re.escape(message)):
         walk(tmp_path, module, *callbacks())

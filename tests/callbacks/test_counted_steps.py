@@ -217,7 +217,7 @@ class Saves(Checkpoint):
         (Accumulates, ["on_train_epoch_end"], 8),
     ],
 )
-def test_a_resumed_training_goes_on_with_the_next_step(tmp_path, module, callbacks, epochs):
+def test_a_resumed_run_continues_with_the_next_step(tmp_path, module, callbacks, epochs):
     build = partial(module, partial(SGD, momentum=0.9))
     straight = train(tmp_path, build(), *map(Steps, callbacks), Saves(), max_epochs=epochs)
     options = {"max_epochs": epochs, "ckpt_path": tmp_path / "third.ckpt"}
@@ -416,7 +416,7 @@ class GrowsAnother(TakesTurns):
             self.update(optimizer)
 
 
-def test_an_optimizer_that_joins_in_the_middle_warms_up_and_the_other_goes_on(tmp_path):
+def test_an_optimizer_that_joins_in_the_middle_warms_up_and_the_other_continues(tmp_path):
     module = train(tmp_path, GrowsAnother())
     first, second = ([move[i] for move in module.moved if move[i]] for i in range(2))
     assert [(rate, rate) for rate in first] == warmed(2 * BATCHES, (RATES[0],) * 2)
@@ -455,12 +455,12 @@ def test_all_that_had_no_effect_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"limit_train_batches": 0}, {"max_steps": 0}, {"max_epochs": 0}])
-def test_a_training_without_batches_says_nothing(tmp_path, options):
+def test_a_run_without_batches_says_nothing(tmp_path, options):
     train(tmp_path, Manual(), **options)
 
 
 @pytest.mark.parametrize("kind", [Bare, OwnStep])
-def test_an_optimizer_whose_steps_cannot_be_seen_is_refused_before_training(tmp_path, kind):
+def test_an_optimizer_whose_steps_cannot_be_observed_is_refused_before_training(tmp_path, kind):
     module = Walk(lambda groups: kind([p for group in groups for p in group["params"]]))
     said = f"got a {kind.__name__}, whose steps cannot be observed: put the factor into the schedule"
     with pytest.raises(MisconfigurationException, match=re.escape(said)):
@@ -468,7 +468,7 @@ def test_an_optimizer_whose_steps_cannot_be_seen_is_refused_before_training(tmp_
     assert module.position() == (1.0, 1.0)
 
 
-def test_a_refusal_leaves_the_optimizers_as_they_were(tmp_path):
+def test_a_refusal_leaves_the_optimizers_unchanged(tmp_path):
     class Second(Never):
         """Has one optimizer whose steps can be seen, and one of which they cannot."""
 

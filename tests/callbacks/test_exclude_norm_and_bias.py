@@ -95,7 +95,7 @@ def test_keeps_the_groups_that_are_there_apart(tmp_path):
     ]
 
 
-def test_trains_as_if_the_optimizer_had_been_built_in_groups(tmp_path):
+def test_trains_like_an_optimizer_that_was_built_in_groups(tmp_path):
     class Grouped(Bare):
         def configure_optimizers(self):
             return build_optimizer(self, self.build)
@@ -184,7 +184,7 @@ def test_each_default_can_be_switched_off(tmp_path, switches, adapted):
         ExcludeNormAndBias(**{argument: "no"})
 
 
-def test_groups_that_were_made_for_the_decay_alone_are_no_longer_adapted(tmp_path):
+def test_groups_made_only_for_weight_decay_are_no_longer_adapted(tmp_path):
     """As many projects part them: norms and biases without decay, but adapted."""
 
     class Parted(Bare):
@@ -379,7 +379,7 @@ FAILURES = {
     "no rate of its own": (
         lambda optimizer: WithLists(optimizer, base_values=[0.5]),
         {"excluded_lr": 0.01},
-        "can give excluded parameters a separate learning rate only under torch's schedulers, got a WithLists",
+        "can give excluded parameters a separate rate only under torch's schedulers, got a WithLists",
     ),
     "an end above the rate": (
         lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 8, eta_min=0.1),
@@ -390,7 +390,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("case", FAILURES)
-def test_what_cannot_be_regrouped_leaves_everything_as_it_was(tmp_path, case):
+def test_a_failed_regrouping_leaves_everything_unchanged(tmp_path, case):
     second, rate, message = FAILURES[case]
     module = Failing(second)
     with pytest.raises((MisconfigurationException, ValueError), match=message):

@@ -55,14 +55,14 @@ def assert_measured(metrics, steps, rel=1e-9):
 
 
 @pytest.mark.parametrize("accumulate", [2, 4, 8])
-def test_is_that_of_the_gradients_of_micro_batches_and_steps(tmp_path, accumulate):
+def test_matches_the_gradients_of_micro_batches_and_steps(tmp_path, accumulate):
     _, metrics = fit(tmp_path, Module(), accumulate=accumulate)
     assert_measured(metrics, micro_batches(accumulate))
     if "B_simple" in metrics:
         assert metrics["batch_size_to_B_simple"] == pytest.approx(4 * accumulate / metrics["B_simple"])
 
 
-def test_agrees_with_the_closed_form_within_its_stated_error_and_says_what_it_means(tmp_path, caplog):
+def test_agrees_with_the_closed_form_within_its_stated_error_and_interprets_it(tmp_path, caplog):
     with caplog.at_level("INFO"):
         _, metrics = fit(tmp_path, Module(**CLOSED_FORM), accumulate=4)
     assert "GradientNoiseScale: the effective batch size 32 is" in caplog.text
@@ -77,7 +77,7 @@ def test_measures_one_step_in_so_many(tmp_path):
     assert_measured(metrics, micro_batches(2)[::3])
 
 
-def test_steps_with_a_single_or_a_short_micro_batch_are_left_out(tmp_path):
+def test_steps_with_a_single_or_a_short_micro_batch_are_skipped(tmp_path):
     scheduler = GradientAccumulationScheduler({0: 1, 1: 2})
     data = samples(30)  # 7 batches of 4, and one of 2
     _, metrics = fit(
@@ -99,13 +99,13 @@ class Spoiled(Module):
         return super().training_step(batch, batch_idx) * (float("nan") if batch_idx == 5 else 1.0)
 
 
-def test_a_gradient_that_is_not_finite_is_left_out(tmp_path):
+def test_a_non_finite_gradient_is_skipped(tmp_path):
     _, metrics = fit(tmp_path, Spoiled())
     steps = micro_batches(2)
     assert_measured(metrics, [*steps[:2], *steps[3:]])
 
 
-def test_gradients_are_unscaled_in_mixed_precision_and_overflowing_steps_left_out(tmp_path):
+def test_gradients_are_unscaled_in_mixed_precision_and_overflowing_steps_skipped(tmp_path):
     class Overflows(Module):
         def __init__(self):
             super().__init__(torch.as_tensor(samples(64)).float())
@@ -125,7 +125,7 @@ def test_gradients_are_unscaled_in_mixed_precision_and_overflowing_steps_left_ou
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
-def test_the_training_is_the_same_with_it(tmp_path, accumulate):
+def test_training_is_unaffected(tmp_path, accumulate):
     weights = []
     for callbacks in ([], [GradientNoiseScale(every_n_steps=2)]):
         model = boring()
@@ -147,7 +147,7 @@ def test_loggers_get_it_when_lightning_logs(tmp_path):
         assert float(row[PREFIX + "tr_sigma"]) == pytest.approx(wanted, rel=1e-6)
 
 
-def test_a_resumed_training_goes_on_measuring(tmp_path):
+def test_a_resumed_run_continues_measuring(tmp_path):
     whole, _ = fit(tmp_path, Module(), max_epochs=2)
     half = trainer(tmp_path, accumulate_grad_batches=2, callbacks=[GradientNoiseScale(1)])
     half.fit(Module())
@@ -182,12 +182,12 @@ def test_gradients_that_are_zero_have_no_noise_scale(tmp_path):
     assert metrics == {"tr_sigma": 0.0, "squared_gradient": 0.0}
 
 
-def test_a_training_without_a_measurement_warns(tmp_path):
+def test_a_run_without_a_measurement_warns(tmp_path):
     with pytest.warns(UserWarning, match="measured no step"):
         fit(tmp_path, Module(samples(6), batch_size=4))
 
 
-def test_steps_that_go_round_lightning_are_named_as_a_reason(tmp_path):
+def test_steps_that_bypass_lightning_are_named_as_a_reason(tmp_path):
     class RoundLightning(Module):
         def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
             optimizer.optimizer.step(optimizer_closure)
@@ -196,7 +196,7 @@ def test_steps_that_go_round_lightning_are_named_as_a_reason(tmp_path):
         fit(tmp_path, RoundLightning(samples(32), batch_size=4))
 
 
-def test_one_process_without_accumulation_says_what_to_do(tmp_path):
+def test_one_rank_without_accumulation_says_what_to_do(tmp_path):
     with pytest.raises(MisconfigurationException, match="set accumulate_grad_batches=2"):
         fit(tmp_path, Module(), accumulate=1)
 
@@ -244,7 +244,7 @@ def shares(accumulated=1, data=None):
 @pytest.mark.parametrize(
     ("run", "accumulated"), [("ddp", 1), ("ddp, bucket views", 1), ("ddp, accumulated", 2)]
 )
-def test_ddp_compares_the_gradients_of_processes(two_ranks, run, accumulated):
+def test_ddp_compares_the_gradients_of_ranks(two_ranks, run, accumulated):
     for seen in two_ranks(run):
         assert seen["error"] is None
         metrics = {key.removeprefix(PREFIX): value for key, value in seen["metrics"].items()}
@@ -259,7 +259,7 @@ def test_ddp_agrees_with_the_closed_form(two_ranks):
 
 
 @pytest.mark.distributed
-def test_all_processes_leave_out_the_same_steps(two_ranks):
+def test_all_ranks_skip_the_same_steps(two_ranks):
     first, second = two_ranks("ddp, uneven")
     assert first["state"] == second["state"]
     metrics = {key.removeprefix(PREFIX): value for key, value in first["metrics"].items()}
@@ -267,7 +267,7 @@ def test_all_processes_leave_out_the_same_steps(two_ranks):
 
 
 @pytest.mark.distributed
-def test_gradients_that_a_communication_hook_left_apart_are_not_measured(two_ranks):
+def test_gradients_that_a_communication_hook_does_not_average_are_not_measured(two_ranks):
     for seen in two_ranks("ddp, not reduced"):
         assert seen["metrics"] == {}
 

@@ -36,14 +36,14 @@ def test_the_replicas_multiply_the_batch_and_the_rates(seen, strategy, rank):
     assert here["rates"] == close(expected)
 
 
-def test_two_processes_go_where_one_goes_that_accumulates_two_batches(seen, tmp_path):
+def test_two_ranks_match_one_that_accumulates_two_batches(seen, tmp_path):
     callbacks = LearningRateWarmup(WARMUP), BatchSizeScaling(BASE)
     one = walk(tmp_path, Walk(), *callbacks, accumulate_grad_batches=2, max_epochs=1)
     assert seen[0]["ddp"]["path"] == close(one.path[::2])
 
 
 @pytest.mark.usefixtures("seen")
-def test_one_process_goes_on_from_two_and_scales_anew(folder, tmp_path):
+def test_one_rank_continues_from_two_and_rescales(folder, tmp_path):
     warmup, steps = LearningRateWarmup(BATCHES), BATCHES // 2
     module = walk(tmp_path, Walk(), warmup, BatchSizeScaling(BASE), ckpt_path=folder / "ddp.ckpt")
     counts = range(steps + 1, steps + BATCHES + 1)

@@ -56,7 +56,7 @@ def test_logs_the_rates_that_the_steps_used(tmp_path, order, root, scheduler):
 
 
 @pytest.mark.parametrize("order", ["first", "between", "last"])
-def test_what_follows_the_monitor_sees_the_plain_rates(tmp_path, order):
+def test_callbacks_after_the_monitor_see_the_plain_rates(tmp_path, order):
     monitor, logger = lightning.pytorch.callbacks.LearningRateMonitor(), CSVLogger(tmp_path)
     options = {"logger": logger, "log_every_n_steps": 1}
     module = walk(tmp_path, Walk(scheduler=cosine), *arranged(order, monitor), **options)
@@ -143,7 +143,7 @@ class Unsized(Walk):
 
 
 @pytest.mark.parametrize("interval", [None, "step"])
-def test_logs_the_rates_of_a_loader_that_tells_no_batch_size(tmp_path, interval):
+def test_logs_the_rates_of_a_loader_without_a_batch_size(tmp_path, interval):
     monitor, logger = lightning.pytorch.callbacks.LearningRateMonitor(interval), CSVLogger(tmp_path)
     module = Unsized(scheduler=cosine)
     walk(tmp_path, module, monitor, BatchSizeScaling(BASE), logger=logger, log_every_n_steps=1)

@@ -41,7 +41,7 @@ def train(tmp_path, module):
 
 @pytest.mark.parametrize("package", LOOKAHEADS)
 @pytest.mark.parametrize("base", [SGD, partial(LARS, momentum=0.0, trust_coefficient=1.0, eps=0.0)])
-def test_lookahead_warms_up_what_is_inside(tmp_path, package, base):
+def test_lookahead_warms_up_the_inner_optimizer(tmp_path, package, base):
     lookahead = peer(*LOOKAHEADS[package]).Lookahead
     # Averages so far apart that only the steps inside are seen; some take the first at once.
     module = train(tmp_path, Walk(lambda groups: lookahead(base(groups), k=NEVER)))
@@ -67,7 +67,7 @@ def test_lookahead_follows_a_schedule(tmp_path, package):
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 @pytest.mark.parametrize("package", ["pytorch_optimizer", "timm"])
-def test_lookahead_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(tmp_path, package):
+def test_lookahead_resumes_like_an_uninterrupted_run(tmp_path, package):
     lookahead = peer(*LOOKAHEADS[package]).Lookahead
 
     def run(**options):
@@ -81,7 +81,7 @@ def test_lookahead_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(tmp_path
 
 
 @pytest.mark.parametrize("name", ["SAM", "LookSAM", "FriendlySAM"])
-def test_sharpness_aware_minimizers_warm_up_what_is_inside(tmp_path, name):
+def test_sharpness_aware_minimizers_warm_up_the_inner_optimizer(tmp_path, name):
     sam = getattr(peer(PYTORCH_OPTIMIZER, "pytorch_optimizer.optimizer.sam"), name)
 
     class Closed(Walk):

@@ -143,7 +143,7 @@ def test_a_tensor_stays_the_learning_rate_of_its_groups(tmp_path, optimizer):
 
 
 @pytest.mark.parametrize("order", ["warmup first", "scaling first"])
-def test_the_order_of_the_callbacks_is_of_no_matter(tmp_path, order):
+def test_the_order_of_the_callbacks_does_not_matter(tmp_path, order):
     callbacks = both() if order == "warmup first" else both()[::-1]
     module, plain = fit(tmp_path, Walk(scheduler=cosine), *callbacks)
     assert module.rates() == close(scaled(plain.rates(), factors(EPOCHS * BATCHES)))
@@ -379,7 +379,7 @@ def test_an_optimizer_that_outlives_an_exception_steps_with_its_own_rate(tmp_pat
     assert moved == pytest.approx(RATES, rel=1e-12, abs=1e-14)
 
 
-def test_an_optimizer_that_outlives_the_training_steps_with_its_own_rate(tmp_path):
+def test_an_optimizer_that_outlives_the_run_steps_with_its_own_rate(tmp_path):
     fitting = walker(tmp_path, LearningRateWarmup(100), max_steps=50, max_epochs=-1, fast_dev_run=True)
     module = Walk()
     fitting.fit(module)
@@ -432,7 +432,7 @@ def test_the_other_package_trains_with_the_same_rates(tmp_path, scheduler):
 
 
 @pytest.mark.parametrize("lr", [1.0, "tensor"])
-def test_what_training_step_writes_is_the_schedule_and_is_kept(tmp_path, lr):
+def test_values_written_in_training_step_change_the_schedule_and_are_kept(tmp_path, lr):
     """Lightning runs training_step inside of the step, as its closure."""
 
     class Halving(Boring):

@@ -69,7 +69,7 @@ def every_epoch(tmp_path):
         for step in (1, 5, 12, 17)
     ],
 )
-def test_goes_on_from_every_step(tmp_path, optimizer, step):
+def test_continues_from_every_step(tmp_path, optimizer, step):
     build = partial(Walk, OPTIMIZERS[optimizer], cosine)
     straight = walk(tmp_path, build(), *both(), every_step(tmp_path))
     resumed = walk(
@@ -84,7 +84,7 @@ def test_goes_on_from_every_step(tmp_path, optimizer, step):
 
 
 @pytest.mark.parametrize("interval", ["step", "epoch"])
-def test_goes_on_from_the_end_of_an_epoch(tmp_path, interval):
+def test_continues_from_the_end_of_an_epoch(tmp_path, interval):
     build = partial(Walk, scheduler=cosine, interval=interval)
     straight = walk(tmp_path, build(), *both(), every_epoch(tmp_path))
     resumed = walk(
@@ -98,7 +98,7 @@ def test_goes_on_from_the_end_of_an_epoch(tmp_path, interval):
 
 
 @pytest.mark.parametrize("accumulated", [2, 3])
-def test_goes_on_with_accumulated_batches(tmp_path, accumulated):
+def test_continues_with_accumulated_batches(tmp_path, accumulated):
     def run(where, **options):
         return walk(
             tmp_path,
@@ -154,7 +154,7 @@ def test_the_checkpoint_after_an_exception_holds_the_steps_that_happened(tmp_pat
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_goes_on_after_an_exception(tmp_path, optimizer):
+def test_continues_after_an_exception(tmp_path, optimizer):
     build = OPTIMIZERS[optimizer]
     straight = walk(tmp_path, Walk(build, cosine), *both())
     with pytest.raises(RuntimeError, match="broken off"):
@@ -179,7 +179,7 @@ class SavesInStep(Walk):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_goes_on_from_a_checkpoint_written_inside_a_step(tmp_path, optimizer):
+def test_continues_from_a_checkpoint_written_inside_a_step(tmp_path, optimizer):
     build = OPTIMIZERS[optimizer]
     straight = walk(tmp_path, SavesInStep(build, cosine), *both())
     resumed = walk(tmp_path, Walk(build, cosine), *both(), ckpt_path=tmp_path / "inside.ckpt")
@@ -201,7 +201,7 @@ def test_a_checkpoint_from_before_the_callbacks_counts_by_its_own_steps(tmp_path
     assert resumed.rates() == [pytest.approx(step, rel=1e-12, abs=1e-14) for step in expected]
 
 
-def test_a_checkpoint_goes_on_without_the_callbacks_at_the_plain_rates(tmp_path):
+def test_a_checkpoint_continues_without_the_callbacks_at_the_plain_rates(tmp_path):
     walk(tmp_path, Walk(scheduler=cosine), *both(), every_step(tmp_path))
     plain = walk(tmp_path, Walk(scheduler=cosine))
     fitting = walker(tmp_path, every_step(tmp_path / "resumed"))
@@ -213,7 +213,7 @@ def test_a_checkpoint_goes_on_without_the_callbacks_at_the_plain_rates(tmp_path)
 
 
 @pytest.mark.parametrize("accumulated", [2, 3])
-def test_another_accumulation_scales_anew_and_keeps_the_count(tmp_path, accumulated):
+def test_another_accumulation_rescales_and_keeps_the_count(tmp_path, accumulated):
     walk(tmp_path, Walk(), *both(), every_epoch(tmp_path))
     plain = walk(tmp_path, Walk(), max_epochs=1, accumulate_grad_batches=accumulated)
     resumed = walk(
@@ -232,7 +232,7 @@ def test_another_accumulation_scales_anew_and_keeps_the_count(tmp_path, accumula
     assert resumed.rates() == [pytest.approx(step, rel=1e-12, abs=1e-14) for step in expected]
 
 
-def test_a_second_fit_from_a_checkpoint_goes_on_where_it_was_written(tmp_path):
+def test_a_second_fit_from_a_checkpoint_continues_where_it_was_written(tmp_path):
     straight, fitting = Walk(), walker(tmp_path, *both(), every_step(tmp_path))
     fitting.fit(straight)
     resumed = Walk()
@@ -244,7 +244,7 @@ def test_a_second_fit_from_a_checkpoint_goes_on_where_it_was_written(tmp_path):
     ("warmup", "step"),
     [({"warmup_fraction": 0.5}, 31), ({"warmup_epochs": 1.5}, 25), ({"warmup_steps": 20}, 40)],
 )
-def test_a_second_fit_goes_on_from_each_of_its_steps(tmp_path, warmup, step):
+def test_a_second_fit_continues_from_each_of_its_steps(tmp_path, warmup, step):
     """Its lengths are those of the second fit, also in another Trainer."""
     build = partial(Walk, OPTIMIZERS["SGD"], cosine)
 
@@ -262,7 +262,7 @@ def test_a_second_fit_goes_on_from_each_of_its_steps(tmp_path, warmup, step):
     assert resumed.path == straight.path[step - STEPS :]
 
 
-def test_the_other_package_goes_on_from_the_same_checkpoint(tmp_path):
+def test_the_other_package_continues_from_the_same_checkpoint(tmp_path):
     straight = walk(tmp_path, Walk(scheduler=cosine), *both(), every_step(tmp_path))
     resumed = walk(
         tmp_path,

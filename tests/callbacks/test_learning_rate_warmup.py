@@ -106,7 +106,7 @@ class EndlessWalk(Walk):
 
 
 @pytest.mark.parametrize("warmup", [{"warmup_steps": 5}, {"warmup_fraction": 0.5}])
-def test_takes_steps_and_shares_of_an_endless_loader(tmp_path, warmup):
+def test_accepts_steps_and_fractions_with_an_endless_loader(tmp_path, warmup):
     module = walk(tmp_path, EndlessWalk(), LearningRateWarmup(**warmup), max_steps=10, max_epochs=-1)
     assert module.rates() == warmed(5, 10)
 
@@ -220,7 +220,7 @@ def test_refuses_a_bad_argument(arguments, message):
         ),
     ],
 )
-def test_refuses_a_training_that_it_does_not_fit_before_the_first_step(
+def test_refuses_a_run_that_it_does_not_fit_before_the_first_step(
     tmp_path, module, callbacks, options, message
 ):
     module = module()
@@ -255,7 +255,7 @@ class Manual(Walk):
     ],
     ids=str,
 )
-def test_asks_for_steps_where_only_the_module_knows_when_it_steps(tmp_path, warmup, options):
+def test_requires_steps_where_only_the_module_knows_when_it_steps(tmp_path, warmup, options):
     module = Manual()
     ((name, value),) = warmup.items()
     said = (
@@ -297,7 +297,7 @@ def second_fit(tmp_path, module, warmup, *callbacks, then, **options):
     ],
     ids=str,
 )
-def test_a_second_fit_has_the_length_of_what_is_left(tmp_path, warmup, options, then, length, steps):
+def test_a_second_fit_has_the_remaining_length(tmp_path, warmup, options, then, length, steps):
     module = Walk()
     second_fit(tmp_path, module, warmup, then=then, **options)
     assert module.rates() == warmed(length, steps)

@@ -65,7 +65,7 @@ def tables(out):
     return [[[c.strip() for c in line.strip("│").split("│")] for line in b.splitlines()] for b in bodies]
 
 
-def test_prints_the_groups_and_why_folding_what_repeats(tmp_path, capsys):
+def test_prints_groups_and_rules_with_repeated_blocks_folded(tmp_path, capsys):
     out = printed(capsys, tmp_path, Module())
     assert out.startswith("Parameter groups of LARS\n")
     parameters, groups = tables(out)
@@ -122,7 +122,7 @@ def test_parameters_in_no_optimizer_come_first_with_a_warning_and_frozen_ones_ar
     ]
 
 
-def test_says_where_the_rule_is_not_that_of_param_groups(tmp_path, capsys):
+def test_says_where_the_rule_differs_from_param_groups(tmp_path, capsys):
     def build(module):
         return build_optimizer(module, LAMB, exclude=["net.2.weight"], exclude_norm=False)
 
@@ -172,7 +172,7 @@ def test_a_module_without_an_optimizer_has_none(tmp_path, capsys):
     assert out.startswith("Parameter groups of no optimizer\n")
 
 
-def test_groups_of_one_name_are_told_apart(tmp_path, capsys):
+def test_groups_of_one_name_are_distinguished(tmp_path, capsys):
     def build(module):
         halves = (module.net[:2], module.net[2:])
         groups = [{"params": half.parameters(), "name": "half", "lr": i + 1} for i, half in enumerate(halves)]
@@ -198,7 +198,7 @@ def test_shows_groups_after_they_are_regrouped(tmp_path, capsys, first):
     }
 
 
-def test_shows_what_a_checkpoint_has_brought(tmp_path, capsys):
+def test_shows_the_values_of_a_checkpoint(tmp_path, capsys):
     made = trainer(tmp_path)
     made.fit(Module(partial(build_optimizer, optimizer=LARS, lr=0.125)))
     made.save_checkpoint(tmp_path / "a.ckpt")
@@ -307,7 +307,7 @@ def test_fold_is_true_or_false():
 
 
 @pytest.mark.distributed
-def test_one_of_two_processes_prints_whole_shapes(tmp_path):
+def test_one_of_two_ranks_prints_whole_shapes(tmp_path):
     first, second = on_ranks(2, group_summary.printed, tmp_path)
     assert second == ""
     found = tables(first)

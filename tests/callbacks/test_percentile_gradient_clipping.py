@@ -42,7 +42,7 @@ def scales_of(clipping, norms):
 
 @pytest.mark.parametrize("percentile", [0.0, 10.0, 37.5, 99.0])
 @pytest.mark.parametrize("starts_full", [False, True])
-def test_scales_are_those_of_the_paper(percentile, starts_full):
+def test_scales_match_the_paper(percentile, starts_full):
     norms = norms_of(60)
     clipping = PercentileClipping(percentile, 20, starts_full)
     wanted = [scale for _, scale in autoclip(norms, percentile, 20, starts_full)]
@@ -69,7 +69,7 @@ def test_a_step_that_a_scaler_skips_keeps_no_norm_of_any_layer():
     assert clipping.state()[-2:, 1].tolist() == [2.0, 5.0]
 
 
-def test_a_history_goes_on_in_one_of_another_length():
+def test_a_history_continues_with_another_length():
     first, second = norms_of(9), norms_of(9, seed=1)
     clipping = PercentileClipping(50.0, 7)
     scales_of(clipping, first)
@@ -80,7 +80,7 @@ def test_a_history_goes_on_in_one_of_another_length():
         assert scales_of(other, second) == pytest.approx(wanted, rel=1e-12)
 
 
-def test_no_step_asks_what_is_in_a_tensor():
+def test_no_step_reads_the_value_of_a_tensor():
     # One that holds nothing says so.
     clipping, norms = PercentileClipping(50.0, 5, starts_full=True), torch.ones(3, device="meta")
     for _ in range(2):
@@ -145,7 +145,7 @@ def clipped(gradients, percentile, history=100, per_layer=False):
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("history", [100, 5])
-def test_steps_are_those_of_clipped_gradients(tmp_path, accumulate, per_layer, history):
+def test_steps_use_clipped_gradients(tmp_path, accumulate, per_layer, history):
     module = SteepModule()
     clipping = PercentileGradientClipping(25.0, history, per_layer)
     fitting, steps = fit(tmp_path, module, clipping, accumulate_grad_batches=accumulate)
@@ -199,7 +199,7 @@ def test_a_gradient_that_is_not_finite_does_not_enter_the_history(tmp_path):
 
 
 @pytest.mark.parametrize("per_layer", [False, True])
-def test_a_resumed_training_takes_the_same_steps(tmp_path, per_layer):
+def test_a_resumed_run_takes_the_same_steps(tmp_path, per_layer):
     clipping = partial(PercentileGradientClipping, 25.0, history=10, per_layer=per_layer)
     whole = clipping()
     _, steps = fit(tmp_path, SteepModule(), whole, max_epochs=2)
@@ -284,7 +284,7 @@ class Adversarial(Boring):
                 optimizer.step()
 
 
-def test_every_optimizer_has_a_history_of_its_own_in_manual_optimization(tmp_path):
+def test_every_optimizer_has_a_separate_history_in_manual_optimization(tmp_path):
     clipping = PercentileGradientClipping(50.0)
     fitting = trainer(tmp_path, callbacks=[clipping], log_every_n_steps=1)
     torch.manual_seed(0)
@@ -350,7 +350,7 @@ def test_steps_that_go_round_lightning_are_clipped_once(tmp_path, way, per_layer
     assert not fitting.optimizers[0]._optimizer_step_pre_hooks
 
 
-def test_steps_that_a_module_takes_round_lightning_in_automatic_optimization_are_clipped(tmp_path):
+def test_steps_that_bypass_lightning_in_automatic_optimization_are_clipped(tmp_path):
     class Overridden(SteepModule):
         def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
             if batch_idx % 2:
@@ -401,7 +401,7 @@ class Trying(torch.optim.SGD):
         (lambda params: Trying(params, lr=1.0), lambda o: o.second_step(), "Trying"),
     ],
 )
-def test_an_optimizer_whose_steps_cannot_be_seen_is_warned_of(tmp_path, optimizer, take_step, name):
+def test_an_optimizer_whose_steps_cannot_be_observed_is_warned_of(tmp_path, optimizer, take_step, name):
     def unseen(own, gradients, batch_idx):
         gradients()
         take_step(own.optimizers(use_pl_optimizer=False))
@@ -520,7 +520,7 @@ def test_works_in_the_trainer_of_both_packages(tmp_path, package, options):
     assert kept == options.get("fast_dev_run", 24)
 
 
-def test_a_second_fit_begins_anew(tmp_path):
+def test_a_second_fit_starts_over(tmp_path):
     clipping = PercentileGradientClipping(25.0)
     first = fit(tmp_path, SteepModule(), clipping)[1]
     second = fit(tmp_path, SteepModule(), clipping)[1]
@@ -563,7 +563,7 @@ def one_process(tmp_path_factory):
 @pytest.mark.distributed
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("per_layer", [False, True])
-def test_several_processes_clip_by_the_norms_of_whole_gradients(two_ranks, one_process, run, per_layer):
+def test_several_ranks_clip_by_the_norms_of_whole_gradients(two_ranks, one_process, run, per_layer):
     wanted = one_process[per_layer]
     moved = deviation(wanted["values"][0], wanted["values"][-1])
     first, second = (seen[per_layer] for seen in two_ranks(run))

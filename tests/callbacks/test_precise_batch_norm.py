@@ -69,7 +69,7 @@ def test_works_in_the_trainers_of_both_packages(tmp_path, root):
     assert_precise(module.validated[0], chunks())
 
 
-def test_the_checkpoint_of_a_validation_holds_what_was_validated(tmp_path):
+def test_the_checkpoint_of_a_validation_holds_the_validated_statistics(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1)
     module = fit(tmp_path, Module(), checkpoint, PreciseBatchNorm(), enable_checkpointing=True, max_epochs=2)
     saved = [torch.load(path, weights_only=False)["state_dict"] for path in sorted(tmp_path.glob("*.ckpt"))]
@@ -89,7 +89,7 @@ def test_a_fit_without_validation_saves_precise_statistics_at_the_end_of_an_epoc
     assert_precise(torch.load(checkpoint.best_model_path, weights_only=False)["state_dict"], chunks())
 
 
-def test_recomputes_at_the_end_what_was_trained_after_the_last_validation(tmp_path):
+def test_recomputes_at_the_end_if_there_were_steps_after_the_last_validation(tmp_path):
     options = {"max_steps": 5, "max_epochs": -1, "val_check_interval": 4}
     module = fit(tmp_path, Module(), PreciseBatchNorm(), **options)
     assert len(module.validated) == 1
@@ -169,7 +169,7 @@ LOADERS = {
 
 
 @pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
-def test_training_goes_as_without_it(tmp_path, loader):
+def test_training_is_unaffected_by_it(tmp_path, loader):
     class Watched(Module):
         def training_step(self, batch, batch_idx):
             # The first of two loaders.
@@ -266,7 +266,7 @@ def test_the_module_can_say_how_a_batch_goes_through_its_layers(tmp_path):
     assert_precise(state, chunks())
 
 
-def test_an_error_in_forward_says_what_to_do_and_leaves_all_as_it_was(tmp_path):
+def test_an_error_in_forward_says_what_to_do_and_leaves_everything_unchanged(tmp_path):
     class Indexed(Module):
         fails_at = 2
 
@@ -407,12 +407,12 @@ class Once(Anew):
         return next(self.batches)
 
 
-def test_batches_that_can_be_taken_once_are_not_taken_from_training(tmp_path):
+def test_single_pass_iterators_are_not_consumed(tmp_path):
     with pytest.raises(MisconfigurationException, match="cannot iterate Once, which is an iterator"):
         fit(tmp_path, Module(Once()), PreciseBatchNorm())
 
 
-def test_any_other_iterable_is_iterated_anew(tmp_path):
+def test_any_other_iterable_is_iterated_again(tmp_path):
     module = fit(tmp_path, Module(Anew()), PreciseBatchNorm())
     assert_precise(module.validated[0], chunks())
 
@@ -512,7 +512,7 @@ def two_ranks(tmp_path_factory):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("strategy", worker.RUNS)
-def test_every_process_has_the_statistics_of_all_inputs_of_all_processes(two_ranks, strategy):
+def test_every_rank_has_the_statistics_of_the_inputs_of_all_ranks(two_ranks, strategy):
     runs = two_ranks(strategy)
     data, last = Noisy().data, -worker.PASSES
     batches = [data[indices] for run in runs for indices in run["passed"][last:]]

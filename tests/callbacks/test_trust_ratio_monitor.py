@@ -178,7 +178,7 @@ class Weights(Callback):
 
 @pytest.mark.parametrize("order", [1, -1], ids=["monitor last", "monitor first"])
 @pytest.mark.parametrize("tensor_lr", [False, True])
-def test_logs_what_the_learning_rate_inside_the_step_became(tmp_path, order, tensor_lr):
+def test_logs_the_learning_rate_inside_the_step(tmp_path, order, tensor_lr):
     logger, spy, weights = CSVLogger(tmp_path), Spy(), Weights()
     callbacks = [BatchSizeScaling(1), LearningRateWarmup(4), TrustRatioMonitor("*")]
     lr = torch.tensor(0.2) if tensor_lr else 0.2
@@ -198,7 +198,7 @@ def test_logs_what_the_learning_rate_inside_the_step_became(tmp_path, order, ten
         assert row["update_to_weight/max"] == pytest.approx(max(updates), rel=1e-4)
 
 
-def test_updates_are_not_measured_where_nobody_wants_them(tmp_path):
+def test_updates_are_not_measured_unless_requested(tmp_path):
     logger = CSVLogger(tmp_path)
     monitor = TrustRatioMonitor("*", update_to_weight=False)
     trainer(tmp_path, logger=logger, log_every_n_steps=1, callbacks=[monitor]).fit(boring())
@@ -222,7 +222,7 @@ def test_logs_the_share_of_layers_that_the_clip_or_the_zero_rule_decided(tmp_pat
     assert logged(logger)[0]["trust_ratio/max"] == 0.5
 
 
-def test_by_default_no_layer_has_a_column_of_its_own(tmp_path):
+def test_by_default_no_layer_has_a_separate_column(tmp_path):
     logger = CSVLogger(tmp_path)
     trainer(tmp_path, logger=logger, log_every_n_steps=1, callbacks=[TrustRatioMonitor()]).fit(boring())
     with open(f"{logger.log_dir}/metrics.csv") as file:
@@ -294,7 +294,7 @@ class Own(torch.optim.SGD):
         return {"all of it": torch.tensor(0.25)}
 
 
-def test_an_optimizer_of_someone_else_is_logged_by_its_own_names(tmp_path):
+def test_a_third_party_optimizer_is_logged_by_its_own_names(tmp_path):
     logger = CSVLogger(tmp_path)
     trainer(tmp_path, logger=logger, log_every_n_steps=1, callbacks=[TrustRatioMonitor()]).fit(
         boring(partial(Own, lr=0.1))
@@ -304,7 +304,7 @@ def test_an_optimizer_of_someone_else_is_logged_by_its_own_names(tmp_path):
     assert all(row["trust_ratio/max"] == 0.25 for row in rows.values())
 
 
-def test_layers_that_an_optimizer_numbers_are_called_as_in_the_module(tmp_path):
+def test_layers_that_an_optimizer_numbers_are_named_as_in_the_module(tmp_path):
     class Unnamed(Boring):
         def configure_optimizers(self):
             return LARS(self.parameters(), lr=1.0, weight_decay=0.1)
@@ -323,7 +323,7 @@ def test_layers_that_an_optimizer_numbers_are_called_as_in_the_module(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist within another group")
-def test_layers_that_are_thawed_and_added_without_names_are_called_as_in_the_module(tmp_path):
+def test_unfrozen_layers_that_are_added_without_names_are_named_as_in_the_module(tmp_path):
     class Tuned(Unlogged):
         def __init__(self):
             super().__init__()
@@ -356,7 +356,7 @@ def test_an_optimizer_that_adapts_no_layer_warns(tmp_path):
         fit.fit(Plain())
 
 
-def test_a_training_resumed_after_its_peak_is_not_told_that_this_was_negligible(tmp_path):
+def test_a_run_resumed_after_its_peak_does_not_report_a_negligible_rate(tmp_path):
     class Decaying(Boring):
         def configure_optimizers(self):
             optimizer = build_optimizer(self, LARS, lr=2.0, excluded_lr=0.1)
@@ -405,7 +405,7 @@ def test_a_learning_rate_for_sgd_warns_once_that_it_is_negligible(tmp_path):
     silent.fit(boring(partial(LARS, lr=0.1)))
 
 
-def test_a_learning_rate_that_is_a_tensor_is_told_to_be_negligible_too(tmp_path):
+def test_a_negligible_tensor_learning_rate_is_reported_too(tmp_path):
     fit = trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=1, callbacks=[TrustRatioMonitor()])
     with pytest.warns(UserWarning, match=r"trust_coefficient \* lr is 0.0001 at its peak"):
         fit.fit(boring(partial(LARS, lr=torch.tensor(0.1))))
@@ -438,7 +438,7 @@ def test_a_learning_rate_that_is_large_enough_at_its_peak_or_before_it_is_not_wa
     assert fit.global_step == options.get("fast_dev_run", 8)
 
 
-def test_the_peak_counts_that_lies_between_two_logs(tmp_path):
+def test_a_peak_between_two_logs_counts(tmp_path):
     fit = trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=4, callbacks=[TrustRatioMonitor()])
     schedule = partial(WarmupDecayLR, warmup_steps=2, decay="polynomial", power=4)
     with pytest.warns(UserWarning, match=r"trust_coefficient \* lr is 0.0004 at its peak"):
@@ -507,7 +507,7 @@ def test_a_step_that_the_scaler_skipped_leaves_nothing(tmp_path):
     assert sorted(logged(logger)) == [0, 1, 3, 4, 6, 7]
 
 
-def test_the_host_reads_no_number_by_itself(tmp_path):
+def test_no_value_is_copied_to_the_host(tmp_path):
     """All come in one tensor. Against the same run without the monitor: Lightning reads the loss."""
 
     def reads(log_every_n_steps, callbacks):
@@ -526,7 +526,7 @@ def test_the_host_reads_no_number_by_itself(tmp_path):
     assert reads(1, []) > 0
 
 
-def test_two_optimizers_are_told_apart(tmp_path):
+def test_two_optimizers_are_distinguished(tmp_path):
     class TwoOptimizers(LightningModule):
         def __init__(self):
             super().__init__()
@@ -654,7 +654,7 @@ def test_plot_draws_the_ratios_that_were_logged(tmp_path):
     assert monitor.plot(given) == (above.get_figure(), given)
 
 
-def test_plot_shows_where_a_notebook_looks_when_a_cell_ends(tmp_path):
+def test_plot_is_displayed_by_a_notebook_when_a_cell_ends(tmp_path):
     monitor = TrustRatioMonitor()
     trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=1, callbacks=[monitor]).fit(boring())
     figure, _ = monitor.plot()
@@ -663,7 +663,7 @@ def test_plot_shows_where_a_notebook_looks_when_a_cell_ends(tmp_path):
     assert len(pyplot.get_fignums()) == 2
 
 
-def test_plot_without_records_says_what_is_known_of_why():
+def test_plot_without_records_lists_possible_reasons():
     with pytest.raises(
         ValueError, match=r"in this process\. Either no run has reached its first log"
     ) as raised:
@@ -673,7 +673,7 @@ def test_plot_without_records_says_what_is_known_of_why():
     assert "TrustRatioMonitor(picture=...) saves a plot to a file" in str(raised.value)
 
 
-def test_an_optimizer_of_someone_else_is_drawn_without_a_learning_rate(tmp_path):
+def test_a_third_party_optimizer_is_plotted_without_a_learning_rate(tmp_path):
     monitor = TrustRatioMonitor(picture=tmp_path / "picture.png")
     trainer(tmp_path, log_every_n_steps=1, callbacks=[monitor]).fit(boring(partial(Own, lr=0.1)))
     _, axes = monitor.plot()
@@ -681,14 +681,14 @@ def test_an_optimizer_of_someone_else_is_drawn_without_a_learning_rate(tmp_path)
     assert (tmp_path / "picture.png").stat().st_size
 
 
-def test_steps_after_the_last_log_are_in_the_picture_too(tmp_path):
+def test_steps_after_the_last_log_are_in_the_plot_too(tmp_path):
     monitor = TrustRatioMonitor()
     trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=3, callbacks=[monitor]).fit(boring())
     _, (_, below) = monitor.plot()
     assert below.get_lines()[0].get_xdata().tolist() == [3, 6, 8]
 
 
-def test_picture_and_table_appear_when_training_ends(tmp_path, capsys):
+def test_plot_and_table_appear_when_training_ends(tmp_path, capsys):
     logger = CSVLogger(tmp_path)
     monitor = TrustRatioMonitor(picture="ratios/trust.png", table=True)
     trainer(tmp_path, logger=logger, log_every_n_steps=1, callbacks=[monitor]).fit(boring())
@@ -699,14 +699,14 @@ def test_picture_and_table_appear_when_training_ends(tmp_path, capsys):
     assert "net.1.weight" not in out
 
 
-def test_picture_and_table_need_no_logger(tmp_path, capsys):
+def test_plot_and_table_need_no_logger(tmp_path, capsys):
     monitor = TrustRatioMonitor(picture=tmp_path / "trust.svg", table=True)
     trainer(tmp_path, logger=False, callbacks=[monitor]).fit(boring())
     assert (tmp_path / "trust.svg").exists()
     assert "net.2.weight" in capsys.readouterr().out
 
 
-def test_a_training_that_fails_leaves_its_picture(tmp_path):
+def test_a_failed_run_still_saves_its_plot(tmp_path):
     class Fails(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if batch_idx == 5:
@@ -719,7 +719,7 @@ def test_a_training_that_fails_leaves_its_picture(tmp_path):
     assert drawn(monitor).shape == (2, 6)
 
 
-def test_a_picture_that_cannot_be_written_does_not_cost_the_training(tmp_path):
+def test_a_plot_that_cannot_be_saved_does_not_end_the_run(tmp_path):
     (tmp_path / "file").write_text("in the way")
     monitor = TrustRatioMonitor(picture="file/trust.png")
     with pytest.warns(UserWarning, match=r"could not save its plot .*file/trust\.png"):
@@ -727,7 +727,7 @@ def test_a_picture_that_cannot_be_written_does_not_cost_the_training(tmp_path):
     assert list(tmp_path.rglob("*.ckpt"))
 
 
-def test_picture_of_a_resumed_training_is_that_of_an_uninterrupted_one(tmp_path):
+def test_the_plot_of_a_resumed_run_equals_that_of_an_uninterrupted_one(tmp_path):
     def fit(epochs, **resume):
         monitor = TrustRatioMonitor(picture="trust.png")
         fitting = trainer(tmp_path, log_every_n_steps=2, max_epochs=epochs, callbacks=[monitor])
@@ -743,7 +743,7 @@ def test_picture_of_a_resumed_training_is_that_of_an_uninterrupted_one(tmp_path)
     assert resumed.state_dict() == whole.state_dict()
 
 
-def test_without_picture_and_table_checkpoints_hold_no_history(tmp_path):
+def test_without_plot_and_table_checkpoints_hold_no_history(tmp_path):
     monitor = TrustRatioMonitor()
     trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=1, callbacks=[monitor]).fit(boring())
     assert monitor.state_dict() == {}

@@ -58,7 +58,7 @@ SHRINKING = {
 
 @pytest.mark.parametrize("rule", SHRINKING)
 @pytest.mark.parametrize("log_every_n_steps", [1, 50])
-def test_a_layer_without_a_gradient_that_shrinks_is_named_with_the_way_out(tmp_path, rule, log_every_n_steps):
+def test_a_layer_without_a_gradient_that_shrinks_is_named_with_the_remedy(tmp_path, rule, log_every_n_steps):
     torch.manual_seed(0)
     module = Expert(optimizer=SHRINKING[rule])
     before = module.expert.weight.detach().norm()
@@ -70,7 +70,7 @@ def test_a_layer_without_a_gradient_that_shrinks_is_named_with_the_way_out(tmp_p
 
 
 @pytest.mark.parametrize("rule", SHRINKING)
-def test_the_way_out_keeps_the_layer_and_is_not_warned_of(tmp_path, rule):
+def test_the_remedy_keeps_the_layer_and_is_not_warned_of(tmp_path, rule):
     torch.manual_seed(0)
     module = Expert(optimizer=partial(SHRINKING[rule], decoupled_weight_decay=True))
     before = module.expert.weight.detach().clone()
@@ -169,7 +169,7 @@ def test_a_layer_that_starts_at_zero_slowly_is_not_warned_of(tmp_path, rule):
     assert warned(tmp_path, module, [TrustRatioMonitor()], max_steps=2) == []
 
 
-def test_a_layer_that_starts_near_zero_does_not_jump_and_is_told_to_be_far_from_the_others(tmp_path):
+def test_a_layer_that_starts_near_zero_does_not_jump_and_is_reported_as_far_from_the_others(tmp_path):
     torch.manual_seed(0)
     module = Zero(optimizer=partial(LARS, lr=1.0))
     nn.init.constant_(module.net[2].weight, 1e-8)
@@ -231,7 +231,7 @@ CALLBACKS = {
 @pytest.mark.parametrize("rule", EXCLUDED)
 @pytest.mark.parametrize("by", CALLBACKS)
 @pytest.mark.parametrize("is_tensor", [False, True])
-def test_what_is_excluded_and_fast_is_told_once_with_the_way_out(tmp_path, rule, by, is_tensor):
+def test_fast_excluded_parameters_are_reported_once_with_the_remedy(tmp_path, rule, by, is_tensor):
     optimizer, words = EXCLUDED[rule]
     lr = optimizer.keywords["lr"]
     if is_tensor:
@@ -250,13 +250,13 @@ def test_what_is_excluded_and_fast_is_told_once_with_the_way_out(tmp_path, rule,
     [(3.0, {"excluded_lr": 0.05}), (3.0, {"excluded_lr_scale": 0.01}), (1.0, {})],
     ids=["excluded_lr", "excluded_lr_scale", "default"],
 )
-def test_a_rate_of_its_own_is_the_way_out(tmp_path, by, lr, options):
+def test_a_separate_rate_is_the_remedy(tmp_path, by, lr, options):
     module = boring(partial(LARS, lr=lr), **options)
     assert warned(tmp_path, module, [callback() for callback in CALLBACKS[by]]) == []
 
 
 @pytest.mark.parametrize("by", CALLBACKS)
-def test_the_rate_that_counts_is_the_peak_of_what_the_steps_used(tmp_path, by):
+def test_the_peak_of_the_rates_that_steps_used_counts(tmp_path, by):
     def messages(*scaling):
         callbacks = [*scaling, LearningRateWarmup(3), *(callback() for callback in CALLBACKS[by])]
         schedule = partial(WarmupDecayLR, warmup_steps=0, decay="polynomial", power=2)
@@ -282,7 +282,7 @@ def test_the_rate_that_counts_is_the_peak_of_what_the_steps_used(tmp_path, by):
     ],
     ids=["all excluded", "no adaptation", "SGD", "nothing excluded"],
 )
-def test_what_is_plain_by_choice_or_adapted_is_not_warned_of(tmp_path, configure):
+def test_plain_or_adapted_groups_raise_no_warning(tmp_path, configure):
     class Configured(Boring):
         def configure_optimizers(self):
             return configure(self)
@@ -293,7 +293,7 @@ def test_what_is_plain_by_choice_or_adapted_is_not_warned_of(tmp_path, configure
 @pytest.mark.parametrize(
     "recipe", [recipes.simclr(4096, 1), recipes.barlow_twins(2048, 1)], ids=["SimCLR", "BT"]
 )
-def test_published_recipes_are_told_of_as_what_they_are(tmp_path, recipe):
+def test_published_recipes_are_reported_as_such(tmp_path, recipe):
     torch.manual_seed(0)
     messages = warned(tmp_path, Boring(**recipe), [ParamGroupSummary()], max_steps=12, max_epochs=2)
     # That of Barlow Twins has a rate of its own for what is excluded.

@@ -39,7 +39,7 @@ def test_averages_are_weighted_by_age(decay):
     assert seen.b_simple == pytest.approx(trace / gradient, rel=1e-6)
 
 
-def test_the_standard_error_is_that_of_many_repetitions():
+def test_the_standard_error_matches_many_repetitions():
     random = np.random.default_rng(2)
     values = random.multivariate_normal([10.0, 2.0], [[9.0, -0.3], [-0.3, 0.2]], (150, 150))
     moving = [measured(run.tolist(), decay=0.98).read() for run in values]
@@ -48,18 +48,18 @@ def test_the_standard_error_is_that_of_many_repetitions():
 
 
 @pytest.mark.parametrize("spoiled", [(math.nan, 1.0), (1.0, math.inf)])
-def test_what_is_not_finite_is_left_out(spoiled):
+def test_non_finite_measurements_are_skipped(spoiled):
     assert measured([(2.0, 1.0), spoiled]).state() == measured([(2.0, 1.0)]).state()
 
 
-def test_what_does_not_count_is_left_out():
+def test_measurements_that_do_not_count_are_skipped():
     moving = measured([(2.0, 1.0)])
     before = moving.state()
     moving.update(torch.tensor(9.0), torch.tensor(9.0), torch.tensor(False))
     assert moving.state() == before
 
 
-def test_goes_on_from_its_state():
+def test_continues_from_its_state():
     values = np.random.default_rng(3).uniform(1, 2, (9, 2)).tolist()
     resumed = MovingNoiseScale(0.9, measured(values[:4]).state())
     for trace, gradient in values[4:]:

@@ -125,7 +125,7 @@ def test_build_optimizer_sets_the_rate_whatever_lr_is(lr):
 
 
 @pytest.mark.parametrize("optimizer", [LARS, LAMB, torch.optim.SGD, torch.optim.AdamW])
-def test_a_step_moves_what_is_excluded_at_its_own_rate(optimizer):
+def test_a_step_moves_excluded_parameters_at_their_separate_rate(optimizer):
     torch.manual_seed(0)
     module = nn.Linear(2, 1)
     built = build_optimizer(module, optimizer, lr=1.0, excluded_lr=0.25)
@@ -263,9 +263,7 @@ class OneMinimumForAll(lr_scheduler.LRScheduler):
         return [0.001 + 0.1 * self.last_epoch for _ in self.base_lrs]
 
 
-BY_CALLBACK = (
-    "ExcludeNormAndBias can give excluded parameters a separate learning rate only under torch's schedulers"
-)
+BY_CALLBACK = "ExcludeNormAndBias can give excluded parameters a separate rate only under torch's schedulers"
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def found(monkeypatch, **shapes):
         ("kernel", (4, 4), "matrix excluded"),
     ],
 )
-def test_what_is_in_the_wrong_group_is_found(monkeypatch, name, shape, reason):
+def test_misplaced_tensors_are_found(monkeypatch, name, shape, reason):
     (kind,) = found(monkeypatch, **{name: shape}).wrong
     assert kind[0] == reason
     assert kind[1].startswith(f"Model.{name} (")

@@ -84,7 +84,7 @@ def test_every_part_steps_at_its_rate():
         assert moves[name].item() == pytest.approx(rate * share.item(), rel=1e-5)
 
 
-def test_what_is_excluded_can_have_a_rate_in_every_part(tmp_path):
+def test_excluded_parameters_can_have_a_rate_in_every_part(tmp_path):
     def build(module):
         optimizer = build_optimizer(module.head, LARS, lr=1.0, excluded_lr=0.05, prefix="head")
         for group in param_groups(module.backbone, prefix="backbone"):
@@ -100,7 +100,7 @@ def test_what_is_excluded_can_have_a_rate_in_every_part(tmp_path):
     }
 
 
-def test_two_unnamed_parts_are_told_apart_where_they_are_regrouped(tmp_path):
+def test_two_unnamed_parts_are_distinguished_where_they_are_regrouped(tmp_path):
     def build(module):
         parts = [{"params": module.backbone.parameters(), "lr": 0.1}, {"params": module.head.parameters()}]
         return LARS(parts, lr=1.0)
@@ -127,7 +127,7 @@ class Unfreezing(BaseFinetuning):
 
 
 @pytest.mark.parametrize("optimizer", [LARS, LAMB, torch.optim.SGD])
-def test_what_finetuning_unfreezes_is_grouped_as_the_rest(tmp_path, optimizer):
+def test_layers_that_finetuning_unfreezes_are_grouped_like_the_rest(tmp_path, optimizer):
     module = Parts(lambda module: build_optimizer(module, optimizer, lr=0.5, weight_decay=0.1))
     callbacks = [Unfreezing(), LearningRateMonitor()]
     fit = trainer(tmp_path, max_epochs=2, callbacks=callbacks, logger=CSVLogger(tmp_path))

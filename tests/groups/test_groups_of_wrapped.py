@@ -150,12 +150,12 @@ def rows(module):
 
 @pytest.mark.usefixtures("_ranks")
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_names_groups_and_rules_are_those_of_the_module(name):
+def test_names_groups_and_rules_match_the_module(name):
     assert rows(WRAPPERS[name](Net())) == rows(Net())
 
 
 @pytest.mark.parametrize("compiles", [False, True])
-def test_names_groups_and_rules_are_those_of_the_module_under_fabric(compiles):
+def test_names_groups_and_rules_match_the_module_under_fabric(compiles):
     module = Net()
     assert rows(fabric(torch.compile(module) if compiles else module)) == rows(Net())
 

@@ -97,7 +97,7 @@ STAND_INS = [scripted, traced, exported, exported_strictly, unflattened, symboli
 
 
 @pytest.mark.parametrize("stand_in", STAND_INS)
-def test_the_groups_are_those_of_the_original(stand_in):
+def test_the_groups_match_the_original(stand_in):
     original = Model()
     other = stand_in(Model())
     expected = {group: sorted(held) for group, held in names(original).items()}
@@ -138,7 +138,7 @@ def test_a_scripted_module_whose_code_is_elsewhere_is_known_by_names(tmp_path, m
 
 
 @pytest.mark.parametrize("stand_in", [scripted, traced, exported, symbolically_traced])
-def test_user_types_mean_what_a_module_stands_for(stand_in):
+def test_user_types_match_the_original_class_of_a_module(stand_in):
     module = stand_in(Model())
     assert "adapted" not in names(module, exclude=nn.Linear)
     assert "own.scale" in names(module, exclude_norm=False, exclude_gain=False)["adapted"]
@@ -160,7 +160,7 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("stand_in", [exported, unflattened, symbolically_traced])
-def test_a_graph_that_does_not_tell_is_refused_with_the_way_out(stand_in):
+def test_a_graph_without_module_information_is_refused_with_a_remedy(stand_in):
     module = stand_in(Tied())
     message = (
         r"module must tell which module owns each parameter, got 'tokens.weight' in a graph that does not"
@@ -175,7 +175,7 @@ def test_a_graph_that_does_not_tell_is_refused_with_the_way_out(stand_in):
 
 
 @pytest.mark.parametrize("stand_in", [scripted, exported, symbolically_traced])
-def test_what_is_excluded_is_not_decayed(stand_in):
+def test_excluded_parameters_are_not_decayed(stand_in):
     module = stand_in(Model())
     optimizer = build_optimizer(module, LARS, lr=1.0, weight_decay=0.1, momentum=0.0)
     before = {name: p.detach().clone() for name, p in module.named_parameters()}

@@ -61,7 +61,7 @@ def test_names_and_modules_are_excluded(listed, excluded):
     assert names(Transformer(listed)) == {group: held for group, held in expected.items() if held}
 
 
-def test_a_part_lists_its_own_names():
+def test_a_submodule_lists_its_own_names():
     module = nn.ModuleDict({"a": Transformer({"table"}), "b": Transformer({"tokens"}), "c": nn.Linear(2, 2)})
     assert names(module)["excluded"] == ["a.table", "b.tokens.weight", "c.bias"]
 
@@ -86,7 +86,7 @@ def test_no_switch_overrules_the_model():
     assert names(Transformer(), **off)["excluded"] == ["table"]
 
 
-def test_parts_of_names_are_excluded_as_swin_lists_them():
+def test_substrings_of_names_are_excluded_as_swin_lists_them():
     module = Transformer(set())
     module.no_weight_decay_keywords = lambda: {"abl"}
     assert names(module)["excluded"] == ["table"]
@@ -100,7 +100,7 @@ def test_an_attribute_is_as_good_as_a_method(attribute):
 
 
 @pytest.mark.parametrize("other", [lambda names: names, False], ids=["of arguments", "flag"])
-def test_what_is_called_so_and_lists_nothing_is_left_alone(other):
+def test_attributes_of_these_names_that_list_nothing_are_ignored(other):
     module = Transformer()
     module.no_weight_decay = other
     assert "excluded" not in names(module)
@@ -133,7 +133,7 @@ class FromStateDict(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
-def test_a_part_that_looks_into_its_state_dict_does_not_take_itself_for_the_whole_of_fsdp(process_group):
+def test_a_submodule_that_reads_its_state_dict_does_not_become_an_fsdp_root(process_group):
     module = nn.Sequential(FromStateDict(), nn.Linear(3, 3))
     module[0].biases = FullyShardedDataParallel(
         module[0].biases, use_orig_params=True, device_id=torch.device("cpu")

@@ -147,7 +147,7 @@ def test_a_convolution_whose_name_contains_bn_is_adapted():
     assert names(module) == {"adapted": ["bnk.weight", "embed_bn.weight"], "excluded": ["bnk.bias"]}
 
 
-def test_a_tied_weight_stands_once_under_its_first_name():
+def test_a_tied_weight_is_listed_once_under_its_first_name():
     module = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "head": nn.Linear(4, 5)})
     module["head"].weight = module["embedding"].weight
     assert names(module) == {"adapted": ["embedding.weight"], "excluded": ["head.bias"]}
@@ -160,7 +160,7 @@ def test_a_tied_weight_is_excluded_under_any_of_its_names():
     assert groups == {"excluded": ["embedding.weight", "head.bias"]}
 
 
-def test_a_module_used_twice_stands_once():
+def test_a_module_used_twice_is_listed_once():
     layer = nn.Linear(2, 2)
     assert names(nn.Sequential(layer, layer)) == {"adapted": ["0.weight"], "excluded": ["0.bias"]}
 
@@ -170,7 +170,7 @@ def test_a_module_used_twice_is_excluded_under_any_of_its_names():
     assert names(nn.Sequential(layer, layer), exclude="1.*") == {"excluded": ["0.weight", "0.bias"]}
 
 
-def test_frozen_parameters_are_left_out():
+def test_frozen_parameters_are_skipped():
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     module[0].requires_grad_(False)
     assert names(module) == {"adapted": ["1.weight"], "excluded": ["1.bias"]}
@@ -238,7 +238,7 @@ def test_a_prefix_stands_before_names_and_groups():
         param_groups(module, prefix=3)
 
 
-def test_a_rate_of_its_own_goes_to_the_excluded_group_under_any_prefix():
+def test_a_separate_rate_goes_to_the_excluded_group_under_any_prefix():
     optimizer = build_optimizer(nn.Linear(2, 2), LARS, lr=1.0, excluded_lr=0.1, prefix="body")
     assert [(group["name"], group["lr"]) for group in optimizer.param_groups] == [
         ("body.adapted", 1.0),
@@ -266,7 +266,7 @@ def test_the_module_of_ddp_is_no_part_of_a_name(process_group):
     assert names(inside) == {"adapted": ["net.weight"], "excluded": ["net.bias"]}
 
 
-def test_every_trainable_parameter_stands_in_one_group_once():
+def test_every_trainable_parameter_is_in_exactly_one_group():
     module = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 3, enable_nested_tensor=False)
     grouped = [parameter for group in param_groups(module) for _, parameter in group["params"]]
     assert len(grouped) == len(set(grouped))
@@ -323,7 +323,7 @@ def test_each_default_can_be_switched_off(switches, adapted):
     ],
     ids=["type", "types", "pattern", "patterns", "with the defaults", "predicate"],
 )
-def test_what_is_excluded_adds_to_the_defaults(exclude):
+def test_exclude_adds_to_the_defaults(exclude):
     module = nn.ModuleDict(
         {"embedding": nn.Embedding(5, 4), "norm": nn.LayerNorm(4), "head": nn.Linear(4, 2)}
     )

@@ -148,11 +148,11 @@ def test_biases_under_other_names_are_excluded_as_such(bias):
         "debias_layer",
     ],
 )
-def test_what_a_bias_is_looked_up_in_or_computed_by_is_none(table):
+def test_lookup_tables_and_generators_of_biases_are_not_biases(table):
     own_parameters_are("adapted", holding("Attention", **{table: (9, 4)}))
 
 
-def test_a_relative_bias_that_is_added_as_it_is_is_a_bias():
+def test_a_relative_bias_that_is_added_directly_is_a_bias():
     own_parameters_are("excluded", holding("Attention", rel_pos_bias=(2, 5, 5)))
 
 

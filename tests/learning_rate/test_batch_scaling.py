@@ -59,7 +59,7 @@ def test_refuses_a_bad_argument(arguments, message):
 
 
 @given(st.floats(0.5, 0.9999), st.floats(0.5, 0.9999), st.floats(0.01, 2.0))
-def test_adam_forgets_in_as_many_samples_as_before(beta1, beta2, ratio):
+def test_adam_averages_over_the_same_number_of_samples(beta1, beta2, ratio):
     betas, eps = scale_adam((beta1, beta2), 1e-8, ratio)
     assert [1 - beta for beta in betas] == pytest.approx([ratio * (1 - beta1), ratio * (1 - beta2)], rel=1e-9)
     assert eps**2 * ratio == pytest.approx(1e-16, rel=1e-12)

@@ -178,7 +178,7 @@ def test_optimizers_that_share_the_layers_of_one_take_one_step_with_it():
     assert steps.taken == 4
 
 
-def test_an_optimizer_of_other_layers_that_hangs_on_one_is_its_own():
+def test_an_attached_optimizer_of_other_layers_is_independent():
     optimizer, other = (torch.optim.SGD(weights(), lr=0.1) for _ in range(2))
     optimizer.friend = other
     steps = OptimizerSteps(optimizer)
@@ -188,7 +188,7 @@ def test_an_optimizer_of_other_layers_that_hangs_on_one_is_its_own():
 
 
 @pytest.mark.parametrize("base", OPTIMIZERS)
-def test_a_step_that_calls_that_of_its_base_class_is_one_step(base):
+def test_a_step_that_calls_super_step_is_one_step(base):
     class Own(base):
         def step(self, closure=None):
             return super().step(closure)
@@ -209,7 +209,7 @@ def overflow(optimizer):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_what_a_gradient_scaler_skips_does_not_count(fused):
+def test_steps_that_a_gradient_scaler_skips_do_not_count(fused):
     optimizer = torch.optim.SGD(weights(), lr=0.1, fused=fused)
     steps = OptimizerSteps(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
@@ -328,7 +328,7 @@ def test_a_step_that_failed_does_not_count_and_the_next_one_does(optimizer, fail
     assert steps.taken == 1
 
 
-def test_what_does_not_count_is_left_alone(optimizer):
+def test_ignored_steps_are_not_adjusted(optimizer):
     counts, calls = [False], []
     steps = OptimizerSteps(
         optimizer, lambda: calls.append("before"), lambda: calls.append("after"), lambda: counts[0]
@@ -341,7 +341,7 @@ def test_what_does_not_count_is_left_alone(optimizer):
     assert (steps.taken, calls) == (1, ["before", "after", "before", "after"])
 
 
-def test_a_detached_optimizer_steps_as_if_nothing_had_been(optimizer):
+def test_a_detached_optimizer_steps_with_plain_values(optimizer):
     steps = OptimizerSteps(optimizer)
     steps.detach()
     backward(optimizer)
@@ -352,6 +352,6 @@ def test_a_detached_optimizer_steps_as_if_nothing_had_been(optimizer):
 
 
 @pytest.mark.parametrize("kind", [Bare, OwnStep])
-def test_an_optimizer_whose_steps_cannot_be_seen_raises(kind):
+def test_an_optimizer_whose_steps_cannot_be_observed_raises(kind):
     with pytest.raises(TypeError, match=rf"call step hooks, .* got a {kind.__name__}, whose steps cannot be"):
         OptimizerSteps(kind(weights()))

@@ -206,7 +206,7 @@ def test_the_rate_never_climbs_again(name):
 
 
 @pytest.mark.parametrize("decay", ["cosine", "polynomial", "one_cycle"])
-def test_the_rate_stays_at_the_end_factor_after_the_training(decay):
+def test_the_rate_stays_at_the_end_factor_after_the_run(decay):
     optimizer = build(peaks=[0.3])
     scheduler = WarmupDecayLR(optimizer, W, T, "cosine", decay, end_factor=0.25)
     assert advance(optimizer, scheduler, 3 * T)[T:] == [close([0.075])] * (2 * T)
@@ -261,7 +261,7 @@ def test_the_linear_warmup_is_one_step_ahead_of_linear_lr():
     ],
     ids=["CosineAnnealingLR", "PolynomialLR", "MultiStepLR"],
 )
-def test_a_decay_is_that_of_torch_after_the_warmup(arguments, theirs, warmup_steps):
+def test_a_decay_matches_torch_after_the_warmup(arguments, theirs, warmup_steps):
     optimizer, other = build(peaks=[0.3]), build(peaks=[0.3])
     used = advance(optimizer, WarmupDecayLR(optimizer, warmup_steps, T, **arguments), T)
     steps = T - warmup_steps
@@ -271,7 +271,7 @@ def test_a_decay_is_that_of_torch_after_the_warmup(arguments, theirs, warmup_ste
 @every_optimizer
 @pytest.mark.parametrize("warmup_steps", [0, 2, W, T - 1])
 @pytest.mark.parametrize("read", [rates, momenta], ids=["lr", "momentum"])
-def test_one_cycle_is_that_of_torch(optimizer_class, warmup_steps, read):
+def test_one_cycle_matches_torch(optimizer_class, warmup_steps, read):
     optimizer, other = build(optimizer_class), build(optimizer_class)
     scheduler = WarmupDecayLR(optimizer, warmup_steps, T, "cosine", "one_cycle")
     theirs = lr_scheduler.OneCycleLR(other, list(PEAKS), total_steps=T, pct_start=warmup_steps / T)
@@ -332,7 +332,7 @@ def everything(optimizer):
         (LAMB, "one_cycle"),
     ],
 )
-def test_a_resume_at_any_step_goes_on_as_if_nothing_had_happened(optimizer_class, name, steps):
+def test_resuming_at_any_step_matches_an_uninterrupted_run(optimizer_class, name, steps):
     arguments, _ = SCHEDULES[name]
     whole = build(optimizer_class)
     scheduler = WarmupDecayLR(whole, W, T, **arguments)
@@ -367,7 +367,7 @@ def test_a_resume_by_last_epoch_needs_no_state_of_the_scheduler(name, steps):
 
 
 @every_schedule
-def test_a_pickled_scheduler_goes_on_with_its_optimizer(name):
+def test_a_pickled_scheduler_continues_with_its_optimizer(name):
     optimizer = build()
     scheduler = WarmupDecayLR(optimizer, W, T, **SCHEDULES[name][0])
     advance(optimizer, scheduler, 3)
@@ -506,7 +506,7 @@ def test_a_warmup_that_cannot_start_at_0_asks_for_a_start_factor(warmup):
 
 
 @pytest.mark.parametrize("warmup", ["constant", "exponential"])
-def test_without_warmup_no_start_factor_is_asked_for(warmup):
+def test_without_warmup_no_start_factor_is_required(warmup):
     optimizer = build(peaks=[0.3])
     WarmupDecayLR(optimizer, 0, T, warmup)
     assert rates(optimizer) == [0.3]
@@ -526,7 +526,7 @@ def test_a_resume_without_initial_lr_is_refused():
     refuses(build(), "initial_lr", arguments, error=KeyError)
 
 
-def test_what_is_no_optimizer_is_refused():
+def test_objects_that_are_no_optimizer_are_refused():
     with pytest.raises(TypeError, match=r"^optimizer must be a torch.optim.Optimizer, got \[\]"):
         WarmupDecayLR([], W, T)
 
@@ -568,7 +568,7 @@ def test_a_stable_run_is_cooled_down_from_a_checkpoint_by_other_arguments(steps,
 
 
 @pytest.mark.parametrize("others", [{"total_steps": 40}, {"total_steps": T, "cooldown_steps": 10}])
-def test_a_cooldown_that_has_begun_goes_on_as_it_was_planned_and_says_so(others):
+def test_a_cooldown_that_has_begun_continues_as_planned_with_a_warning(others):
     optimizer = build()
     scheduler = WarmupDecayLR(optimizer, W, T, decay="wsd", cooldown_steps=C)
     advance(optimizer, scheduler, T - 2)
@@ -589,7 +589,7 @@ def test_a_cooldown_that_would_have_begun_already_is_not_taken_over():
     assert cooling.total_steps == 40
 
 
-def test_a_cooldown_begins_with_the_coming_step_once_it_is_told_the_end():
+def test_a_cooldown_begins_with_the_next_step_once_its_end_is_set():
     optimizer = build()
     scheduler = WarmupDecayLR(optimizer, W, 10**6, decay="wsd", cooldown_steps=4)
     advance(optimizer, scheduler, 10)
@@ -598,7 +598,7 @@ def test_a_cooldown_begins_with_the_coming_step_once_it_is_told_the_end():
     assert [rate[0] / PEAKS[0] for rate in used] == close([1.0, 0.75, 0.5, 0.25, 0.0])
 
 
-def test_the_cooldown_is_a_fifth_of_the_run_unless_it_is_told():
+def test_the_cooldown_is_a_fifth_of_the_run_by_default():
     optimizer = build(peaks=(1.0,))
     used = advance(optimizer, WarmupDecayLR(optimizer, 2, 10, decay="wsd"), 11)
     assert [rate[0] for rate in used] == close([0.5, *[1.0] * 8, 0.5, 0.0])

@@ -33,7 +33,7 @@ def unfolded(name):
         (["rnn.weight_ih_l0", "rnn.weight_ih_l1"], "rnn.weight_ih_l[0-1]"),
     ],
 )
-def test_what_differs_is_in_brackets(names, folded):
+def test_differences_are_in_brackets(names, folded):
     assert fold((name, "same") for name in names) == [(folded, len(names), "same")]
 
 
@@ -52,11 +52,11 @@ def test_other_differences_are_kept_apart(names):
     assert fold((name, "same") for name in names) == [(name, 1, "same") for name in names]
 
 
-def test_what_is_not_the_same_is_kept_apart():
+def test_names_with_different_values_are_not_folded():
     assert fold([("a.0", (3,)), ("a.1", (4,))]) == [("a.0", 1, (3,)), ("a.1", 1, (4,))]
 
 
-def test_stands_for_no_name_that_is_not_there():
+def test_a_folded_name_represents_no_missing_name():
     assert fold((name, 1) for name in ["0.0", "0.1", "1.1"]) == [("0.0", 1, 1), ("[0-1].1", 2, 1)]
 
 
@@ -65,7 +65,7 @@ NAMES = st.lists(st.lists(PART, min_size=1, max_size=4).map(".".join), unique=Tr
 
 
 @given(NAMES.flatmap(lambda names: st.tuples(st.just(names), st.tuples(*(st.integers(0, 1) for _ in names)))))
-def test_stands_for_every_name_once(drawn):
+def test_a_folded_name_represents_every_name_once(drawn):
     names = list(zip(*drawn, strict=True))
     folded = fold(names)
     assert sorted((each, same) for name, _, same in folded for each in unfolded(name)) == sorted(names)

@@ -68,7 +68,7 @@ def test_the_norm_of_a_long_layer_that_is_not_finite(bad):
     torch.testing.assert_close(layer_norms([x])[0].float(), torch.tensor(bad), equal_nan=True)
 
 
-def test_the_norm_of_a_long_layer_is_that_of_any_memory_format():
+def test_the_norm_of_a_long_layer_is_independent_of_memory_format():
     x = torch.randn(16, 8, 14, 18, generator=torch.Generator().manual_seed(0))
     layers = [
         x,

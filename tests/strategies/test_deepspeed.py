@@ -30,7 +30,7 @@ def seen():
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-def test_stage_0_takes_the_steps_of_one_device(seen):
+def test_stage_0_matches_one_device(seen):
     assert seen["0"] < 1e-6
 
 

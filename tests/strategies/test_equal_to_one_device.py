@@ -83,7 +83,7 @@ def test_the_table_has_every_setup():
 
 
 @over(RUNS)
-def test_the_parameters_are_those_of_one_device_after_every_step(setup, case):
+def test_parameters_match_one_device_after_every_step(setup, case):
     for process in seen(setup, case):
         assert len(process["values"]) == STEPS
         for actual, (values, _) in zip(process["values"], expected(case), strict=True):
@@ -92,7 +92,7 @@ def test_the_parameters_are_those_of_one_device_after_every_step(setup, case):
 
 # With ZeroRedundancyOptimizer each process steps some of the layers.
 @over([(setup, case) for setup, case in RUNS if setup != "ddp_zero-2"])
-def test_every_process_knows_the_trust_ratio_of_every_layer(setup, case):
+def test_every_rank_knows_the_trust_ratio_of_every_layer(setup, case):
     for process in seen(setup, case):
         for actual, (_, ratios) in zip(process["ratios"], expected(case), strict=True):
             assert list(actual) == list(ratios)
@@ -101,7 +101,7 @@ def test_every_process_knows_the_trust_ratio_of_every_layer(setup, case):
 
 
 @over(RUNS)
-def test_a_step_exchanges_as_often_as_the_documentation_says(setup, case):
+def test_a_step_all_reduces_as_often_as_documented(setup, case):
     exchanges = EXCHANGES[setup]["max_grad_norm" in CASES[case][1]]
     for process in seen(setup, case):
         for collectives in process["collectives"]:
@@ -137,13 +137,13 @@ def test_the_kernels_for_gpus_take_the_same_steps_of_shards(setup, case):
 
 @over(RESUMED)
 @pytest.mark.parametrize("checkpoint", ["from shards", "from one device"])
-def test_a_resumed_run_goes_on_like_an_uninterrupted_one(setup, case, checkpoint):
+def test_a_resumed_run_matches_an_uninterrupted_one(setup, case, checkpoint):
     for process in seen(setup, case):
         assert deviation(process[checkpoint], expected(case)[-1][0]) < TOLERANCE
 
 
 @over(RESUMED)
-def test_a_full_checkpoint_is_that_of_one_device(setup, case):
+def test_full_checkpoint_equals_that_of_one_device(setup, case):
     """Then whatever goes on from one of them goes on from the other."""
     model_here, here = state_on_one_device(case)
     for process in seen(setup, case):
@@ -157,7 +157,7 @@ def test_a_full_checkpoint_is_that_of_one_device(setup, case):
 
 
 @over(RESUMED)
-def test_a_full_checkpoint_goes_on_on_one_device(setup, case):
+def test_full_checkpoint_resumes_on_one_device(setup, case):
     end = go_on(alone(case), seen(setup, case)[0]["full"], full=True)
     assert deviation(end, expected(case)[-1][0]) < TOLERANCE
 

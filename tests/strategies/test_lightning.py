@@ -102,7 +102,7 @@ def test_the_table_has_every_run():
 
 
 @over(PLAIN)
-def test_the_parameters_are_those_of_one_device_after_every_step(seen, name, of):
+def test_parameters_match_one_device_after_every_step(seen, name, of):
     for process in seen:
         assert len(process["values"]) == STEPS
         for actual, (whole, _) in zip(process["values"], expected(of, dtype_of(name)), strict=True):
@@ -110,7 +110,7 @@ def test_the_parameters_are_those_of_one_device_after_every_step(seen, name, of)
 
 
 @over(PLAIN)
-def test_a_resumed_run_goes_on_like_an_uninterrupted_one(seen):
+def test_a_resumed_run_matches_an_uninterrupted_one(seen):
     for process in seen:
         assert len(process["resumed"]) == STEPS - RESUMED
         for again, straight in zip(process["resumed"], process["values"][RESUMED:], strict=True):
@@ -121,7 +121,7 @@ def test_a_resumed_run_goes_on_like_an_uninterrupted_one(seen):
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 @over([run for run in PLAIN if run[0] in ("ddp", "zero", "fsdp2 full")])
-def test_a_full_checkpoint_goes_on_on_one_device(seen, folder, tmp_path, name, of):
+def test_full_checkpoint_resumes_on_one_device(seen, folder, tmp_path, name, of):
     checkpoint = folder / f"{name} {of}" / "steps" / f"step={RESUMED}.ckpt"
     module_class = Used if "fsdp2" in name else Module
     here = fit(tmp_path, module_class, OPTIMIZERS[of], "auto", {}, checkpoint=checkpoint, devices=1)

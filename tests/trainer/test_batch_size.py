@@ -89,7 +89,7 @@ def test_counts_the_samples_of_a_step(tmp_path, loader, accumulated):
         lambda: [DataLoader(DATA, batch_size=4), DataLoader(DATA, batch_sampler=Batches())],
     ],
 )
-def test_says_what_to_pass_where_the_loader_does_not_tell(tmp_path, loader):
+def test_says_what_to_pass_where_the_loader_has_no_batch_size(tmp_path, loader):
     message = "batch_size must be given where the train loader has none, got a DataLoader"
     with pytest.raises(ValueError, match=message):
         walk(tmp_path, Measured(loader))

@@ -20,7 +20,7 @@ WARMUP = ["--trainer.callbacks+=lightning_lars.LearningRateWarmup", "--trainer.c
 ALL, NONE = [True] * 6, [False] * 6
 
 
-def test_large_batch_cli_trains_what_the_stock_cli_silently_does_not():
+def test_large_batch_cli_trains_layers_that_the_stock_cli_silently_does_not():
     assert on_ranks(2, fit, "LargeBatchCLI", [*FIT.split(), *WARMUP, "--optimizer=LARS"]) == [ALL, ALL]
     assert on_ranks(2, fit, "LightningCLI", FIT.split()) == [NONE, NONE]
 

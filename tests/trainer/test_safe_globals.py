@@ -152,7 +152,7 @@ class FromYAML(LargeBatchMixin, Plain):
 
 
 @pytest.mark.parametrize("cli_class", [LightningCLI, LargeBatchCLI])
-def test_what_a_cli_has_trained_loads(tmp_path, cli_class):
+def test_checkpoints_of_the_cli_load(tmp_path, cli_class):
     """A CLI saves class paths and arguments, and what it gives the module are functions of jsonargparse."""
     arguments = ["--model.optimizer=LAMB", "--model.optimizer.lr=0.25", "--model.lr_scheduler=WarmupDecayLR"]
     arguments += ["--model.lr_scheduler.warmup_steps=1", "--trainer.max_steps=2"]
@@ -171,7 +171,7 @@ def test_what_a_cli_has_trained_loads(tmp_path, cli_class):
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_what_a_user_wrote_is_refused_in_words_that_name_the_class_and_the_way_out(tmp_path, name):
+def test_user_classes_are_refused_with_the_class_and_the_remedy_named(tmp_path, name):
     path = saved(tmp_path / "a.ckpt", Boring(**OWN[name]))
     with pytest.raises(pickle.UnpicklingError, match=rf"torch\.serialization\.safe_globals.*{name}"):
         Boring.load_from_checkpoint(path, weights_only=True)
@@ -202,14 +202,14 @@ def test_a_process_that_gave_a_module_its_classes_loads_them_by_ckpt_path(tmp_pa
     assert fresh.trainer.current_epoch == 3
 
 
-def test_a_module_tells_the_process_that_it_was_sent_to(tmp_path):
+def test_a_module_allows_its_classes_in_the_process_that_it_was_sent_to(tmp_path):
     sent = pickle.dumps(boring(partial(OwnLARS, lr=0.1), lr_scheduler=OwnScheduler))
     clear_safe_globals()
     pickle.loads(sent)
     assert set(get_safe_globals()) == {partial, OwnLARS, OwnScheduler}
 
 
-def test_only_what_can_be_found_by_its_name_is_allowed():
+def test_only_classes_that_can_be_found_by_name_are_allowed():
     class Inside(LARS):
         pass
 

@@ -82,7 +82,7 @@ def test_steps_without_one_of_the_optimizer_are_silent(optimizer):
     scheduler.step()
 
 
-def test_what_does_not_count_as_a_step_is_silent(optimizer):
+def test_steps_that_do_not_count_are_silent(optimizer):
     module = nn.Module()
     module.params = nn.ParameterList(optimizer.param_groups[0]["params"])
     scheduler = schedule(optimizer)
@@ -116,7 +116,7 @@ def test_several_evaluations_of_a_closure_are_one_step():
         scheduler.step()
 
 
-def test_an_optimizer_whose_steps_cannot_be_seen_is_left_alone():
+def test_an_optimizer_whose_steps_cannot_be_observed_is_left_alone():
     class Hidden(Bare, torch.optim.Optimizer):
         pass
 
@@ -140,7 +140,7 @@ def test_a_part_of_another_scheduler_is_silent(optimizer, milestone):
         chained.step()
 
 
-def test_a_state_that_is_loaded_begins_anew_and_holds_nothing_of_the_count(optimizer):
+def test_a_loaded_state_restarts_the_count_and_does_not_contain_it(optimizer):
     scheduler = schedule(optimizer)
     before = copy.deepcopy(scheduler.state_dict())
     assert not {"_steps_seen", "_has_warned"} & set(before)

@@ -75,7 +75,7 @@ def test_total_follows_a_gradient_accumulation_scheduler(tmp_path, schedule, opt
 
 
 @pytest.mark.parametrize("schedule", [{0: 1}, *SCHEDULES], ids=str)
-def test_the_steps_of_whole_epochs_are_those_taken_by_their_end(tmp_path, schedule):
+def test_the_steps_of_whole_epochs_match_those_taken_by_their_end(tmp_path, schedule):
     module = walk(tmp_path, Counted(), GradientAccumulationScheduler(schedule), max_epochs=3)
     assert module.by_epoch == module.taken
 
@@ -111,7 +111,7 @@ class Stops(Counted):
         return super().training_step(batch, batch_idx)
 
 
-def test_a_training_without_end_has_endless_steps(tmp_path):
+def test_a_run_without_end_has_endless_steps(tmp_path):
     assert walk(tmp_path, Stops(), max_epochs=-1).total == math.inf
 
 

@@ -41,7 +41,7 @@ def test_healthy_layers_are_left_alone():
 
 
 @pytest.mark.parametrize("ratio", [math.nan, math.inf])
-def test_a_ratio_that_is_not_finite_is_told_at_once_and_once(ratio):
+def test_a_ratio_that_is_not_finite_is_reported_at_once_and_once(ratio):
     (message,), *later = told([healthy(trust_ratio=ratio)] * 5)
     assert f"not finite, because weights or gradients are not: 'e' ({ratio})." in message
     assert "max_grad_norm" in message
@@ -60,7 +60,7 @@ CAUSES = [
 
 
 @pytest.mark.parametrize(("changes", "match"), CAUSES)
-def test_what_lasts_is_told_once(changes, match):
+def test_persistent_conditions_are_reported_once(changes, match):
     looks = told([healthy(**changes)] * (PATIENCE + 3))
     assert [len(messages) for messages in looks] == [0] * (PATIENCE - 1) + [1] + [0] * 3
     with pytest.raises(AssertionError, match=match):
@@ -68,7 +68,7 @@ def test_what_lasts_is_told_once(changes, match):
 
 
 @pytest.mark.parametrize(("changes", "match"), CAUSES)
-def test_what_passes_is_not_told(changes, match):
+def test_transient_conditions_are_not_reported(changes, match):
     assert told(
         [healthy(**changes)] * (PATIENCE - 1) + [healthy()] + [healthy(**changes)] * (PATIENCE - 1)
     ) == ([[]] * (2 * PATIENCE - 1))
@@ -84,27 +84,27 @@ def test_what_passes_is_not_told(changes, match):
     ],
     ids=["sometimes clipped", "not so far", "zero rule", "learning rate of zero"],
 )
-def test_what_is_no_cause_is_not_told(changes):
+def test_normal_conditions_are_not_reported(changes):
     assert told([healthy(**changes)] * 10) == [[]] * 10
 
 
 @pytest.mark.parametrize("since", [0.0, 0.9])
-def test_a_clip_that_begins_to_hold_later_is_not_told(since):
+def test_a_clip_that_takes_effect_later_is_not_reported(since):
     assert told([healthy(at_trust_clip=since), *[healthy(at_trust_clip=1.0)] * 9]) == [[]] * 10
 
 
 @pytest.mark.parametrize("options", [{"is_resumed": True}, {"clip_is_rule": True}], ids=str)
-def test_a_clip_that_may_have_begun_later_or_is_the_rule_is_not_told(options):
+def test_a_clip_that_may_have_taken_effect_later_or_is_the_rule_is_not_reported(options):
     alerts = TrustRatioAlerts(**options)
     assert [alerts.check(healthy(at_trust_clip=1.0)) for _ in range(9)] == [[]] * 9
 
 
-def test_a_clip_that_bounds_a_layer_without_weights_or_gradient_is_not_told():
+def test_a_clip_that_bounds_a_layer_without_weights_or_gradient_is_not_reported():
     for flag in ("at_zero_rule", "by_decay_alone"):
         assert told([healthy(at_trust_clip=1.0, trust_ratio=0.9, **{flag: 1.0})] * 9) == [[]] * 9
 
 
-def test_a_layer_that_decay_alone_moves_is_told_when_it_has_lost_a_tenth():
+def test_a_layer_that_decay_alone_moves_is_reported_when_it_has_lost_a_tenth():
     look = healthy(by_decay_alone=1.0, lost_to_decay=0.03, trust_ratio=20.0)
     looks = told([look] * 12)
     assert [len(messages) for messages in looks] == [0] * 3 + [1] + [0] * 8
@@ -112,13 +112,13 @@ def test_a_layer_that_decay_alone_moves_is_told_when_it_has_lost_a_tenth():
     assert "decoupled_weight_decay=True, with which they lose lr * weight_decay per step" in looks[3][0]
 
 
-def test_steps_between_looks_count():
+def test_steps_between_checks_count():
     look = healthy(by_decay_alone=1.0, lost_to_decay=0.01)
     look["lost_to_decay"]["e"] = OverSteps(0.01, 0.01, 0.01, steps=6)
     assert list(map(len, told([look] * 3))) == [0, 1, 0]
 
 
-def test_a_layer_that_has_a_gradient_most_of_the_time_is_not_told_to_shrink():
+def test_a_layer_that_has_a_gradient_most_of_the_time_is_not_reported_as_shrinking():
     alone = healthy(by_decay_alone=1.0, lost_to_decay=0.06)
     assert told([alone, healthy(by_decay_alone=0.5, lost_to_decay=0.03), alone, healthy()]) == [[]] * 4
 
@@ -126,7 +126,7 @@ def test_a_layer_that_has_a_gradient_most_of_the_time_is_not_told_to_shrink():
 @pytest.mark.parametrize(
     ("plain", "lr", "clip"), [("SGD", 0.6, "0.01"), ("SGD", 10.0, "0.01"), ("Adam", 0.06, "0.1")]
 )
-def test_a_fast_step_from_zero_is_told_at_once_and_once(plain, lr, clip):
+def test_a_fast_step_from_zero_is_reported_at_once_and_once(plain, lr, clip):
     alerts = TrustRatioAlerts(plain=plain)
     (message,) = alerts.check_first_steps({"a": 0.0, "e": lr})
     assert f"weights were all zero, with their learning rate in that step: 'e' ({lr:g})." in message
@@ -138,7 +138,7 @@ def test_a_fast_step_from_zero_is_told_at_once_and_once(plain, lr, clip):
 
 
 @pytest.mark.parametrize(("plain", "lr"), [("SGD", 0.5), ("Adam", 0.05)])
-def test_a_slow_step_from_zero_is_not_told(plain, lr):
+def test_a_slow_step_from_zero_is_not_reported(plain, lr):
     in_single_precision = torch.tensor(lr).item()
     assert TrustRatioAlerts(plain=plain).check_first_steps({"e": in_single_precision}) == []
 
@@ -164,7 +164,7 @@ def test_layers_that_have_no_common_name_are_counted():
     assert "7 layers (0.1 to 0.7): 'aa', 'bb', 'cc', 'dd' and 3 more. The clip" in message
 
 
-def test_no_layers_are_nothing_to_tell():
+def test_nothing_is_reported_without_layers():
     assert told([{}]) == [[]]
 
 
@@ -176,7 +176,7 @@ def peaks(rates):
         yield peak.read()
 
 
-def test_a_negligible_learning_rate_is_told_once():
+def test_a_negligible_learning_rate_is_reported_once():
     alerts = TrustRatioAlerts()
     messages = [alerts.check_peak(peak, 20) for peak in peaks([1e-5, 1e-4, 5e-5, 4e-5, 3e-5])]
     assert [len(each) for each in messages] == [0, 0, 0, 1, 0]
@@ -188,28 +188,28 @@ def test_a_negligible_learning_rate_is_told_once():
 
 
 @pytest.mark.parametrize("total_steps", [99_000, 101_000, math.inf])
-def test_it_is_not_told_where_small_steps_lead_a_long_way(total_steps):
+def test_it_is_not_reported_where_small_steps_lead_a_long_way(total_steps):
     alerts = TrustRatioAlerts()
     *_, told_last = [alerts.check_peak(peak, total_steps) for peak in peaks([1e-5, 1e-4, 5e-5, 4e-5])]
     assert len(told_last) == (total_steps < 1e5)
 
 
 @pytest.mark.parametrize("value", [0.0, 5e-4, 1e-3])
-def test_it_is_not_told_where_it_is_large_enough_or_zero(value):
+def test_it_is_not_reported_where_it_is_large_enough_or_zero(value):
     alerts = TrustRatioAlerts()
     assert [alerts.check_peak(peak, 9) for peak in peaks([value] * 9)] == [[]] * 9
 
 
-def test_without_groups_that_it_is_the_rate_of_there_is_no_peak():
+def test_without_groups_that_move_by_lr_there_is_no_peak():
     assert TrustRatioAlerts().check_peak(PeakRate().read(), 9) == []
 
 
-def test_a_training_that_begins_below_its_plain_rate_has_not_seen_its_peak():
+def test_a_run_that_begins_below_its_plain_rate_has_not_seen_its_peak():
     last = [*peaks([1e-5] * 9)][-1]
     assert TrustRatioAlerts().check_peak(last, 9, lambda: 1e-2) == []
     assert len(TrustRatioAlerts().check_peak(last, 9, lambda: 1e-5)) == 1
 
 
-def test_a_resumed_training_is_told_of_no_peak_that_it_has_not_seen():
+def test_a_resumed_run_does_not_report_a_peak_that_it_has_not_seen():
     assert TrustRatioAlerts(is_resumed=True).check_peak([*peaks([3e-5, 2e-5])][-1], 2) == []
     assert len(TrustRatioAlerts(is_resumed=True).check_peak([*peaks([1e-5, 3e-5, 2e-5, 1e-5])][-1], 2)) == 1

@@ -23,7 +23,7 @@ def filled(records, max_records=8):
 
 
 @pytest.mark.parametrize("records", [1, 7, 8, 9, 16, 17, 100, 1000])
-def test_keeps_evenly_spaced_records_of_all_of_the_training(records):
+def test_keeps_evenly_spaced_records_of_the_whole_run(records):
     history = filled(records)
     assert len(history.steps) <= 8
     assert history.steps[0] == 0
@@ -60,7 +60,7 @@ def test_a_layer_has_no_value_where_it_was_not_adapted_and_infinity_where_that_i
     assert math.isnan(series["late"][2])
 
 
-def test_the_learning_rate_is_what_effective_rates_and_ratios_tell():
+def test_the_learning_rate_follows_from_effective_rates_and_ratios():
     history = TrustRatioHistory()
     for step, lr in enumerate([0.5, 0.0, 3.0]):
         ratios = {"a": 0.1, "b": 0.01, "zero": 0.0, "sick": math.nan}
@@ -77,7 +77,7 @@ def test_the_learning_rate_is_what_effective_rates_and_ratios_tell():
 
 
 @pytest.mark.parametrize("interrupted_after", [5, 11, 40])
-def test_goes_on_from_a_checkpoint_as_if_nothing_had_been(tmp_path, interrupted_after):
+def test_resuming_from_a_checkpoint_matches_an_uninterrupted_run(tmp_path, interrupted_after):
     before = filled(interrupted_after)
     torch.save(before.state_dict(), tmp_path / "state.pt")
     resumed = TrustRatioHistory(8)
@@ -87,7 +87,7 @@ def test_goes_on_from_a_checkpoint_as_if_nothing_had_been(tmp_path, interrupted_
     assert resumed.state_dict() == filled(50).state_dict()
 
 
-def test_goes_on_from_one_that_kept_more():
+def test_continues_from_a_longer_history():
     resumed = TrustRatioHistory(8)
     resumed.load_state_dict(filled(50, max_records=64).state_dict())
     resumed.record(50, same(("a", 50.0)))

@@ -17,7 +17,7 @@ def test_each_layer_counts_its_own_steps():
     torch.testing.assert_close(statistics.compute(), torch.tensor(expected, dtype=torch.float64).T)
 
 
-def test_it_begins_anew_with_other_layers_and_another_dtype():
+def test_it_starts_over_with_other_layers_and_another_dtype():
     statistics = LayerStatistics()
     statistics.update(["a", "b"], torch.tensor([1.0, 2.0]))
     statistics.reset()
@@ -27,7 +27,7 @@ def test_it_begins_anew_with_other_layers_and_another_dtype():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_not_finite_shows_in_its_own_layer_alone(bad):
+def test_a_non_finite_value_only_affects_its_own_layer(bad):
     statistics = LayerStatistics()
     statistics.update(["a", "b"], torch.tensor([1.0, 1.0]))
     statistics.update(["a", "b"], torch.tensor([bad, 3.0]))

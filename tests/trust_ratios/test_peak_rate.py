@@ -46,7 +46,7 @@ def test_a_peak_of_before_a_resume_is_not_known():
     assert peak_of([1, 2, 1, 1]).has_passed(9, is_resumed=True)
 
 
-def test_what_has_never_moved_may_be_a_constant_warmup_of_what_is_planned():
+def test_a_constant_rate_may_be_a_constant_warmup_of_the_planned_rate():
     assert not peak_of([1, 1, 1]).has_passed(3, plain=2.0)
     assert peak_of([1, 1, 1]).has_passed(3, plain=1.0)
 

@@ -63,7 +63,7 @@ def test_the_heat_map_shows_layers_from_the_top_over_steps_on_a_logarithmic_scal
     assert ax.get_xlim() == (0, 30)
 
 
-def test_what_is_not_finite_is_red_and_what_has_no_value_is_empty():
+def test_non_finite_cells_are_red_and_missing_values_empty():
     history = recorded(FEW, lambda step, i: math.nan if i == 1 and step > 10 else 0.01 * (i + 1))
     history.record(40, {"trust_ratio": {"fc.weight": OverSteps(1.0, 1.0, 1.0)}})
     _, ax = plot_trust_ratios(history)
@@ -86,7 +86,7 @@ def test_ratios_that_are_all_zero_or_not_finite_or_the_same_can_be_drawn(tmp_pat
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
-def test_the_lines_are_the_effective_learning_rates_and_the_schedule_lies_behind():
+def test_the_lines_are_the_effective_learning_rates_in_front_of_the_schedule():
     figure, ax = plot_effective_lr(recorded(FEW))
     lines = ax.get_lines()
     assert [line.get_ydata().tolist() for line in lines] == [
@@ -115,7 +115,7 @@ def overlaps(axes):
     [FEW, RESNET, TRANSFORMER, BERT, FLAT],
     ids=["few", "60", "396 in blocks", "399 with some between", "400 in none"],
 )
-def test_labels_do_not_overlap_and_stay_in_the_picture(layers):
+def test_labels_do_not_overlap_and_stay_in_the_plot(layers):
     figure, (above, below) = plot_history(recorded(layers))
     figure.draw_without_rendering()
     assert overlaps(above) == []
@@ -138,7 +138,7 @@ def test_labels_do_not_overlap_and_stay_in_the_picture(layers):
         (["a." + "x" * 60 + ".weight"], ["a." + "x" * 21 + "…" + "x" * 24], [1]),
     ],
 )
-def test_layers_are_named_by_what_tells_them_apart(layers, texts, rows):
+def test_layers_are_named_by_their_distinguishing_parts(layers, texts, rows):
     labels = layer_labels(layers)
     assert [label.text for label in labels] == texts
     assert rows is None or [label.rows for label in labels] == rows
@@ -164,12 +164,12 @@ def test_draws_in_axes_that_are_given():
 
 
 @pytest.mark.parametrize("plot", [plot_history, plot_trust_ratios, plot_effective_lr])
-def test_what_is_drawn_is_a_figure_of_pyplot_which_notebooks_and_show_look_for(plot):
+def test_plots_are_pyplot_figures_which_notebooks_and_show_display(plot):
     figure, _ = plot(recorded(FEW))
     assert [pyplot.figure(number) for number in pyplot.get_fignums()] == [figure]
 
 
-def test_a_picture_that_is_saved_opens_no_figure_of_pyplot(tmp_path):
+def test_saving_a_plot_opens_no_pyplot_figure(tmp_path):
     save_picture(recorded(FEW), tmp_path / "picture.png")
     assert pyplot.get_fignums() == []
     width, height = pyplot.imread(tmp_path / "picture.png").shape[1::-1]

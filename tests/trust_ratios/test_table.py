@@ -33,7 +33,7 @@ def cells(table):
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def test_has_a_row_for_each_layer_and_a_column_for_what_happened():
+def test_has_a_row_for_each_layer_and_columns_for_what_occurred():
     layers = {"conv.weight": 0.02, "fc.weight": 0.1}
     none = dict.fromkeys(layers, 0.0)
     table = trust_ratio_table(
@@ -51,7 +51,7 @@ def test_has_a_row_for_each_layer_and_a_column_for_what_happened():
     ]
 
 
-def test_of_many_layers_shows_the_smallest_and_largest_and_what_is_not_finite():
+def test_of_many_layers_shows_the_smallest_largest_and_non_finite():
     ratios = {f"layer{i}": 0.001 * (1 + (7 * i) % 100) for i in range(100)} | {"sick": math.nan}
     _, *rows, rest = cells(trust_ratio_table(history(trust_ratio=ratios), max_rows=10))
     by_ratio = sorted((name for name in ratios if name != "sick"), key=ratios.get)
