@@ -59,10 +59,10 @@ def train(steps: int, **arguments: Any) -> tuple[list[float], list[float]]:
 
 def draw(axes: Axes, title: str, steps: int, variants: list[Any], **arguments: Any) -> None:
     """Draw a curve for each variant, with a dot at each step."""
-    for (options, label, position), colour in zip(variants, (FIRST, SECOND), strict=False):
+    for (options, label, position), color in zip(variants, (FIRST, SECOND), strict=False):
         rates, _ = train(steps, **arguments, **options)
-        axes.plot(range(1, steps + 1), rates, ".-", color=colour, markersize=3.5, linewidth=1.5)
-        axes.text(*position, label, color=colour, va="bottom", bbox=LABEL, zorder=1)
+        axes.plot(range(1, steps + 1), rates, ".-", color=color, markersize=3.5, linewidth=1.5)
+        axes.text(*position, label, color=color, va="bottom", bbox=LABEL, zorder=1)
     axes.set_title(title, fontweight="bold")
     axes.set_xlim(0, steps)
     axes.set_xticks(range(0, steps + 1, steps // 5 if steps == TOTAL_STEPS else 10))
@@ -74,7 +74,7 @@ def draw(axes: Axes, title: str, steps: int, variants: list[Any], **arguments: A
 
 
 def draw_one_cycle(axes: Axes) -> None:
-    """Draw the learning rate and, on an axis of its own, the momentum."""
+    """Draw the learning rate and, on a separate axis, the momentum."""
     arguments = {"warmup": "cosine", "decay": "one_cycle"}
     draw(axes, "decay: one_cycle", TOTAL_STEPS, [({}, "learning rate", (37, 0.94))], **arguments)
     _, momenta = train(TOTAL_STEPS, **arguments)
