@@ -304,6 +304,7 @@ def case_of(theirs, cases=BITSANDBYTES_CASES):
     return case
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("bitsandbytes")
 @on_each_row
 @pytest.mark.parametrize("name", ["LARS", "LARS32bit", "PytorchLARS"])
@@ -312,6 +313,7 @@ def test_lars_reproduces_the_compiled_classes_of_bitsandbytes(theirs, ours, name
     assert largest_distance(lars, bitsandbytes[name, case_of(theirs)]) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("bitsandbytes")
 @on_each_row
 def test_lars8bit_matches_the_intended_bitsandbytes_rule(theirs, ours, bitsandbytes):
@@ -328,6 +330,7 @@ def bitsandbytes_lamb_factor(theirs):
     return lambda t: theirs["max_unorm"] * (1 - 0.999**t) ** 0.5 / (1 - 0.9**t)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("bitsandbytes")
 @on_each_row
 @pytest.mark.parametrize("name", ["LAMB", "LAMB32bit"])
@@ -339,6 +342,7 @@ def test_lamb_reproduces_the_compiled_classes_of_bitsandbytes_given_their_learni
     assert largest_distance(lamb, expected, bitsandbytes_lamb_factor(theirs)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("bitsandbytes")
 @on_each_row
 def test_lamb8bit_matches_the_intended_bitsandbytes_rule(theirs, ours, bitsandbytes):

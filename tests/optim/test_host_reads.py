@@ -30,7 +30,7 @@ def test_the_count_of_host_reads_sees_an_item_call():
 
 @pytest.mark.parametrize(("optimizer_class", "options"), OPTIONS, ids=str)
 @pytest.mark.parametrize("tensor_lr", [False, True])
-@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("max_grad_norm", [pytest.param(None, marks=pytest.mark.slow), 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_step_reads_nothing_back(optimizer_class, options, tensor_lr, max_grad_norm, dtype):
     params = layers(dtype)

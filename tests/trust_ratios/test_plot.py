@@ -112,7 +112,7 @@ def overlaps(axes):
 
 @pytest.mark.parametrize(
     "layers",
-    [FEW, RESNET, TRANSFORMER, BERT, FLAT],
+    [FEW, RESNET, pytest.param(TRANSFORMER, marks=pytest.mark.slow), BERT, FLAT],
     ids=["few", "60", "396 in blocks", "399 with some between", "400 in none"],
 )
 def test_labels_do_not_overlap_and_stay_in_the_plot(layers):
