@@ -1,4 +1,4 @@
-"""Every test starts from the same random numbers, and the same console; the end says what was left out."""
+"""Fixes random seeds and the console for every test, and reports the number of skipped slow tests."""
 
 import atexit
 import gc

@@ -1,10 +1,10 @@
-"""Break single lines of the package, and see which test falls.
+"""Break single lines of the package, and see which test fails.
 
     python -m tests.mutations                 # all, in about five minutes
     python -m tests.mutations lamb clip       # whose file or line contains one of these
 
 The repository stays as it is: every line is broken in a copy of it, in which the tests that stand beside the
-line run until one falls. Ends with 1 if no test fell for a broken line, or if a line is not there any more.
+line run until one fails. Ends with 1 if no test failed for a broken line, or if a line is not there any more.
 """
 
 import shutil
@@ -203,7 +203,7 @@ MUTATIONS = (
 
 
 def fallen(copy: Path, mutation: Mutation) -> str | None:
-    """Break the line in the copy and return the first test that falls, None if all pass.
+    """Break the line in the copy and return the first test that fails, None if all pass.
 
     Raises:
         LookupError: If the line is not there, or not once.

@@ -1,4 +1,4 @@
-"""The benchmarks run; what they measure is for those who run them."""
+"""The benchmarks run; their measurements are not tested."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The doors from YAML, as a user opens them: scripts, configurations, help."""
+"""The entry points from YAML, as users run them: scripts, configurations, help."""
 
 import copy
 import csv

@@ -1,4 +1,4 @@
-"""A Lightning module and the step of its optimizer compile without graph breaks, and train as before."""
+"""A Lightning module and its optimizer's step compile without graph breaks, and train as in eager mode."""
 
 import pytest
 import torch

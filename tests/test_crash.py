@@ -1,4 +1,4 @@
-"""A training that dies in the middle of a step goes on from what it had saved."""
+"""A run that dies in the middle of a step resumes from its last checkpoint."""
 
 from unittest.mock import patch
 

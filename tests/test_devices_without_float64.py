@@ -1,4 +1,4 @@
-"""What runs on a device without double precision, as a Mac's GPU, makes no tensor there that needs it."""
+"""On devices without double precision, such as a Mac's GPU, no float64 tensor is created."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the documentation says is run."""
+"""Runs the code of the documentation."""
 
 import re
 import shutil

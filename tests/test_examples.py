@@ -1,4 +1,4 @@
-"""The examples are run as a user would: each script once in a process of its own, the rest in this one."""
+"""Runs the examples as users would: each script once in a separate process, the rest in this one."""
 
 import csv
 import importlib

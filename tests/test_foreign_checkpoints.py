@@ -1,4 +1,4 @@
-"""Checkpoints of other packages load, and training goes on as there: rows of docs/checkpoints.md."""
+"""Checkpoints of other packages load, and training continues as there: rows of docs/checkpoints.md."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""The large-batch study keeps its protocol: all from the small batch alone, carried over by rule."""
+"""The large-batch study follows its protocol: tuned at the small batch size alone, transferred by rule."""
 
 import csv
 import importlib

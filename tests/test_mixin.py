@@ -1,4 +1,4 @@
-"""Subclass the mixin, get an optimizer that knows norms and biases."""
+"""The mixin builds an optimizer that excludes norms and biases from adaptation."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""The mixin's schedule, and the length of the training that it is told."""
+"""The mixin's schedule, and the length of the run that it gets."""
 
 import math
 from functools import partial

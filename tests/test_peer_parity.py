@@ -1,4 +1,4 @@
-"""LARS and LAMB against what others have published: every row of docs/compatibility.md, after every step."""
+"""Parity with published implementations: every row of docs/compatibility.md, after every step."""
 
 import ast
 import inspect

@@ -1,4 +1,4 @@
-"""The public names, and the arrows between the rooms."""
+"""The public names, and the dependencies between folders."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""Functions run on several ranks; one that raises, dies or hangs says where, and the next one runs."""
+"""Functions on several ranks; if one raises, dies or hangs, the error says where; later ones still run."""
 
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""Recipes have the numbers of their sources, and come out the same as a function and as YAML."""
+"""Recipes have the numbers of their sources, and are the same as functions and as YAML."""
 
 import math
 import sys

@@ -1,4 +1,4 @@
-"""The wheel that the sdist gives works in an environment that has never seen this repository."""
+"""The wheel built from the sdist works in a fresh environment."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""How the batch size that a step averages over scales its learning rate, and what is refused."""
+"""Scaling of the learning rate with the effective batch size, and errors."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Wherever a training takes its steps, each of them that happened is one of the warmup, and nothing else is.
+"""A warmup counts every optimizer step that took place, wherever it was called, and nothing else.
 
 The rows of the table in docs/learning_rate.md.
 """

@@ -1,4 +1,4 @@
-"""The noise scale of trainings whose gradients are known."""
+"""The noise scale of runs with known gradients."""
 
 import csv
 from functools import partial

@@ -1,4 +1,4 @@
-"""Two processes take the steps of one with the same effective batch."""
+"""Two ranks take the same steps as one with the same effective batch size."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Evaluation from a checkpoint of a training, with the callbacks of the training."""
+"""Evaluation from the checkpoint of a run, with the callbacks of the run."""
 
 import lightning.pytorch
 import pytest

@@ -1,4 +1,4 @@
-"""LearningRateMonitor logs the rates that the steps used, wherever it stands among the callbacks."""
+"""LearningRateMonitor logs the rates that the steps used, wherever it is in the list of callbacks."""
 
 import csv
 

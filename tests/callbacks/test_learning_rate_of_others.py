@@ -1,4 +1,4 @@
-"""Warmups of optimizers of other packages that wrap one, or that set their own rate."""
+"""Warmup with optimizers of other packages, which wrap another one or set their own rate."""
 
 import re
 from functools import partial

@@ -1,4 +1,4 @@
-"""The rate inside a step is the schedule's times the factors, and everywhere else the schedule's."""
+"""The rate inside a step is the scheduled rate times the factors; elsewhere it is the scheduled rate."""
 
 from functools import partial
 

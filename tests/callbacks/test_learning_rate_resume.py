@@ -1,4 +1,4 @@
-"""A training that goes on from a checkpoint takes the same steps as one that never stopped."""
+"""A resumed run takes the same steps as an uninterrupted one."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""How long a warmup takes, which curve it follows, and what it refuses."""
+"""Length and curve of a warmup, and errors."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""What is printed of the optimizers that a Trainer has."""
+"""The printed summary of a Trainer's optimizers."""
 
 import io
 import json

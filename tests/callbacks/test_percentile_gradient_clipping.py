@@ -1,4 +1,4 @@
-"""Clipping by the history of norms, in trainings whose gradients are known."""
+"""Clipping by a history of norms, in runs with known gradients."""
 
 import csv
 import math

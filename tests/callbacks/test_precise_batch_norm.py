@@ -1,4 +1,4 @@
-"""Running statistics that are recomputed, and all that must not move while they are."""
+"""Recomputed running statistics, and everything that recomputing them must preserve."""
 
 import logging
 import random

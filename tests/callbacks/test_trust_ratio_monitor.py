@@ -1,4 +1,4 @@
-"""What the monitor logs, when, and at which cost."""
+"""What the monitor logs, when, and at what cost."""
 
 import csv
 import warnings

@@ -1,4 +1,4 @@
-"""What the callbacks warn of in real trainings: layers that shrink or jump, and what is excluded."""
+"""Warnings in real runs: layers that shrink or jump, and fast excluded parameters."""
 
 import warnings
 from functools import partial

@@ -1,4 +1,4 @@
-"""The two-batch estimates, their averages, and what is said about them."""
+"""The two-batch estimates, their averages, and their interpretation."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""A learning rate of its own for what is excluded, in every door and under every schedule."""
+"""A separate learning rate for excluded parameters, through every entry point and under every schedule."""
 
 import sys
 from functools import partial

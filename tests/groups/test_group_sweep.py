@@ -1,4 +1,4 @@
-"""The sweep over published models, and what it would say of groups that are wrong."""
+"""The sweep over published models, and what it reports for wrong groups."""
 
 import importlib
 import sys

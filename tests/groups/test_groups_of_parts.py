@@ -1,4 +1,4 @@
-"""Several parts of a model in one optimizer, with a learning rate each."""
+"""Several parts of a model in one optimizer, each with its own learning rate."""
 
 import csv
 

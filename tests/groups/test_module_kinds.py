@@ -1,4 +1,4 @@
-"""Modules that stand for others are grouped as what they stand for."""
+"""Scripted, traced and exported modules are grouped like the original."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What a model lists in no_weight_decay() is excluded."""
+"""Parameters that a model lists in no_weight_decay() are excluded."""
 
 import pytest
 import torch

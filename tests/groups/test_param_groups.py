@@ -1,4 +1,4 @@
-"""Which layers are excluded, on architectures with traps."""
+"""Which layers are excluded, on architectures with difficult cases."""
 
 import re
 from functools import partial

@@ -1,4 +1,4 @@
-"""Norms, biases, gains, tokens and weights of the kinds that published models are made of."""
+"""Norms, biases, gains, tokens and weights as they occur in published models."""
 
 import copy
 

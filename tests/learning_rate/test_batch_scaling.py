@@ -1,4 +1,4 @@
-"""The rules that turn a batch size into a factor on the learning rate."""
+"""The rules that scale the learning rate with the batch size."""
 
 import math
 import re

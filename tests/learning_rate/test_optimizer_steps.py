@@ -1,4 +1,4 @@
-"""Which calls are steps of an optimizer that happened."""
+"""Which calls count as optimizer steps."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The curves against their formulas and torch's, and the scheduler on them."""
+"""The curves against their formulas and torch's, and the scheduler that uses them."""
 
 import copy
 import io

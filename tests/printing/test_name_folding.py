@@ -1,4 +1,4 @@
-"""Names of repeated blocks in one."""
+"""Folding of the names of repeated blocks."""
 
 import re
 from itertools import product

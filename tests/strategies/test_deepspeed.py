@@ -1,4 +1,4 @@
-"""DeepSpeed: its stage 0 takes the steps of one device, stages 1 to 3 are refused when the step comes."""
+"""DeepSpeed: stage 0 matches one device, stages 1 to 3 are refused at the first step."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Every strategy takes the steps of one device: parameters, trust ratios, checkpoints; and its exchanges."""
+"""Every strategy matches one device: parameters, trust ratios, checkpoints; and the number of all-reduces."""
 
 import re
 from functools import cache

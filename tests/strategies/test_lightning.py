@@ -1,4 +1,4 @@
-"""Lightning's strategies and precisions take the steps of one device, with every callback, and resume."""
+"""Lightning's strategies and precisions match one device, with every callback, and resume."""
 
 import csv
 import re

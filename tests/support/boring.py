@@ -1,4 +1,4 @@
-"""The smallest LightningModule with a norm and a bias, and data that is made on the spot."""
+"""The smallest LightningModule with a norm and a bias, and synthetic data."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Chunks that Triton's interpreter is quick with."""
+"""Small chunks, with which Triton's interpreter is fast."""
 
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch

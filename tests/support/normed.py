@@ -1,4 +1,4 @@
-"""A module with two batch norms, and the statistics of what these are given, in double precision."""
+"""A module with two batch norms, and the statistics of their inputs, in double precision."""
 
 import random
 

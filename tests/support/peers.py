@@ -1,4 +1,4 @@
-"""The published optimizers that the tests compare with, each installed once into ``.peers/``."""
+"""The published optimizers for comparison, each installed once into ``.peers/``."""
 
 import functools
 import importlib

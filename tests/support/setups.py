@@ -1,4 +1,4 @@
-"""The ways to lay a network out over two or four processes, each with its optimizer."""
+"""Ways to distribute a network over two or four ranks, each with its optimizer."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""A small network with all that strategies treat in a way of their own, and its steps on one device."""
+"""A small network with everything that strategies treat specially, and its steps on one device."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""A module whose weights tell the learning rates, as the gradient of every step is 1."""
+"""A module whose weights reveal the learning rates, because the gradient of every step is 1."""
 
 from itertools import pairwise
 

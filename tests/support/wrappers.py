@@ -1,4 +1,4 @@
-"""Optimizers around others, as the packages write them."""
+"""Optimizers that wrap others, as packages implement them."""
 
 from collections import OrderedDict, defaultdict
 

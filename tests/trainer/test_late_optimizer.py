@@ -1,4 +1,4 @@
-"""Parameters that are replaced after the model exists: who trains them, who says so, who is silent."""
+"""Parameters that are replaced after the model exists: who trains them, and who raises."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A WarmupDecayLR that is not stepped once per optimizer step says so, once."""
+"""A WarmupDecayLR that is not stepped once per optimizer step warns, once."""
 
 import copy
 import re

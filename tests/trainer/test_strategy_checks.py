@@ -1,4 +1,4 @@
-"""The doors refuse DeepSpeed ZeRO before training begins, and warn of clipping twice."""
+"""DeepSpeed ZeRO is refused before training begins, and clipping twice raises a warning."""
 
 import warnings
 from functools import partial

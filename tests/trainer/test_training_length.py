@@ -1,4 +1,4 @@
-"""The number of optimizer steps, told before the first, is the number that the Trainer takes."""
+"""The predicted number of optimizer steps equals the number that the Trainer takes."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Each cause is told once for each layer, and only where it is one."""
+"""Each cause is reported once per layer, and only where it applies."""
 
 import math
 

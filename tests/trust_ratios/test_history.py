@@ -1,4 +1,4 @@
-"""What is kept of a training, however long it is."""
+"""What is kept of a run, however long it is."""
 
 import math
 from itertools import pairwise

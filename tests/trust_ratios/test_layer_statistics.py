@@ -1,4 +1,4 @@
-"""Statistics of layers over steps, of which not every layer has a part."""
+"""Statistics of layers over steps, in which not every layer takes part."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The peak of a learning rate is known when it has passed, however the rate rises."""
+"""The peak of a learning rate is recognized once it has passed, however the rate rises."""
 
 import math
 

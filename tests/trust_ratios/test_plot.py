@@ -1,4 +1,4 @@
-"""What is in the pictures; how they look is for eyes."""
+"""The contents of the plots, not their looks."""
 
 import math
 import sys

@@ -1,4 +1,4 @@
-"""The table at the end of a training."""
+"""The table at the end of a run."""
 
 import io
 import math

@@ -1,4 +1,4 @@
-"""What the docs tell of layers without a gradient, and of those that start at zero, is what happens."""
+"""The tables of the docs on layers without a gradient, and on layers that start at zero."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What two processes can do to an optimizer besides training in a set-up from beginning to end."""
+"""Edge cases of optimizers on two ranks, apart from training from beginning to end."""
 
 import torch
 import torch.distributed as dist

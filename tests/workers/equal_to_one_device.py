@@ -1,4 +1,4 @@
-"""Trains in a set-up on several ranks, and tells what can be compared with one device."""
+"""Trains in a set-up on several ranks, and returns what is compared with one device."""
 
 import tempfile
 from copy import deepcopy

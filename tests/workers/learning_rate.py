@@ -1,4 +1,4 @@
-"""Modules whose weights tell the learning rates under strategies of several ranks, and a training of them."""
+"""Modules whose weights reveal the learning rates under strategies of several ranks, and their runs."""
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy

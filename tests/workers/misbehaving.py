@@ -1,4 +1,4 @@
-"""Functions for several ranks that do what no training should, and some that behave."""
+"""Functions for several ranks that fail in every way, and some that do not."""
 
 import ctypes
 import os

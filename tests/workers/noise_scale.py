@@ -1,4 +1,4 @@
-"""A model whose gradient is known, and what the noise scale of its batches is, on one rank and on several."""
+"""A model with known gradients and the noise scale of its batches, on one rank and on several."""
 
 import warnings
 from functools import partial
