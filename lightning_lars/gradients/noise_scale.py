@@ -147,7 +147,7 @@ def describe(measured: NoiseScale, batch_size: float) -> str:
     Example:
         >>> from lightning_lars.gradients.noise_scale import NoiseScale, describe
         >>> print(describe(NoiseScale(800.0, 2.0, 400.0, 31.0), batch_size=8).split(": ")[0])
-        the effective batch size 8 is far below the critical one, about 400 +- 31
+        the effective batch size 8 is a factor of 50 below the critical one, about 400 +- 31
     """
     if measured.b_simple is None:
         lost, other = ("gradient", "noise") if measured.squared_gradient <= 0 else ("noise", "gradient")
@@ -157,14 +157,14 @@ def describe(measured: NoiseScale, batch_size: float) -> str:
             "average over more steps, with a decay closer to 1 or a smaller every_n_steps"
         )
     ratio = batch_size / measured.b_simple
-    where, meaning = "near", "a larger one takes fewer steps, but more samples"
-    if ratio < 0.1:
-        where, meaning = "far below", "twice the batch takes about half the steps"
-    elif ratio > 10:
-        where, meaning = "far above", "a larger one barely saves steps, a smaller one saves samples"
+    where = f"a factor of {max(ratio, 1 / ratio):.2g} {'below' if ratio < 1 else 'above'}"
+    if 0.95 < ratio < 1.05:
+        where = "equal to"
     error = "" if measured.standard_error is None else f" +- {measured.standard_error:.2g}"
+    steps, samples = 1 + 1 / ratio, 1 + ratio
     return (
         f"the effective batch size {batch_size} is {where} the critical one, about "
-        f"{measured.b_simple:.3g}{error}: {meaning} (steps: {1 + 1 / ratio:.3g} times the fewest, "
-        f"samples: {1 + ratio:.3g} times the fewest)"
+        f"{measured.b_simple:.3g}{error}: twice the batch would take {(1 + 0.5 / ratio) / steps:.0%} of the "
+        f"steps and {(1 + 2 * ratio) / samples:.0%} of the samples (steps: {steps:.3g} times the fewest, "
+        f"samples: {samples:.3g} times the fewest)"
     )

@@ -78,9 +78,28 @@ def test_there_is_no_scale_before_it_is_defined():
 @pytest.mark.parametrize(
     ("measured", "batch_size", "words"),
     [
-        (NoiseScale(400.0, 1.0, 400.0, 20.0), 8, "8 is far below the critical one, about 400 +- 20: twice"),
-        (NoiseScale(400.0, 1.0, 400.0, None), 400, "400 is near the critical one, about 400: a larger"),
-        (NoiseScale(400.0, 1.0, 400.0, 20.0), 8000, "8000 is far above the critical one, about 400 +- 20"),
+        (
+            NoiseScale(400.0, 1.0, 400.0, 20.0),
+            8,
+            "8 is a factor of 50 below the critical one, about 400 +- 20: ",
+        ),
+        (
+            NoiseScale(400.0, 1.0, 400.0, 20.0),
+            8,
+            "twice the batch would take 51% of the steps and 102% of the",
+        ),
+        (NoiseScale(400.0, 1.0, 400.0, None), 400, "400 is equal to the critical one, about 400: twice"),
+        (NoiseScale(400.0, 1.0, 400.0, None), 400, "would take 75% of the steps and 150% of the samples"),
+        (
+            NoiseScale(400.0, 1.0, 400.0, 20.0),
+            8000,
+            "8000 is a factor of 20 above the critical one, about 400",
+        ),
+        (
+            NoiseScale(1.9, 1.0, 1.9, 0.2),
+            16,
+            "16 is a factor of 8.4 above the critical one, about 1.9 +- 0.2: ",
+        ),
         (NoiseScale(4.0, -1.0, None, None), 8, "the gradient is lost in the noise"),
         (NoiseScale(-4.0, 1.0, None, None), 8, "the noise is lost in the gradient"),
     ],
