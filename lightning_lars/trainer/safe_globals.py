@@ -10,8 +10,9 @@ import torch
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 from torch.serialization import add_safe_globals, get_safe_globals, safe_globals
 
+import lightning_lars.optim
 from lightning_lars.learning_rate.warmup_decay import WarmupDecayLR
-from lightning_lars.optim import LAMB, LARS, LAMB8bit, LARS8bit, NovoGrad
+from lightning_lars.optim import LAMB, LARS, LAMB8bit, LARS8bit
 
 _Module = TypeVar("_Module")
 
@@ -27,10 +28,11 @@ _EARLIER_NAMES: dict[Any, str] = {
 
 def known_globals() -> list[Any]:
     """Return the optimizers and schedulers of this package and of torch, and ``functools.partial``."""
-    names = (*vars(torch.optim).values(), *vars(lr_scheduler).values(), *vars(swa_utils).values())
-    bases = (Optimizer, lr_scheduler.LRScheduler)
-    torch_classes = tuple(each for each in names if isclass(each) and issubclass(each, bases))
-    return list(dict.fromkeys([partial, *globals_of([*_EARLIER_NAMES, NovoGrad, *torch_classes])]))
+    modules = (lightning_lars.optim, torch.optim, lr_scheduler, swa_utils)
+    named = [WarmupDecayLR, *(each for module in modules for each in vars(module).values())]
+    rules = (Optimizer, lr_scheduler.LRScheduler)
+    known = dict.fromkeys(each for each in named if isclass(each) and issubclass(each, rules))
+    return [partial, *globals_of([*known])]
 
 
 def globals_of(value: Any) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals, safe_globals
 
+import lightning_lars.optim
 from lightning_lars import LAMB, LARS, LAMB8bit, LargeBatchMixin, LARS8bit, WarmupDecayLR, recipes
 from lightning_lars.cli import LargeBatchCLI
 from lightning_lars.mixin import LRSchedulerCallable, OptimizerCallable
@@ -58,7 +59,7 @@ class OfOtherRoot(LargeBatchMixin, pytorch_lightning.LightningModule):
 
 # What hyperparameters name, and whether a process that has only imported the package loads them.
 KNOWN = {
-    "the four": [LARS, LAMB, LARS8bit, LAMB8bit],
+    "of this package": [getattr(lightning_lars.optim, name) for name in lightning_lars.optim.__all__],
     "with arguments": [partial(each, lr=0.5) for each in (LARS, LAMB, LARS8bit, LAMB8bit)],
     "of torch": [torch.optim.SGD, partial(torch.optim.AdamW, betas=(0.8, 0.9))],
     "a partial of a partial": [partial(partial(LARS, lr=0.5), momentum=0.8)],
@@ -202,6 +203,23 @@ def test_a_process_that_gave_a_module_its_classes_loads_them_by_ckpt_path(tmp_pa
     assert fresh.trainer.current_epoch == 3
 
 
+def test_a_module_that_was_given_another_optimizer_loads_by_load_from_checkpoint(tmp_path):
+    """As in a script for evaluation, which builds the module without its optimizer."""
+    module = boring(partial(LAMB, lr=0.1), lr_scheduler=SCHEDULERS[0])
+    fit = trainer(tmp_path)
+    fit.fit(module)
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    clear_safe_globals()
+    resuming = trainer(tmp_path, max_epochs=3)
+    with pytest.raises(
+        pickle.UnpicklingError, match=r"torch\.serialization\.safe_globals.*functools\.partial"
+    ):
+        resuming.fit(Boring(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    loaded = Boring.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    resuming.fit(loaded, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert resuming.current_epoch == 3
+
+
 def test_a_module_allows_its_classes_in_the_process_that_it_was_sent_to(tmp_path):
     sent = pickle.dumps(boring(partial(OwnLARS, lr=0.1), lr_scheduler=OwnScheduler))
     clear_safe_globals()
@@ -225,6 +243,7 @@ def test_load_from_checkpoint_is_refused_on_an_instance(tmp_path):
         boring().load_from_checkpoint(tmp_path / "a.ckpt")
 
 
+@pytest.mark.timeout(120)  # it imports all anew
 def test_a_new_process_is_allowed_nothing_by_the_import_and_loads(tmp_path):
     for name, optimizer in {"a.ckpt": partial(LARS8bit, lr=0.1), "b.ckpt": torch.optim.SGD}.items():
         scheduler = partial(WarmupDecayLR, warmup_steps=2, total_steps=9)
@@ -239,7 +258,8 @@ assert set(torch.serialization.get_safe_globals()) == set(before)
 for name in ("a", "b", "c"):
     try:
         module = Boring.load_from_checkpoint({str(tmp_path)!r} + f"/{{name}}.ckpt", weights_only=True)
-        print(type(module.configure_optimizers()["optimizer"]).__name__)
+        optimizer = module.hparams["optimizer"]
+        print(getattr(optimizer, "func", optimizer).__name__)
     except Exception as error:
         print("torch.serialization.safe_globals" in str(error) and "OwnLARS" in str(error))
 """
