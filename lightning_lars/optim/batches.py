@@ -36,11 +36,7 @@ class Batch(NamedTuple):
     """Whether the direction, and the moments with it, come before the trust ratio."""
 
 
-class _Kind(NamedTuple):
-    device: torch.device
-    dtype: torch.dtype
-    is_sharded: bool
-    is_first: bool
+_Kind = tuple[torch.device, torch.dtype, bool, bool]
 
 
 def sort_layers(
@@ -83,10 +79,10 @@ def sort_layers(
                 f"{tuple(part.shape)}, got {tuple(grad.shape)}: set it to None where a parameter "
                 "is given another shape"
             )
-        kind, elements = _Kind(part.device, part.dtype, is_sharded, is_first(p)), part.numel()
+        kind, elements = (part.device, part.dtype, is_sharded, is_first(p)), part.numel()
         batch = latest.get(kind)
         if batch is None or elements > room[kind]:
-            batch = Batch(group, h, [], [], [], is_sharded, kind.is_first, adapts_direction)
+            batch = Batch(group, h, [], [], [], is_sharded, kind[-1], adapts_direction)
             latest[kind] = batch
             room[kind] = _elements_at_once(part, batch)
             batches.append(batch)

@@ -1,6 +1,5 @@
 """LAMB: layer-wise adaptive moments (You et al. 2019, arXiv:1904.00962)."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -124,7 +123,9 @@ class LAMB(LayerwiseOptimizer):
     def ratio(w_norm: Number, d_norm: Number, lr: Any, h: Hyperparameters) -> TrustRatios[Number]:
         numerator = w_norm if h.max_weight_norm is None else clip(w_norm, 0.0, h.max_weight_norm)
         ratio = trust_ratio(numerator, d_norm, eps=h.trust_eps)
-        low, high = h.trust_clip if is_pair(h.trust_clip) else (0.0, h.trust_clip or math.inf)
+        if h.trust_clip is None:
+            return TrustRatios(w_norm, d_norm, ratio, ratio)
+        low, high = h.trust_clip if is_pair(h.trust_clip) else (0.0, h.trust_clip)
         return TrustRatios(w_norm, d_norm, ratio, clip(ratio, low, high))
 
     @staticmethod

@@ -1,6 +1,5 @@
 """LARS: layer-wise adaptive rate scaling (You, Gitman and Ginsburg 2017, arXiv:1708.03888)."""
 
-import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -133,13 +132,14 @@ class LARS(LayerwiseOptimizer):
         ratio = trust_ratio(w_norm, d_norm, trust_coefficient=h.trust_coefficient, eps=h.eps)
         if h.trust_clip == "larc":
             ratio = over_lr(ratio, lr)
-        high = {None: math.inf, "larc": 1.0}.get(h.trust_clip, h.trust_clip)
-        return TrustRatios(w_norm, d_norm, ratio, clip(ratio, 0.0, high))
+        high = 1.0 if h.trust_clip == "larc" else h.trust_clip
+        clipped = ratio if high is None else clip(ratio, 0.0, high)
+        return TrustRatios(w_norm, d_norm, ratio, clipped)
 
     @staticmethod
     def factors(ratio: PerLayer, lr: PerLayer, is_first: bool, t: PerLayer, h: Hyperparameters) -> Factors:
         entering = 1.0 if is_first else 1 - h.dampening  # the first v is u
-        if LARS.adapts_direction(h):
+        if h.denominator == "momentum":
             return lr * ratio, 1.0, entering
         if h.lr_in_momentum:
             return 1.0, lr * ratio, entering

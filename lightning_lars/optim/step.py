@@ -84,9 +84,8 @@ class Step:
 
     def _sort(self, group: dict[str, Any]) -> Iterable[Batch]:
         kept = self.algorithm.kept(self.algorithm.hyperparameters(group))
-        return sort_layers(
-            self.algorithm, group, self.shards, lambda p: self.state.is_first(self.states, p, kept), self.name
-        )
+        is_first = self.state.first_steps(self.states, kept)
+        return sort_layers(self.algorithm, group, self.shards, is_first, self.name)
 
     def _choose(self, batch: Batch) -> type[Eager]:
         """Return a fused back end where one can take the step, else the one that takes any.

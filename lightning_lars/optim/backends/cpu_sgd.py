@@ -4,7 +4,7 @@ What the kernel does in one pass over memory takes five to ten passes of foreach
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -55,15 +55,15 @@ class CpuSGD(Eager):
             subtract_scaled(self.w, self.kept.value(), [self._factors(of_layer)[0] for of_layer in ratio])
             self._write()
             return
-        factors: list[Any] = [self._factors(of_layer) for of_layer in ([1.0] if ratio is None else ratio)]
-        (v,) = self.state.moments()
+        factors = [self._factors(of_layer) for of_layer in ([1.0] if ratio is None else ratio)]
+        h, (v,) = self.h, self.state.moments()
         if ratio is None and factors[0][1] == 1:
             rate, _, entering = factors[0]
-            _sgd(self.w, self.g, v, self.h, lr=rate, entering=entering, nesterov=self.h.nesterov)
-        elif all(_has_digits(self.h, *of_layer) for of_layer in factors):
+            _sgd(self.w, self.g, v, h, lr=rate, entering=entering, nesterov=h.nesterov)
+        elif all([_has_digits(h, *of_layer) for of_layer in factors]):  # noqa: C419, as it is faster
             for i, (w, g) in enumerate(zip(self.w, self.g, strict=True)):
                 of_layer = factors[0] if ratio is None else factors[i]
-                adapted_sgd(self.h, w, g, None if v is None else v[i], *of_layer)
+                adapted_sgd(h, w, g, None if v is None else v[i], *of_layer)
         else:
             super().move(1.0 if ratio is None else self.w[0].new_tensor(ratio))
             return
@@ -104,9 +104,9 @@ def _has_digits(h: Hyperparameters, rate: float, scale: float, entering: float) 
 
 
 def _sgd(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    v: Sequence[Tensor] | None,
+    weights: list[Tensor],
+    grads: list[Tensor],
+    v: list[Tensor] | None,
     h: Hyperparameters,
     *,
     lr: float,
@@ -114,9 +114,9 @@ def _sgd(
     nesterov: bool = False,
 ) -> None:
     torch._fused_sgd_(
-        list(weights),
-        list(grads),
-        list(v or ()),
+        weights,
+        grads,
+        v or [],
         weight_decay=h.weight_decay,
         momentum=0.0 if v is None else h.momentum,
         lr=lr,
