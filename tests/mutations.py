@@ -125,9 +125,9 @@ MUTATIONS = (
     ),
     # Checkpoints and state in 8 bits.
     Mutation(
-        "optim/state/checkpoint.py",
-        'return {**kept, **saved, "fused": own["fused"]}',
-        "return {**kept, **saved}",
+        "optim/state/group_matching.py",
+        '("params", "param_names", "name", "fused")',
+        '("params", "param_names", "name")',
         "tests/optim/test_checkpoint.py tests/optim/test_fused.py -k 'checkpoint and not triton'",
     ),
     Mutation(

@@ -1,0 +1,47 @@
+"""Arithmetic on the tensors of several layers: what it gives, in whose memory, and what it refuses."""
+
+import pytest
+import torch
+from torch import sqrt
+
+from lightning_lars.optim.backends.each import Each, each_number
+
+
+def some(value):
+    return [torch.full((2, 3), value, dtype=torch.float64), torch.full((), value, dtype=torch.float64)]
+
+
+def numbers(each):
+    return [tensor.flatten()[0].item() for tensor in each.value()]
+
+
+def test_equations_give_what_they_say_for_each_layer():
+    a, b, scales = Each(some(3.0)), Each(some(2.0)), each_number(torch.tensor([10.0, 20.0]))
+    assert numbers(a + 0.5 * b) == [4.0, 4.0]
+    assert numbers(a - b) == [1.0, 1.0]
+    assert numbers(scales * (a + b)) == [50.0, 100.0]
+    assert numbers((a + b) / scales) == [0.5, 0.25]
+    assert numbers(each_number(torch.tensor(4.0)) * a) == [12.0, 12.0]
+    assert numbers(a + 0.5 * b * b) == [5.0, 5.0]
+    assert numbers(0.5 * b * b + a) == [5.0, 5.0]
+    assert numbers(a * b / b + 1.0) == [4.0, 4.0]
+    assert numbers(sqrt(a + 0.5 * b) / (b + 0.0)) == [1.0, 1.0]
+    assert numbers(0.0 * 0.0 + a) == numbers(a) == [3.0, 3.0]
+
+
+def test_only_moments_that_a_sum_begins_with_and_results_are_overwritten():
+    w, g, moment = some(3.0), some(2.0), some(1.0)
+    v = 0.5 * Each(moment, use="advance") + 2.0 * (Each(g) + 0.5 * Each(w))
+    assert v.value() is moment
+    assert numbers(v) == [7.5, 7.5]
+    assert numbers(v / 2.0) == [3.75, 3.75]
+    assert (numbers(v), numbers(Each(w)), numbers(Each(g))) == ([7.5, 7.5], [3.0, 3.0], [2.0, 2.0])
+
+
+def test_an_equation_that_reads_what_it_has_overwritten_is_told():
+    moment = Each(some(1.0), use="advance")
+    _ = 0.5 * moment + Each(some(2.0))
+    with pytest.raises(RuntimeError, match="reads a moment or a value that an earlier sum has overwritten"):
+        _ = Each(some(2.0)) + moment
+    with pytest.raises(TypeError, match=r"equations are written in \+ - \* / and sqrt"):
+        torch.exp(Each(some(1.0)))
