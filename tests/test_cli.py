@@ -299,13 +299,13 @@ class Inherits(Configured):
 @pytest.mark.parametrize(
     ("cli_class", "model", "said"),
     [
-        (LargeBatchCLI, Configured, "which builds --optimizer: leave"),
-        (LargeBatchCLI, Inherits, "which builds --optimizer: leave"),
-        (LargeBatchCLI, Mixed, "--optimizer, and the arguments of LargeBatchMixin have no effect: leave"),
+        (LargeBatchCLI, Configured, "which builds --optimizer: use only"),
+        (LargeBatchCLI, Inherits, "which builds --optimizer: use only"),
+        (LargeBatchCLI, Mixed, "--optimizer, and the arguments of LargeBatchMixin have no effect: use only"),
         (
             PytorchLightningLargeBatchCLI,
             MixedForOther,
-            "--optimizer, and the arguments of LargeBatchMixin have no effect: leave",
+            "--optimizer, and the arguments of LargeBatchMixin have no effect: use only",
         ),
     ],
 )
