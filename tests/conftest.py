@@ -33,10 +33,8 @@ SLOW_LEFT_OUT = pytest.StashKey[int]()
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items) -> None:
-    """Leave what starts several processes to one worker of pytest-xdist, as that fills the cores alone.
-
-    Its workers must agree on the names of tests, so none may hold an address.
+def pytest_collection_modifyitems(items) -> None:
+    """Refuse names that hold an address, on which workers of pytest-xdist cannot agree, and set time limits.
 
     A test that hangs ends after the time in pyproject.toml, with its traceback. Ranks have as long, and tell
     where they are before their test ends; slow tests have more.
@@ -49,10 +47,6 @@ def pytest_collection_modifyitems(config, items) -> None:
                 item.add_marker(pytest.mark.timeout(120))
     if addresses := [item.nodeid for item in items if re.search(r" at 0x[0-9a-f]{6}", item.nodeid)]:
         raise pytest.UsageError(f"give these tests an id, as theirs holds an address: {addresses}")
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if item.get_closest_marker("distributed"):
-                item.add_marker(pytest.mark.xdist_group("distributed"))
 
 
 @pytest.fixture(autouse=True)

@@ -192,7 +192,6 @@ def bitsandbytes(tmp_path_factory):
 AS_BITSANDBYTES = {"denominator": "momentum", "trust_coefficient": 0.02, "trust_clip": 1.0}
 
 
-@pytest.mark.xdist_group("bitsandbytes")
 @pytest.mark.parametrize("name", ["LARS", "PytorchLARS"])
 def test_lars_continues_from_bitsandbytes(name, bitsandbytes):
     weights, saved, expected = bitsandbytes[name]
@@ -203,7 +202,6 @@ def test_lars_continues_from_bitsandbytes(name, bitsandbytes):
     torch.testing.assert_close(bitsandbytes_states.walk(lars, steps), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.xdist_group("bitsandbytes")
 def test_lamb_continues_from_bitsandbytes(bitsandbytes):
     weights, saved, expected = bitsandbytes["LAMB"]
     lamb = LAMB([Parameter(w) for w in weights], bias_correction=False, trust_clip=1.0)
@@ -215,7 +213,6 @@ def test_lamb_continues_from_bitsandbytes(bitsandbytes):
     torch.testing.assert_close(walked, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.xdist_group("bitsandbytes")
 @pytest.mark.parametrize(
     ("name", "optimizer_class", "eight_bit_class"), [("LARS", LARS, LARS8bit), ("LAMB", LAMB, LAMB8bit)]
 )
@@ -250,7 +247,6 @@ def test_8_bit_state_of_bitsandbytes_matches_32_bits_within_quantization_error(
     assert ((in_eight_bits.dequantize() - floats).norm() / floats.norm()).item() < 0.02
 
 
-@pytest.mark.xdist_group("bitsandbytes")
 def test_a_momentum_of_bitsandbytes_is_known_to_be_unscaled(bitsandbytes):
     for name in ("LARS", "LARS8bit", "PytorchLARS"):
         weights, saved, _ = bitsandbytes[name]
@@ -260,7 +256,6 @@ def test_a_momentum_of_bitsandbytes_is_known_to_be_unscaled(bitsandbytes):
             LARS([Parameter(w) for w in weights]).load_state_dict(saved)
 
 
-@pytest.mark.xdist_group("bitsandbytes")
 @pytest.mark.parametrize("name", ["AdamW", "AdamW8bit"])
 def test_the_moments_of_adamw_in_bitsandbytes_load_with_a_word_on_the_rate(name, bitsandbytes):
     weights, saved, _ = bitsandbytes[name]
@@ -270,7 +265,6 @@ def test_the_moments_of_adamw_in_bitsandbytes_load_with_a_word_on_the_rate(name,
     assert lamb.state[lamb.param_groups[0]["params"][0]]["step"] == bitsandbytes_states.STEPS
 
 
-@pytest.mark.xdist_group("bitsandbytes")
 def test_a_state_of_bitsandbytes_that_may_be_squares_is_refused(bitsandbytes):
     weights, saved, _ = bitsandbytes["SGD"]
     lars = LARS([Parameter(w) for w in weights], lr=0.3)

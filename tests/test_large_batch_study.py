@@ -25,8 +25,7 @@ TOY = [
     *(f"--epochs={EPOCHS}", f"--train-images={IMAGES}", "--validation-images=128", "--rates=2"),
     *("--seeds=1", "--window-seeds=1", f"--base-batch-size={BASE}", f"--batch-size={LARGE}"),
 ]
-# All in one process, which trains once, for longer than others may hang.
-pytestmark = [pytest.mark.xdist_group("study"), pytest.mark.timeout(180)]
+pytestmark = pytest.mark.timeout(180)  # it trains
 NAMES = ("SGD", "AdamW", "LARS", "LAMB")
 
 

@@ -305,7 +305,6 @@ def case_of(theirs, cases=BITSANDBYTES_CASES):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("bitsandbytes")
 @on_each_row
 @pytest.mark.parametrize("name", ["LARS", "LARS32bit", "PytorchLARS"])
 def test_lars_reproduces_the_compiled_classes_of_bitsandbytes(theirs, ours, name, bitsandbytes):
@@ -314,7 +313,6 @@ def test_lars_reproduces_the_compiled_classes_of_bitsandbytes(theirs, ours, name
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("bitsandbytes")
 @on_each_row
 def test_lars8bit_matches_the_intended_bitsandbytes_rule(theirs, ours, bitsandbytes):
     pytest.importorskip("torchao", reason="there is no torchao for this system")
@@ -331,7 +329,6 @@ def bitsandbytes_lamb_factor(theirs):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("bitsandbytes")
 @on_each_row
 @pytest.mark.parametrize("name", ["LAMB", "LAMB32bit"])
 def test_lamb_reproduces_the_compiled_classes_of_bitsandbytes_given_their_learning_rate(
@@ -343,7 +340,6 @@ def test_lamb_reproduces_the_compiled_classes_of_bitsandbytes_given_their_learni
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("bitsandbytes")
 @on_each_row
 def test_lamb8bit_matches_the_intended_bitsandbytes_rule(theirs, ours, bitsandbytes):
     pytest.importorskip("torchao", reason="there is no torchao for this system")

@@ -16,7 +16,7 @@ import lightning_lars
 ROOT = Path(__file__).parents[1]
 
 # One worker builds, and all wait for pip.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("release")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 USE = """
 from importlib.metadata import version
