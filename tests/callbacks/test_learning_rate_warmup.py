@@ -343,7 +343,10 @@ class Compiled(Walk):
         self.compiled()
 
 
-@pytest.mark.parametrize("scheduler", [None, partial(lr_scheduler.CosineAnnealingLR, T_max=40)])
+@pytest.mark.parametrize(
+    "scheduler",
+    [pytest.param(None, marks=pytest.mark.slow), partial(lr_scheduler.CosineAnnealingLR, T_max=40)],
+)
 def test_a_compiled_step_uses_the_warmed_up_rates(tmp_path, scheduler):
     torch.compiler.reset()
     module = walk(tmp_path, Compiled(tensor_rate, scheduler), LearningRateWarmup(6), max_epochs=1)
