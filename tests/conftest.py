@@ -53,7 +53,10 @@ def pytest_collection_modifyitems(items) -> None:
 def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    # Without a GPU, torch.manual_seed keeps the stack of each call for every kind of device.
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture(autouse=True)
