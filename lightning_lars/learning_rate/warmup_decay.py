@@ -192,9 +192,15 @@ class WarmupDecayLR(LRScheduler):
         scheduler's. With ``decay="wsd"`` this scheduler keeps its own ``total_steps`` and cooldown as long as
         neither its cooldown nor that of the state has begun: from any checkpoint of its stable phase, a run
         is cooled down by resuming with another ``total_steps`` and ``cooldown_steps``.
+
+        Raises:
+            ValueError: If this scheduler has no ``total_steps``, and its cooldown does not fit into those of
+                the state. Nothing is loaded then.
         """
         own, before = self.total_steps, self.steps_before
         own_end = {name: vars(self)[name] for name in ("cooldown_steps", "cooldown", "end_factor")}
+        if own is None and state_dict.get("decay") == "wsd":
+            self._check_cooldown(state_dict["total_steps"])
         super().load_state_dict(state_dict)
         self._steps_seen = observed_steps(self.optimizer)
         if own is not None:
@@ -202,7 +208,7 @@ class WarmupDecayLR(LRScheduler):
         saved = self.total_steps, {name: vars(self)[name] for name in own_end}
         if self.decay == "wsd" and self._is_stable():
             # Nothing yet depended on the end.
-            self.total_steps = own
+            self.total_steps = saved[0] if own is None else own
             vars(self).update(own_end)
             if self._is_stable():
                 return

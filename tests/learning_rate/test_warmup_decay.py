@@ -589,6 +589,27 @@ def test_a_cooldown_that_would_have_begun_already_is_not_taken_over():
     assert cooling.total_steps == 40
 
 
+def test_a_scheduler_without_a_length_takes_that_of_the_state_and_keeps_its_own_cooldown():
+    optimizer = build()
+    scheduler = WarmupDecayLR(optimizer, W, T, decay="wsd", cooldown_steps=2)
+    advance(optimizer, scheduler, W)
+    saved = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
+    cooling, after = resumed_from(saved, T - W, cooldown_steps=C, end_factor=END)
+    assert cooling.total_steps == T
+    assert after == close(SCHEDULES["linear-wsd"][1][W:])
+
+
+def test_a_cooldown_that_the_length_of_the_state_cannot_hold_is_refused_and_nothing_has_changed():
+    optimizer = build()
+    scheduler = WarmupDecayLR(optimizer, W, T, decay="wsd", cooldown_steps=2)
+    advance(optimizer, scheduler, 1)
+    other = WarmupDecayLR(build(), W, decay="wsd", cooldown_steps=T)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"cooldown_steps must be at most 14, .*got 20"):
+        other.load_state_dict(scheduler.state_dict())
+    assert other.state_dict() == before
+
+
 def test_a_cooldown_begins_with_the_next_step_once_its_end_is_set():
     optimizer = build()
     scheduler = WarmupDecayLR(optimizer, W, 10**6, decay="wsd", cooldown_steps=4)
