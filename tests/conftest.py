@@ -55,7 +55,7 @@ def _seed() -> None:
     np.random.seed(0)
     # Without a GPU, torch.manual_seed keeps the stack of each call for every kind of device.
     torch.default_generator.manual_seed(0)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.manual_seed_all(0)
 
 

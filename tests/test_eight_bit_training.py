@@ -159,7 +159,7 @@ def test_shards_of_fsdp1_are_refused():
 def test_kernels_for_gpus_leave_shards_to_single_operations():
     pytest.importorskip("triton", reason="there is no triton for this system")
     for message in on_ranks(2, in_triton, True):
-        assert "8-bit state of layers that are divided between processes" in message
+        assert "8-bit state of layers that are sharded across ranks" in message
     for values_of_rank in on_ranks(2, in_triton, None):
         assert_close(values_of_rank, next(alone("LAMB")))
 

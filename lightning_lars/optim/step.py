@@ -164,7 +164,7 @@ class Step:
         return [of_layer.ratio for of_layer in ratios]
 
     def _move_sharded(self, waiting: Sequence[tuple[Eager, Norms]]) -> None:
-        """Move layers of which other processes hold a part, after one exchange of norms for all of them."""
+        """Move sharded layers, after one all-reduce of norms for all of them."""
         adapted = [group for group in self.groups if group["layer_adaptation"]]
         of_batches = [(backend.batch, norms) for backend, norms in waiting]
         norms = exchange_norms(of_batches, params_of(adapted), self.shards)
@@ -172,13 +172,10 @@ class Step:
             batch = backend.batch
             self._move(backend, stack_norms(batch.params, norms, batch.parts[0].device))
         for group in adapted:
-            # Nothing of these layers is here to move, but their ratios are known, and are everyone's.
+            # This rank has no shard of these layers to move, but every rank knows their ratios.
             elsewhere = [p for p in group["params"] if moves_elsewhere(p, self.shards)]
             if elsewhere:
-                h, own = (
-                    self.algorithm.hyperparameters(group),
-                    stack_norms(elsewhere, norms, elsewhere[0].device),
-                )
+                own = stack_norms(elsewhere, norms, elsewhere[0].device)
                 h = self.algorithm.hyperparameters(group)
                 self._ratios(elsewhere, own, group["lr"], h)
 

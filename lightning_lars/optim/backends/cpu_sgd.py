@@ -25,9 +25,9 @@ class CpuSGD(Eager):
 
     Its factors are ``rate, scale, entering``, and its direction is::
 
-    u = scale * (g + weight_decay * w)
-    v = momentum * v + entering * u
-    d = u + momentum * v  if nesterov else  v
+        u = scale * (g + weight_decay * w)
+        v = momentum * v + entering * u
+        d = u + momentum * v  if nesterov else  v
     """
 
     in_floats: ClassVar[bool] = True

@@ -44,7 +44,7 @@ class EightBitState(PlainState):
         for name, shard in shards.items():
             if shard.unit is not None:
                 raise RuntimeError(
-                    f"8-bit state cannot be divided by FullyShardedDataParallel, which holds parameter "
+                    f"8-bit state cannot be sharded by FullyShardedDataParallel, which holds parameter "
                     f"{name!r}: use fully_shard (FSDP2, ModelParallelStrategy), or 32-bit state"
                 )
 
@@ -52,7 +52,7 @@ class EightBitState(PlainState):
         """Return why no kernel in Triton can work on it, None if one can."""
         # The state would be float32 for all layers at once while they wait for their norms.
         if batch.is_sharded and takes_triton(batch.parts[0]):
-            return "no kernel works on the 8-bit state of layers that are divided between processes"
+            return "no kernel works on the 8-bit state of layers that are sharded across ranks"
         return None
 
     def forget_step(self, states: States, groups: Sequence[Mapping[str, Any]]) -> None:
