@@ -17,7 +17,7 @@ from lightning_lars.gradients.norms import gradient_norms, scale_gradients
 from lightning_lars.gradients.percentile_clipping import PercentileClipping
 from lightning_lars.groups.optimizer_names import by_name
 from lightning_lars.optim.parameters import named_params
-from lightning_lars.optim.state.checkpoint import is_trial_of_checkpoint
+from lightning_lars.optim.state.checkpoint import is_checkpoint_dry_run
 from lightning_lars.rules import is_number, is_whole, require
 from lightning_lars.sharding.shards import Shard, find_shards
 from lightning_lars.trainer.callback import Callback
@@ -173,7 +173,7 @@ class PercentileGradientClipping(Callback):
 
     @torch.no_grad()
     def _clip(self, trainer: Trainer, index: int) -> None:
-        if is_trial_of_checkpoint():
+        if is_checkpoint_dry_run():
             return
         optimizer = trainer.optimizers[index]
         params, shards = self._update_params(index, optimizer)

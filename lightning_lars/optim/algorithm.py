@@ -1,18 +1,18 @@
-"""What an algorithm says of itself: hyperparameters, their rules, and equations.
+"""The interface of an algorithm: its hyperparameters, their rules and its equations.
 
-An algorithm knows no device, no shard and no 8 bits: a back end (:mod:`lightning_lars.optim.backends`) runs
-its equations, in this order, on the layers of a batch::
+An algorithm is independent of devices, sharding and 8-bit state. A back end
+(:mod:`lightning_lars.optim.backends`) evaluates its equations on the layers of a batch, in this order::
 
-    d = direction(w, g, *state, *factors)  if adapts_direction()  else  measured(w, g)
-    |w|, |d|                                       # whole, where layers are sharded
-    |d| = averaged(|d|)                            # in an algorithm that keeps a moment of it
+    d = direction(w, g, *state, *factors)  if adapts_direction()  else  denominator_vector(w, g)
+    |w|, |d|                                       # over all shards of a layer
+    |d| = next_norm_moment(|d|)                    # if the algorithm averages the norm over steps
     trust_ratio = ratio(|w|, |d|)
     rate, *factors = factors(trust_ratio)
-    d, *state = direction(w, g, *state, *factors)  # unless it is there already
+    d, *state = direction(w, g, *state, *factors)  # unless computed above
     w = w - rate * d
 
-What is the same for every algorithm comes before: ``maximize`` and ``max_grad_norm`` change ``g``, and
-``decoupled_weight_decay`` changes ``w``.
+Options that all algorithms share act before these equations: ``maximize`` and ``max_grad_norm`` on ``g``,
+``decoupled_weight_decay`` on ``w``.
 """
 
 import math
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
     from lightning_lars.optim.backends.eager import Eager
 
 Hyperparameters = Any
-"""A named tuple of a group's hyperparameters."""
+"""The hyperparameters of a parameter group, as a named tuple."""
 
 Value = Any
-"""Elements: of the tensors of several layers (:class:`~lightning_lars.optim.backends.each.Each`), or of a
-block on a GPU."""
+"""The tensors of several layers (:class:`~lightning_lars.optim.backends.tensor_list.TensorList`), or a block
+of elements in a GPU kernel."""
 
 PerLayer = Any
-"""A number, or a tensor of shape ``(layers,)`` with one for each layer."""
+"""A number, or a tensor of shape ``(layers,)`` with one number for each layer."""
 
 Factors = tuple[PerLayer, ...]
-"""The rate, which multiplies the direction, and then what :meth:`Algorithm.direction` takes."""
+"""The rate, which multiplies the direction, and the factors that :meth:`Algorithm.direction` takes."""
 
-SHARED: dict[str, Rule] = {
+COMMON_RULES: dict[str, Rule] = {
     "lr": Rule(
         NON_NEGATIVE.text, lambda lr: (isinstance(lr, Tensor) or is_number(lr)) and 0 <= float(lr) < math.inf
     ),
@@ -53,30 +53,30 @@ SHARED: dict[str, Rule] = {
     "fused": NONE_OR_FLAG,
     "layer_adaptation": FLAG,
 }
-"""What the hyperparameters of every layer-wise optimizer may be."""
+"""Rules for the hyperparameters that all layer-wise optimizers share."""
 
 
 class Algorithm(ABC):
-    """The equations of a layer-wise optimizer, over any back end.
+    """The equations of a layer-wise optimizer, independent of the back end.
 
-    ``direction`` and ``measured`` are written in ``+ - * /``, ``sqrt`` and ``if`` on hyperparameters, so that
-    one text runs as torch's foreach operations and is compiled by Triton.
+    ``direction`` and ``denominator_vector`` use only ``+ - * /``, ``sqrt`` and ``if`` on hyperparameters, so
+    that the same source runs as torch's foreach operations and is compiled by Triton.
     """
 
     RULES: ClassVar[dict[str, Rule]]
-    """What each hyperparameter may be."""
+    """The rule for each hyperparameter."""
 
     moments: ClassVar[tuple[str, ...]]
-    """What is kept of the size of a layer, as :meth:`direction` takes it and under torch's own names."""
+    """State tensors in the shape of the layer, in the order :meth:`direction` takes them, by torch's keys."""
 
     counts_steps: ClassVar[bool] = False
-    """Whether the number ``t`` of a layer's steps is kept too, as ``"step"``."""
+    """Whether the state also counts the steps ``t`` of a layer, as ``"step"``."""
 
     norm_moment: ClassVar[str | None] = None
-    """The name of a moment of a layer's norm, one number, which :meth:`averaged` advances."""
+    """State key of a scalar moving average of the layer's norm, which :meth:`next_norm_moment` updates."""
 
     cpu: ClassVar["type[Eager] | None"] = None
-    """A shortcut by torch's fused kernels for the CPU."""
+    """The back end that uses torch's fused CPU kernels, if the algorithm has one."""
 
     state_keys: ClassVar[frozenset[str]]
     Hyperparameters: ClassVar[Any]
@@ -91,64 +91,64 @@ class Algorithm(ABC):
 
     @classmethod
     def hyperparameters(cls, group: Mapping[str, Any]) -> Hyperparameters:
-        """Return those of a group; ``weight_decay`` is 0 where the weights decay before the equations."""
+        """Return the hyperparameters of a group, with ``weight_decay`` 0 if the decay is decoupled."""
         values = {name: group[name] for name in cls.Hyperparameters._fields}
         if group["decoupled_weight_decay"]:
             values["weight_decay"] = 0.0
         return cls.Hyperparameters(**values)
 
     @staticmethod
-    def check(h: Hyperparameters) -> None:
-        """Raise ValueError if hyperparameters contradict each other."""
+    def check_combination(h: Hyperparameters) -> None:
+        """Raise ValueError if hyperparameters that are valid one by one contradict each other."""
         return
 
     @classmethod
-    def kept(cls, h: Hyperparameters) -> tuple[str, ...]:
-        """Return which of the moments are kept; in place of another, :meth:`direction` takes 0."""
+    def used_moments(cls, h: Hyperparameters) -> tuple[str, ...]:
+        """Return the moments that are in use; :meth:`direction` takes 0 in place of the others."""
         return cls.moments
 
     @staticmethod
     @abstractmethod
     def adapts_direction(h: Hyperparameters) -> bool:
-        """Tell whether the trust ratio scales what :meth:`direction` returns, not what enters it."""
+        """Return whether the trust ratio scales the direction, not the gradient that goes into it."""
 
     @staticmethod
-    def measured(w: Value, g: Value, h: Hyperparameters) -> Value:
-        """Return what ``|w|`` is divided by the norm of, where the ratio scales what enters the direction."""
+    def denominator_vector(w: Value, g: Value, h: Hyperparameters) -> Value:
+        """Return the vector whose norm is ``|d|``, where the trust ratio does not scale the direction."""
         return g
 
     @staticmethod
-    def averaged(d_norm: Tensor, moment: Tensor, h: Hyperparameters) -> Tensor:
-        """Return the new :attr:`norm_moment`, 0 at first, which :meth:`ratio` takes for ``d_norm``."""
+    def next_norm_moment(d_norm: Tensor, moment: Tensor, h: Hyperparameters) -> Tensor:
+        """Return the updated :attr:`norm_moment`, which starts at 0; :meth:`ratio` takes it as ``d_norm``."""
         raise NotImplementedError
 
     @staticmethod
     @abstractmethod
     def ratio(w_norm: Number, d_norm: Number, lr: Any, h: Hyperparameters) -> TrustRatios[Number]:
-        """Return the trust ratio of one layer in floats, or of several in tensors of shape ``(layers,)``."""
+        """Return the trust ratio of one layer as floats, or of several as tensors of shape ``(layers,)``."""
 
     @staticmethod
     @abstractmethod
     def factors(ratio: PerLayer, lr: PerLayer, is_first: bool, t: PerLayer, h: Hyperparameters) -> Factors:
-        """Return the rate, which multiplies the direction, and then what :meth:`direction` takes.
+        """Return the rate, which multiplies the direction, and the factors that :meth:`direction` takes.
 
         Args:
-            ratio: The trust ratio; 1 before it is known, and without ``layer_adaptation``.
+            ratio: The trust ratio; 1 before it is known and without ``layer_adaptation``.
             lr: The learning rate.
             is_first: Whether this is the first step of these layers.
-            t: The number of this step, where the algorithm counts them.
-            h: Hyperparameters.
+            t: The number of this step, from 1, if the algorithm counts steps.
+            h: The hyperparameters of the group.
         """
 
     @staticmethod
     @abstractmethod
     def direction(w: Value, g: Value, *state_factors_and_h: Any) -> tuple[Value, ...]:
-        """Return the direction that the weights descend along, and the moments after it.
+        """Return the direction, along which the weights descend, and the updated moments.
 
-        ``w`` is 0 where nothing decays: as a factor of 0 would make NaN of a weight that is not finite.
+        ``w`` is the number 0 without weight decay: 0 times a weight that is not finite would be NaN.
         """
 
     @staticmethod
-    def decay_alone(h: Hyperparameters) -> tuple[float, float]:
-        """Return least and most of ``denominator / |w|`` where weight decay is all that moves a layer."""
+    def decay_only_bounds(h: Hyperparameters) -> tuple[float, float]:
+        """Return the bounds of ``denominator / |w|`` for a layer that only weight decay moves."""
         return (1 - ROUNDING) * h.weight_decay, (1 + ROUNDING) * h.weight_decay

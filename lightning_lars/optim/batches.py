@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from lightning_lars.optim.algorithm import Algorithm, Hyperparameters
-from lightning_lars.optim.backends.choice import takes_triton, triton_can_do
+from lightning_lars.optim.backends.choice import triton_supports, uses_triton
 from lightning_lars.sharding.shards import Shard, local, local_gradient
 
 # How many elements are worked on at once. Their updates exist at the same time, for weights of half precision
 # beside a float32 copy: 256 MiB of scratch for four tensors of this size.
 # On the CPU less, so that what was read for the norms is still in its cache.
-_ELEMENTS_AT_ONCE, _ELEMENTS_AT_ONCE_ON_CPU = 2**24, 2**20
+_MAX_BATCH_ELEMENTS, _MAX_BATCH_ELEMENTS_ON_CPU = 2**24, 2**20
 
 Shards = Mapping[Tensor, Shard | None]
 """For each parameter, where the rest of it is; None for one that no strategy has laid out."""
@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     group: dict[str, Any]
     h: Hyperparameters
     params: list[Tensor]
-    parts: list[Tensor]
+    weights: list[Tensor]
     grads: list[Tensor]
     is_sharded: bool
     is_first: bool
@@ -84,21 +84,21 @@ def sort_layers(
         if batch is None or elements > room[kind]:
             batch = Batch(group, h, [], [], [], is_sharded, kind[-1], adapts_direction)
             latest[kind] = batch
-            room[kind] = _elements_at_once(part, batch)
+            room[kind] = _max_batch_elements(part, batch)
             batches.append(batch)
         room[kind] -= elements
         batch.params.append(p)
-        batch.parts.append(part)
+        batch.weights.append(part)
         batch.grads.append(grad)
     return batches
 
 
-def _elements_at_once(part: Tensor, batch: Batch) -> float:
-    may_be_fused = takes_triton(part) and batch.group["fused"] is not False
+def _max_batch_elements(part: Tensor, batch: Batch) -> float:
+    may_be_fused = uses_triton(part) and batch.group["fused"] is not False
     # For state in float32; and for directions until they are applied, but that is the compiler's care in a
     # step that is compiled, in which no kernel is tried.
     is_compiled = torch.compiler.is_compiling()
     needs_scratch = "min_8bit_size" in batch.group or (batch.adapts_direction and not is_compiled)
-    if may_be_fused and not needs_scratch and (is_compiled or triton_can_do(part)):
+    if may_be_fused and not needs_scratch and (is_compiled or triton_supports(part)):
         return math.inf
-    return _ELEMENTS_AT_ONCE_ON_CPU if part.device.type == "cpu" else _ELEMENTS_AT_ONCE
+    return _MAX_BATCH_ELEMENTS_ON_CPU if part.device.type == "cpu" else _MAX_BATCH_ELEMENTS

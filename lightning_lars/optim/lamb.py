@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, sqrt
 
-from lightning_lars.optim.algorithm import SHARED, Factors, Hyperparameters, PerLayer
+from lightning_lars.optim.algorithm import COMMON_RULES, Factors, Hyperparameters, PerLayer
 from lightning_lars.optim.backends.cpu_adam import CpuAdam
 from lightning_lars.optim.layerwise import LayerwiseOptimizer
 from lightning_lars.optim.trust_ratio import Number, TrustRatios, clip, one_minus_power, trust_ratio
@@ -82,7 +82,7 @@ class LAMB(LayerwiseOptimizer):
         tensor([3.0000, 3.5000]) tensor(5.0000)
     """
 
-    RULES = SHARED | {
+    RULES = COMMON_RULES | {
         "betas": TWO_FRACTIONS,
         "eps": NON_NEGATIVE,
         "bias_correction": FLAG,
@@ -131,16 +131,16 @@ class LAMB(LayerwiseOptimizer):
     @staticmethod
     def factors(ratio: PerLayer, lr: PerLayer, is_first: bool, t: PerLayer, h: Hyperparameters) -> Factors:
         beta1, beta2 = h.betas
-        entering = 1 - beta1 if h.grad_averaging else 1.0, 1 - beta2
+        input_scale = 1 - beta1 if h.grad_averaging else 1.0, 1 - beta2
         if not h.bias_correction:
-            return lr * ratio, *entering, 1.0, 1.0
-        return lr * ratio, *entering, one_minus_power(beta1, t), one_minus_power(beta2, t)
+            return lr * ratio, *input_scale, 1.0, 1.0
+        return lr * ratio, *input_scale, one_minus_power(beta1, t), one_minus_power(beta2, t)
 
     @staticmethod
-    def direction(w, g, m, v, entering1, entering2, correction1, correction2, h) -> Any:  # type: ignore[no-untyped-def]
+    def direction(w, g, m, v, input_scale1, input_scale2, correction1, correction2, h) -> Any:  # type: ignore[no-untyped-def]
         beta1, beta2 = h.betas
-        m = beta1 * m + entering1 * g
-        v = beta2 * v + entering2 * g * g
+        m = beta1 * m + input_scale1 * g
+        v = beta2 * v + input_scale2 * g * g
         m_hat = m / correction1
         v_hat = v / correction2
         u = m_hat / (sqrt(v_hat) + h.eps) + h.weight_decay * w

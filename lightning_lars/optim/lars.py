@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_lars.optim.algorithm import SHARED, Factors, Hyperparameters, PerLayer, Value
+from lightning_lars.optim.algorithm import COMMON_RULES, Factors, Hyperparameters, PerLayer, Value
 from lightning_lars.optim.backends.cpu_sgd import CpuSGD
 from lightning_lars.optim.layerwise import LayerwiseOptimizer
 from lightning_lars.optim.trust_ratio import Number, TrustRatios, clip, over_lr, trust_ratio
@@ -68,7 +68,7 @@ class LARS(LayerwiseOptimizer):
         tensor([3.0000, 3.5000]) tensor(0.0005)
     """
 
-    RULES = SHARED | {
+    RULES = COMMON_RULES | {
         "momentum": FRACTION,
         "dampening": FRACTION,
         "nesterov": FLAG,
@@ -103,7 +103,7 @@ class LARS(LayerwiseOptimizer):
         super().__init__(params, self.defaults_from(locals()))
 
     @staticmethod
-    def check(h: Hyperparameters) -> None:
+    def check_combination(h: Hyperparameters) -> None:
         for name in ("nesterov", "lr_in_momentum", "dampening"):
             rule = f"{type(getattr(h, name))()} without momentum (set momentum above 0)"
             require(name, rule, getattr(h, name), h.momentum > 0 or not getattr(h, name))
@@ -112,7 +112,7 @@ class LARS(LayerwiseOptimizer):
         require("lr_in_momentum", rule, h.lr_in_momentum, holds)
 
     @classmethod
-    def kept(cls, h: Hyperparameters) -> tuple[str, ...]:
+    def used_moments(cls, h: Hyperparameters) -> tuple[str, ...]:
         return cls.moments if h.momentum else ()
 
     @staticmethod
@@ -120,7 +120,7 @@ class LARS(LayerwiseOptimizer):
         return bool(h.denominator == "momentum")
 
     @staticmethod
-    def measured(w: Value, g: Value, h: Hyperparameters) -> Value:
+    def denominator_vector(w: Value, g: Value, h: Hyperparameters) -> Value:
         if h.denominator == "decayed_gradient":
             g = g + h.weight_decay * w
         return g
@@ -138,23 +138,23 @@ class LARS(LayerwiseOptimizer):
 
     @staticmethod
     def factors(ratio: PerLayer, lr: PerLayer, is_first: bool, t: PerLayer, h: Hyperparameters) -> Factors:
-        entering = 1.0 if is_first else 1 - h.dampening  # the first v is u
+        input_scale = 1.0 if is_first else 1 - h.dampening  # the first v is u
         if h.denominator == "momentum":
-            return lr * ratio, 1.0, entering
+            return lr * ratio, 1.0, input_scale
         if h.lr_in_momentum:
-            return 1.0, lr * ratio, entering
-        return lr, ratio, entering
+            return 1.0, lr * ratio, input_scale
+        return lr, ratio, input_scale
 
     @staticmethod
-    def direction(w: Value, g: Value, v: Value, scale: Value, entering: Value, h: Hyperparameters) -> Any:
+    def direction(w: Value, g: Value, v: Value, scale: Value, input_scale: Value, h: Hyperparameters) -> Any:
         u = scale * (g + h.weight_decay * w)
-        v = h.momentum * v + entering * u
+        v = h.momentum * v + input_scale * u
         d = u + h.momentum * v if h.nesterov else v
         return d, v
 
     @staticmethod
-    def decay_alone(h: Hyperparameters) -> tuple[float, float]:
+    def decay_only_bounds(h: Hyperparameters) -> tuple[float, float]:
         if not h.momentum or not LARS.adapts_direction(h):
-            return LayerwiseOptimizer.decay_alone(h)
+            return LayerwiseOptimizer.decay_only_bounds(h)
         # v grows from weight_decay * w to this, and a little more as w shrinks.
         return 0.0, 1.25 * h.weight_decay * (1 - h.dampening) / (1 - h.momentum)

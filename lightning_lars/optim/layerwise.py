@@ -13,10 +13,10 @@ from lightning_lars.optim.algorithm import Algorithm
 from lightning_lars.optim.backends.eager import dtype_of_step
 from lightning_lars.optim.backends.scratch import Scratch
 from lightning_lars.optim.backends.triton_table import LayerTables
-from lightning_lars.optim.parameters import check_held_params, check_params, named_params
-from lightning_lars.optim.refusals import check_not_flattened, check_sees_all_gradients, dimensions
+from lightning_lars.optim.parameters import check_params, named_params, recheck_params
+from lightning_lars.optim.repartition_checks import check_not_flattened, check_sees_all_gradients, dimensions
 from lightning_lars.optim.state.absent import AbsentState
-from lightning_lars.optim.state.checkpoint import adapt_state_dict, is_trial_of_checkpoint, restore_dtypes
+from lightning_lars.optim.state.checkpoint import adapt_state_dict, is_checkpoint_dry_run, restore_dtypes
 from lightning_lars.optim.state.eight_bit import EightBitState
 from lightning_lars.optim.state.plain import PlainState
 from lightning_lars.optim.step import Ratios, Step, params_of
@@ -49,12 +49,12 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
     _shards: dict[Tensor, Shard | None]
 
     # How many dimensions the layers have that were given, or that the last step found in the groups.
-    _known: dict[Tensor, int | None]
+    _param_ndims: dict[Tensor, int | None]
     _absent_state: AbsentState
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         self._last_trust_ratios = []
-        self._shards, self._known = {}, {}
+        self._shards, self._param_ndims = {}, {}
         self._absent_state = AbsentState()
         self._scratch, self._tables = Scratch(), LayerTables()
         if "_storage" not in self.__dict__:
@@ -85,7 +85,7 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
             raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
         check(self.RULES, group)
         check(self._storage.rules, group)
-        self.check(self.hyperparameters(group))
+        self.check_combination(self.hyperparameters(group))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -111,7 +111,7 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        self._look_at_params()
+        self._refresh_shards()
         is_first = not self.state
         step = Step(
             type(self),
@@ -121,7 +121,7 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
             self._shards,
             self._scratch,
             self._tables,
-            self._name,
+            self._name_of,
         )
         step.take()
         # In place: torch.compile keeps no attribute that an optimizer is given.
@@ -130,13 +130,13 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
         moved = list(chain.from_iterable(batch.params for batch in step.batches))
         self._storage.end_step(moved)
         if not torch.compiler.is_compiling():
-            self._tell_autograd(moved)
-        if is_first and is_trial_of_checkpoint():
-            self._storage.forget_step(self.state, self.param_groups)
+            self._bump_versions(moved)
+        if is_first and is_checkpoint_dry_run():
+            self._storage.zero(self.state, self.param_groups)
             self._last_trust_ratios.clear()
         return loss
 
-    def _tell_autograd(self, params: Iterable[Tensor]) -> None:
+    def _bump_versions(self, params: Iterable[Tensor]) -> None:
         """Let a backward pass raise that needs what was there before the step: not all kernels do."""
         state = chain.from_iterable(self.state[p].values() for p in params if p in self.state)
         modified = [*params, *(value for value in state if isinstance(value, Tensor))]
@@ -194,7 +194,7 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
             group = next((group_of[p] for p in params if p in group_of), None)
             if group is None:
                 return by_decay_alone(ratios, (0.0, 0.0))
-            return by_decay_alone(ratios, self.decay_alone(self.hyperparameters(group)))
+            return by_decay_alone(ratios, self.decay_only_bounds(self.hyperparameters(group)))
 
         return self._by_name(value)
 
@@ -227,7 +227,7 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
             group["lr"] = group["lr"].clone()
         self._check_groups([*self.param_groups, group])
         super().add_param_group(group)
-        self._known.update(dimensions(self.param_groups[-1]["params"]))
+        self._param_ndims.update(dimensions(self.param_groups[-1]["params"]))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state dict as in ``torch.optim``, of what is in the groups now."""
@@ -263,15 +263,15 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
             )
             return adapted
 
-        def fit(_: Optimizer) -> None:
+        def convert(_: Optimizer) -> None:
             restore_dtypes(self.state, adapted, self.param_groups)
-            self._storage.fit(self.state, self.param_groups)
+            self._storage.convert_loaded(self.state, self.param_groups)
 
         # Between the hooks of the caller: those before see the state dict as it was saved, those after see
         # the state as it stays.
         hooks = [
             self.register_load_state_dict_pre_hook(adapt),
-            self.register_load_state_dict_post_hook(fit, prepend=True),
+            self.register_load_state_dict_post_hook(convert, prepend=True),
         ]
         before = self.__dict__.copy()
         try:
@@ -295,12 +295,12 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
         else:
             self._tables = LayerTables()
         if "_storage" in self.__dict__:
-            self._storage = self._storage.anew()
+            self._storage = self._storage.fresh()
         else:
             size = self.defaults.get("min_8bit_size")
             self._storage = PlainState() if size is None else EightBitState(size)
-        if "_known" not in self.__dict__:  # a copy, not an optimizer that loads a state dict
-            self._known = dimensions(params_of(self.param_groups))
+        if "_param_ndims" not in self.__dict__:  # a copy, not an optimizer that loads a state dict
+            self._param_ndims = dimensions(params_of(self.param_groups))
 
     def _check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         for group in groups:
@@ -310,7 +310,7 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
         for group in groups:
             require("max_grad_norm", rule, group["max_grad_norm"], group["max_grad_norm"] == first)
 
-    def _look_at_params(self) -> None:
+    def _refresh_shards(self) -> None:
         """Find out who holds the rest of each parameter, once: when the first step comes, all are wrapped."""
         count = sum(len(group["params"]) for group in self.param_groups)
         if len(self._shards) == count and all(
@@ -320,25 +320,25 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
             return
         named = named_params(self.param_groups)
         shards = find_shards(named)
-        if len(named) != len(self._known) or any(p not in self._known for _, p in named):
-            self._follow_groups(named, shards)
+        if len(named) != len(self._param_ndims) or any(p not in self._param_ndims for _, p in named):
+            self._adopt_changed_groups(named, shards)
         self._storage.check({name: shards[p] for name, p in named if p in shards})
         check_sees_all_gradients(self, self.param_groups)
         self._shards.clear()
         for _, p in named:
             self._shards[p] = shards.get(p)
 
-    def _follow_groups(self, named: list[tuple[str, Tensor]], shards: Mapping[Tensor, Shard]) -> None:
+    def _adopt_changed_groups(self, named: list[tuple[str, Tensor]], shards: Mapping[Tensor, Shard]) -> None:
         """Go on with the layers of groups that have changed without ``add_param_group``."""
-        check_not_flattened(named, shards, self._known)
-        check_held_params(named)
+        check_not_flattened(named, shards, self._param_ndims)
+        recheck_params(named)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-        self._known = dimensions(p for _, p in named)
-        self._storage.follow(self._known)
+        self._param_ndims = dimensions(p for _, p in named)
+        self._storage.keep_only(self._param_ndims)
         if not torch.compiler.is_compiling():  # no weak reference can be traced; state may stay behind
-            self._absent_state.follow(self.state, self._known)
+            self._absent_state.follow(self.state, self._param_ndims)
 
-    def _name(self, p: Tensor) -> str:
+    def _name_of(self, p: Tensor) -> str:
         return next(name for name, other in named_params(self.param_groups) if other is p)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lars.optim.algorithm import SHARED, Factors, Hyperparameters, PerLayer, Value
+from lightning_lars.optim.algorithm import COMMON_RULES, Factors, Hyperparameters, PerLayer, Value
 from lightning_lars.optim.layerwise import LayerwiseOptimizer
 from lightning_lars.optim.trust_ratio import TrustRatios, trust_ratio
 from lightning_lars.rules import FLAG, NON_NEGATIVE, TWO_FRACTIONS
@@ -53,7 +53,7 @@ class NovoGrad(LayerwiseOptimizer):
         tensor([3.0000, 3.9000]) tensor(0.0010)
     """
 
-    RULES = SHARED | {"betas": TWO_FRACTIONS, "eps": NON_NEGATIVE, "grad_averaging": FLAG}
+    RULES = COMMON_RULES | {"betas": TWO_FRACTIONS, "eps": NON_NEGATIVE, "grad_averaging": FLAG}
     moments = ("exp_avg",)
     norm_moment = "exp_avg_sq"
 
@@ -78,7 +78,7 @@ class NovoGrad(LayerwiseOptimizer):
         return False
 
     @staticmethod
-    def averaged(d_norm: Tensor, moment: Tensor, h: Hyperparameters) -> Tensor:
+    def next_norm_moment(d_norm: Tensor, moment: Tensor, h: Hyperparameters) -> Tensor:
         _, beta2 = h.betas
         v = beta2 * moment + (1 - beta2) * d_norm**2
         return torch.where(moment == 0, d_norm**2, v)
@@ -95,11 +95,11 @@ class NovoGrad(LayerwiseOptimizer):
         return lr, ratio, 1 - beta1 if h.grad_averaging else 1.0
 
     @staticmethod
-    def direction(w: Value, g: Value, m: Value, scale: Value, entering: Value, h: Hyperparameters) -> Any:
+    def direction(w: Value, g: Value, m: Value, scale: Value, input_scale: Value, h: Hyperparameters) -> Any:
         beta1, _ = h.betas
-        m = beta1 * m + entering * (scale * g + h.weight_decay * w)
+        m = beta1 * m + input_scale * (scale * g + h.weight_decay * w)
         return m, m
 
     @staticmethod
-    def decay_alone(h: Hyperparameters) -> tuple[float, float]:
+    def decay_only_bounds(h: Hyperparameters) -> tuple[float, float]:
         return 0.0, 0.0  # no ratio measures weights

@@ -47,7 +47,7 @@ def check_params(params: list[Any], groups: Sequence[Mapping[str, Any]]) -> list
     return params
 
 
-def check_held_params(named: Sequence[tuple[str, Tensor]]) -> None:
+def recheck_params(named: Sequence[tuple[str, Tensor]]) -> None:
     """Raise ValueError if something has put into a group what no optimizer could have been given."""
     seen: set[Tensor] = set()
     for name, p in named:

@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 
 from lightning_lars.optim.algorithm import Algorithm, Hyperparameters
-from lightning_lars.optim.backends.choice import takes_triton, warn_where_triton_fails, why_not_fused
+from lightning_lars.optim.backends.choice import uses_triton, warn_of_triton_failure, why_not_fused
 from lightning_lars.optim.backends.eager import Eager, dtype_of_step
 from lightning_lars.optim.backends.scratch import Scratch
 from lightning_lars.optim.backends.triton_table import LayerTables
 from lightning_lars.optim.batches import Batch, Shards, sort_layers
-from lightning_lars.optim.exchange import Norms, exchange_norms, gradient_scale, moves_elsewhere, stack_norms
+from lightning_lars.optim.distributed_norms import (
+    Norms,
+    all_reduce_norms,
+    gradient_scale,
+    is_updated_elsewhere,
+    stack_norms,
+)
 from lightning_lars.optim.state.plain import BatchState, PlainState, States, lay_out_state, number_of
 from lightning_lars.optim.trust_ratio import TrustRatios
 
@@ -61,7 +67,7 @@ class Step:
             RuntimeError: If layers cannot be moved as they are to be; nothing has moved then.
         """
         self.batches = [batch for group in self.groups for batch in self._sort(group)]
-        chosen = [self._choose(batch) for batch in self.batches]
+        chosen = [self._choose_backend(batch) for batch in self.batches]
         bound = self.groups[0]["max_grad_norm"]
         scale = gradient_scale(self.batches, bound, params_of(self.groups), self.shards)
         self.tables.start_step()
@@ -69,43 +75,43 @@ class Step:
         for batch, backend_class in zip(self.batches, chosen, strict=True):
             own = BatchState(self.states, batch, self.algorithm)
             backend = backend_class(self.algorithm, batch, own, scale, self.scratch, self.tables)
-            throughout = self.state.opened(self.states, batch) if backend.holds_moments else nullcontext()
+            throughout = self.state.unpacked(self.states, batch) if backend.holds_moments else nullcontext()
             with throughout:
-                with self._opened(backend, batch.adapts_direction):
+                with self._unpacked(backend, batch.adapts_direction):
                     norms = backend.measure()
                 if norms is None or not batch.is_sharded:
                     self._move(backend, norms)
                     continue
             waiting.append((backend, norms))
-            self.scratch.hand_over()
-        self.scratch.shrink()
+            self.scratch.release()
+        self.scratch.recycle()
         if any(self.shards.values()):
             self._move_sharded(waiting)
 
     def _sort(self, group: dict[str, Any]) -> Iterable[Batch]:
-        kept = self.algorithm.kept(self.algorithm.hyperparameters(group))
-        is_first = self.state.first_steps(self.states, kept)
+        used = self.algorithm.used_moments(self.algorithm.hyperparameters(group))
+        is_first = self.state.first_step_test(self.states, used)
         return sort_layers(self.algorithm, group, self.shards, is_first, self.name)
 
-    def _choose(self, batch: Batch) -> type[Eager]:
+    def _choose_backend(self, batch: Batch) -> type[Eager]:
         """Return a fused back end where one can take the step, else the one that takes any.
 
         Raises:
             RuntimeError: If no fused one can, and ``fused=True`` asks for it.
         """
-        part, fused = batch.parts[0], batch.group["fused"]
+        part, fused = batch.weights[0], batch.group["fused"]
         if not torch.compiler.is_compiling():
             lay_out_state(self.states, batch, self.algorithm, self.name)
         if fused is False:
             return Eager
         moments = self.state.plain_moments(self.states, batch.params, self.algorithm.moments)
-        if takes_triton(part):
+        if uses_triton(part):
             reason = self.state.why_not_in_triton(batch)
         elif self.algorithm.cpu is None:
             reason = f"torch has no kernel on the CPU that does {self.algorithm.__name__}"
         else:
             reason = self.algorithm.cpu.why_not(batch.h)
-        reason = reason or why_not_fused(batch.parts, batch.grads, moments)
+        reason = reason or why_not_fused(batch.weights, batch.grads, moments)
         if reason is not None and fused:
             names = ", ".join(repr(self.name(p)) for p in batch.params[:3])
             raise RuntimeError(
@@ -113,25 +119,25 @@ class Step:
                 "where they can be taken"
             )
         if reason is not None:
-            if takes_triton(part) and not torch.compiler.is_compiling():
-                warn_where_triton_fails(part.device, part.dtype)
+            if uses_triton(part) and not torch.compiler.is_compiling():
+                warn_of_triton_failure(part.device, part.dtype)
             return Eager
-        if takes_triton(part):
+        if uses_triton(part):
             from lightning_lars.optim.backends.triton import Triton
 
             return Triton
         shortcut: type[Eager] | None = self.algorithm.cpu
         return shortcut or Eager
 
-    def _opened(self, backend: Eager, opens: bool) -> AbstractContextManager[None]:
+    def _unpacked(self, backend: Eager, opens: bool) -> AbstractContextManager[None]:
         """Hold the moments of a batch in float32 or wider, for the half of a step."""
         opens = opens and not backend.holds_moments
-        return self.state.opened(self.states, backend.batch) if opens else nullcontext()
+        return self.state.unpacked(self.states, backend.batch) if opens else nullcontext()
 
     def _move(self, backend: Eager, norms: Norms | None) -> None:
         """Move the layers of a batch, whose norms are whole."""
         batch = backend.batch
-        with self._opened(backend, not batch.adapts_direction):
+        with self._unpacked(backend, not batch.adapts_direction):
             if norms is None:
                 backend.move(None)
             elif backend.in_floats:
@@ -143,15 +149,17 @@ class Step:
         """Return the trust ratios of layers of one dtype, and remember them."""
         w_norm, d_norm = norms
         if self.algorithm.norm_moment is not None:
-            d_norm = self._averaged(params, d_norm, self.algorithm.norm_moment, h)
+            d_norm = self._advance_norm_moment(params, d_norm, self.algorithm.norm_moment, h)
         ratios = self.algorithm.ratio(w_norm, d_norm, lr, h)
         ratios = ratios._replace(ratio=ratios.ratio.to(dtype_of_step(params[0])))
         self.ratios.append((params, tuple(ratios)))
         return ratios.ratio
 
-    def _averaged(self, params: list[Tensor], d_norm: Tensor, key: str, h: Hyperparameters) -> Tensor:
+    def _advance_norm_moment(
+        self, params: list[Tensor], d_norm: Tensor, key: str, h: Hyperparameters
+    ) -> Tensor:
         moments = [number_of(self.states, p, key) for p in params]
-        averaged = self.algorithm.averaged(d_norm, torch.stack(moments).to(d_norm.dtype), h)
+        averaged = self.algorithm.next_norm_moment(d_norm, torch.stack(moments).to(d_norm.dtype), h)
         torch._foreach_copy_(moments, list(averaged.unbind()))
         return averaged
 
@@ -167,13 +175,13 @@ class Step:
         """Move sharded layers, after one all-reduce of norms for all of them."""
         adapted = [group for group in self.groups if group["layer_adaptation"]]
         of_batches = [(backend.batch, norms) for backend, norms in waiting]
-        norms = exchange_norms(of_batches, params_of(adapted), self.shards)
+        norms = all_reduce_norms(of_batches, params_of(adapted), self.shards)
         for backend, _ in waiting:
             batch = backend.batch
-            self._move(backend, stack_norms(batch.params, norms, batch.parts[0].device))
+            self._move(backend, stack_norms(batch.params, norms, batch.weights[0].device))
         for group in adapted:
             # This rank has no shard of these layers to move, but every rank knows their ratios.
-            elsewhere = [p for p in group["params"] if moves_elsewhere(p, self.shards)]
+            elsewhere = [p for p in group["params"] if is_updated_elsewhere(p, self.shards)]
             if elsewhere:
                 own = stack_norms(elsewhere, norms, elsewhere[0].device)
                 h = self.algorithm.hyperparameters(group)

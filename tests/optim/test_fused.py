@@ -443,9 +443,9 @@ def test_the_kernel_for_an_adapted_layer_is_the_papers_step(momentum, nesterov):
         pytest.skip("there is nothing to look ahead along")
     torch.manual_seed(1)
     w, g, v = torch.randn(3, 50, dtype=torch.float64)
-    lr, weight_decay, scale, entering = 0.5, 0.1, 0.3, 0.2
+    lr, weight_decay, scale, input_scale = 0.5, 0.1, 0.3, 0.2
     u = g + weight_decay * w
-    expected_v = momentum * v + entering * u
+    expected_v = momentum * v + input_scale * u
     ahead = scale * u + momentum * expected_v if nesterov else expected_v
     expected_w = w - lr * (ahead if momentum else scale * u)
     weights, held = w.float(), v.float()
@@ -453,7 +453,7 @@ def test_the_kernel_for_an_adapted_layer_is_the_papers_step(momentum, nesterov):
         {**LARS([Parameter(torch.ones(1))]).defaults, "momentum": momentum, "nesterov": nesterov}
         | {"weight_decay": weight_decay}
     )
-    cpu_sgd.adapted_sgd(h, weights, g.float(), held if momentum else None, lr, scale, entering / scale)
+    cpu_sgd.adapted_sgd(h, weights, g.float(), held if momentum else None, lr, scale, input_scale / scale)
     torch.testing.assert_close(weights.double(), expected_w, rtol=1e-6, atol=1e-6)
     if momentum:
         torch.testing.assert_close(held.double(), expected_v, rtol=1e-6, atol=1e-6)

@@ -53,10 +53,10 @@ def test_what_is_in_use_is_given_to_nobody_else():
     of_second.fill_(2)
     assert of_first.eq(1).all()
     kept = of_first.data_ptr()
-    first.hand_over()  # still in use, by the caller
-    first.shrink()
+    first.release()  # still in use, by the caller
+    first.recycle()
     assert Scratch().like([layer])[0].data_ptr() != kept
-    second.shrink()
+    second.recycle()
     assert Scratch().like([layer])[0].data_ptr() == of_second.data_ptr()
 
 
@@ -66,7 +66,7 @@ def test_memory_is_of_one_dtype_and_device(other):
     pointer = scratch.like([layer])[0].data_ptr()
     (of_other,) = scratch.like([other])
     assert (of_other.dtype, of_other.device) == (other.dtype, other.device)
-    scratch.shrink()
+    scratch.recycle()
     assert scratch.like([layer])[0].data_ptr() == pointer
 
 
@@ -74,7 +74,7 @@ def test_memory_of_inference_mode_is_not_kept_for_steps_outside_of_it():
     with torch.inference_mode():
         scratch = Scratch()
         scratch.like([torch.zeros(10)])
-        scratch.shrink()
+        scratch.recycle()
     Scratch().like([torch.zeros(10)])[0].fill_(1)
 
 

@@ -203,7 +203,7 @@ def test_without_a_c_compiler_a_step_is_unfused_with_a_warning(optimizer_class, 
 
     monkeypatch.setattr(choice, "TRITON_DEVICES", {"cpu"})
     monkeypatch.setattr(triton_trial, "launch", launch)
-    caches = (choice.failure_of_trial, choice.warn_where_triton_fails)
+    caches = (choice.trial_launch_failure, choice.warn_of_triton_failure)
     for cached in caches:
         cached.cache_clear()
     try:

@@ -64,15 +64,15 @@ def compiled(algorithm, options: dict[str, object], dtype, does: str):
     """Compile what a batch would launch, as :class:`~lightning_lars.optim.backends.triton.Triton` does."""
     h = algorithm.hyperparameters(group_of(algorithm, options))
     factors = algorithm.factors(FLOATS, FLOATS[0], False, DOUBLES, h)
-    kept = algorithm.kept(h)
+    used = algorithm.used_moments(h)
     return walk.warmup(
         *[WHOLE] * 5, FLOATS, DOUBLES, triton.numbers(factors), triton.kinds(factors),
         FLOATS[0], 0.1, FLOATS[0], 64, 64, triton.arguments(h),
         direction=triton.compiled(algorithm.direction),
-        measured=None if algorithm.adapts_direction(h) else triton.compiled(algorithm.measured),
+        measured=None if algorithm.adapts_direction(h) else triton.compiled(algorithm.denominator_vector),
         numbers=len(factors) - 1,
-        moments=len(kept),
-        absent=len(algorithm.moments) - len(kept),
+        moments=len(used),
+        absent=len(algorithm.moments) - len(used),
         dtype=dtype,
         does=does,
         decays=h.weight_decay != 0,

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lightning_lars.optim.algorithm import Hyperparameters
 from lightning_lars.optim.backends.cpu_sgd import subtract_scaled
-from lightning_lars.optim.backends.each import Each
 from lightning_lars.optim.backends.eager import Eager
+from lightning_lars.optim.backends.tensor_list import TensorList
 
 # Elements of a layer from which on one pass over it takes longer than to begin another.
 _LONG = 16384
@@ -30,7 +30,7 @@ class CpuAdam(Eager):
             return "torch's kernel on the CPU needs bias_correction=True and grad_averaging=True"
         return None
 
-    def _direction_in_advance(self) -> Each:
+    def _direction_in_advance(self) -> TensorList:
         m, v = self.state.moments()
         assert m is not None
         assert v is not None
@@ -51,7 +51,7 @@ class CpuAdam(Eager):
             amsgrad=False,
             maximize=False,
         )
-        return Each(u)
+        return TensorList(u)
 
     def _decay(self) -> list[Tensor]:
         """Return ``weight_decay * w``."""
@@ -69,7 +69,7 @@ class CpuAdam(Eager):
     def move(self, ratio: list[float] | None) -> None:
         """Move the weights by the ratios, 1 for None, when they have advanced the moments."""
         lr = float(self.lr)
-        d = self._direction_in_advance() if self.kept is None else self.kept
+        d = self._direction_in_advance() if self.stored_direction is None else self.stored_direction
         if ratio is None:
             torch._foreach_add_(self.w, list(d.value()), alpha=-lr)
         else:

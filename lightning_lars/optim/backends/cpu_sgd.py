@@ -10,23 +10,23 @@ import torch
 from torch import Tensor
 
 from lightning_lars.optim.algorithm import Hyperparameters
-from lightning_lars.optim.backends.each import Each
 from lightning_lars.optim.backends.eager import Eager
+from lightning_lars.optim.backends.tensor_list import TensorList
 
 # Below, 1 - (1 - scale) has lost more digits than float32 has.
-_SMALLEST_SCALE = 1e-8
+_MIN_SCALE = 1e-8
 
 # Share of the weights that decays in a step, up to which g + weight_decay * w can be told after it.
-_MOST_DECAY = 0.5
+_MAX_DECAY = 0.5
 
 
 class CpuSGD(Eager):
     """The step of an algorithm whose direction is SGD's.
 
-    Its factors are ``rate, scale, entering``, and its direction is::
+    Its factors are ``rate, scale, input_scale``, and its direction is::
 
         u = scale * (g + weight_decay * w)
-        v = momentum * v + entering * u
+        v = momentum * v + input_scale * u
         d = u + momentum * v  if nesterov else  v
     """
 
@@ -39,28 +39,30 @@ class CpuSGD(Eager):
             return 'torch has no kernel on the CPU that does nesterov with denominator="momentum"'
         return None
 
-    def _direction_in_advance(self) -> Each:
+    def _direction_in_advance(self) -> TensorList:
         (v,) = self.state.moments()
         if v is None:
             return super()._direction_in_advance()
-        _, _, entering = self._factors(1.0)
-        _sgd(self.w, self.g, v, self.h, lr=0.0, entering=entering)  # which only advances v
-        return Each(v)
+        _, _, input_scale = self._factors(1.0)
+        _sgd(self.w, self.g, v, self.h, lr=0.0, input_scale=input_scale)  # which only advances v
+        return TensorList(v)
 
     def move(self, ratio: list[float] | None) -> None:
         """Move the weights, and what :meth:`measure` has not moved, by the trust ratios, 1 for None."""
         self.lr = float(self.lr)
-        if self.kept is not None:
+        if self.stored_direction is not None:
             assert ratio is not None
-            subtract_scaled(self.w, self.kept.value(), [self._factors(of_layer)[0] for of_layer in ratio])
+            subtract_scaled(
+                self.w, self.stored_direction.value(), [self._factors(of_layer)[0] for of_layer in ratio]
+            )
             self._write()
             return
         factors = [self._factors(of_layer) for of_layer in ([1.0] if ratio is None else ratio)]
         h, (v,) = self.h, self.state.moments()
         if ratio is None and factors[0][1] == 1:
-            rate, _, entering = factors[0]
-            _sgd(self.w, self.g, v, h, lr=rate, entering=entering, nesterov=h.nesterov)
-        elif all([_has_digits(h, *of_layer) for of_layer in factors]):  # noqa: C419, as it is faster
+            rate, _, input_scale = factors[0]
+            _sgd(self.w, self.g, v, h, lr=rate, input_scale=input_scale, nesterov=h.nesterov)
+        elif all([_is_precise(h, *of_layer) for of_layer in factors]):  # noqa: C419, as it is faster
             for i, (w, g) in enumerate(zip(self.w, self.g, strict=True)):
                 of_layer = factors[0] if ratio is None else factors[i]
                 adapted_sgd(h, w, g, None if v is None else v[i], *of_layer)
@@ -71,12 +73,12 @@ class CpuSGD(Eager):
 
 
 def adapted_sgd(
-    h: Hyperparameters, w: Tensor, g: Tensor, v: Tensor | None, rate: float, scale: float, entering: float
+    h: Hyperparameters, w: Tensor, g: Tensor, v: Tensor | None, rate: float, scale: float, input_scale: float
 ) -> None:
     """Take the step of one layer in place.
 
-    This is SGD whose ``dampening`` is ``1 - scale * entering``. SGD's own Nesterov is undampened, so the step
-    is made of two: ``w = w - rate * scale * u``, after which ``g + weight_decay * w`` is
+    This is SGD with ``dampening=1 - scale * input_scale``. SGD's own Nesterov momentum is undampened, so it
+    takes two steps: ``w = w - rate * scale * u``, after which ``g + weight_decay * w`` is
     ``(1 - rate * scale * weight_decay) * u``, and ``w = w - rate * momentum * v``.
 
     Args:
@@ -86,20 +88,20 @@ def adapted_sgd(
         v: Momentum; None without, and then ``w = w - rate * scale * u``.
         rate: Factor on the direction.
         scale: The trust ratio, which scales the gradient.
-        entering: Factor on what enters ``v``.
+        input_scale: Factor on what enters ``v``.
     """
     if h.nesterov or v is None:
         _sgd([w], [g], None, h, lr=rate * scale)
     if h.nesterov:
         rate, scale = rate * h.momentum, scale / (1 - rate * scale * h.weight_decay)
     if v is not None:
-        _sgd([w], [g], [v], h, lr=rate, entering=scale * entering)
+        _sgd([w], [g], [v], h, lr=rate, input_scale=scale * input_scale)
 
 
-def _has_digits(h: Hyperparameters, rate: float, scale: float, entering: float) -> bool:
+def _is_precise(h: Hyperparameters, rate: float, scale: float, input_scale: float) -> bool:
     """Tell whether :func:`adapted_sgd` has the digits for these factors."""
-    return scale * entering > _SMALLEST_SCALE and not (
-        h.nesterov and not rate * scale * h.weight_decay < _MOST_DECAY
+    return scale * input_scale > _MIN_SCALE and not (
+        h.nesterov and not rate * scale * h.weight_decay < _MAX_DECAY
     )
 
 
@@ -110,7 +112,7 @@ def _sgd(
     h: Hyperparameters,
     *,
     lr: float,
-    entering: float = 1.0,
+    input_scale: float = 1.0,
     nesterov: bool = False,
 ) -> None:
     torch._fused_sgd_(
@@ -120,7 +122,7 @@ def _sgd(
         weight_decay=h.weight_decay,
         momentum=0.0 if v is None else h.momentum,
         lr=lr,
-        dampening=1 - entering,
+        dampening=1 - input_scale,
         nesterov=nesterov,
         maximize=False,
         is_first_step=False,

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_lars.optim.algorithm import Algorithm, Hyperparameters
-from lightning_lars.optim.backends.each import Each, each_number
 from lightning_lars.optim.backends.scratch import Scratch
+from lightning_lars.optim.backends.tensor_list import TensorList, per_layer_scalars
 from lightning_lars.optim.backends.triton_table import LayerTables
 from lightning_lars.optim.batches import Batch
 from lightning_lars.optim.state.plain import BatchState
@@ -44,7 +44,7 @@ class Eager:
     ) -> None:
         self.algorithm, self.batch, self.state = algorithm, batch, state
         self.h, self.scratch, self.tables = batch.h, scratch, tables
-        device, dtype = batch.parts[0].device, dtype_of_step(batch.parts[0])
+        device, dtype = batch.weights[0].device, dtype_of_step(batch.weights[0])
         self.lr = batch.group["lr"]
         if isinstance(self.lr, Tensor):
             self.lr = self.lr.to(device, dtype, non_blocking=True).reshape(())
@@ -52,7 +52,7 @@ class Eager:
             gradient_scale = gradient_scale.to(device, dtype, non_blocking=True)
         self.gradient_scale = gradient_scale
         self.t: Tensor | None = None
-        self.kept: Any = None
+        self.stored_direction: Any = None
 
     @staticmethod
     def why_not(h: Hyperparameters) -> str | None:
@@ -69,26 +69,26 @@ class Eager:
         if not self.batch.group["layer_adaptation"]:
             return None
         if self.batch.adapts_direction:
-            d = self.kept = self._direction_in_advance()
+            d = self.stored_direction = self._direction_in_advance()
         else:
-            d = self.algorithm.measured(self._decaying(), Each(self.g), self.h)
+            d = self.algorithm.denominator_vector(self._decayed_weights(), TensorList(self.g), self.h)
         norms = layer_norms([*self.w, *d.value()])
         return norms[: len(self.w)], norms[len(self.w) :]
 
     def move(self, ratio: Any) -> None:
         """Move the weights, and what :meth:`measure` has not moved, by the trust ratios, 1 for None."""
         ratio = 1.0 if ratio is None else ratio
-        if self.kept is None:
+        if self.stored_direction is None:
             rate, d = self._direction(ratio)
         else:
-            rate, d = each_number(self._factors(ratio)[0]), self.kept
-        _ = Each(self.w, use="advance") - d * rate
+            rate, d = per_layer_scalars(self._factors(ratio)[0]), self.stored_direction
+        _ = TensorList(self.w, use="advance") - d * rate
         self._write()
 
     def _read(self) -> None:
         """Take weights and gradients in float32 or wider, where these are the gradients to descend."""
-        batch, dtype = self.batch, dtype_of_step(self.batch.parts[0])
-        self.w, self.g = in_dtype(batch.parts, dtype), in_dtype(batch.grads, dtype)
+        batch, dtype = self.batch, dtype_of_step(self.batch.weights[0])
+        self.w, self.g = in_dtype(batch.weights, dtype), in_dtype(batch.grads, dtype)
         if self.h.maximize:
             self.g = list(torch._foreach_neg(self.g))
         if self.gradient_scale is not None:
@@ -97,23 +97,25 @@ class Eager:
             torch._foreach_mul_(self.w, 1 - self.lr * batch.group["weight_decay"])
 
     def _write(self) -> None:
-        if self.w[0].dtype != self.batch.parts[0].dtype:
-            torch._foreach_copy_(self.batch.parts, self.w)
+        if self.w[0].dtype != self.batch.weights[0].dtype:
+            torch._foreach_copy_(self.batch.weights, self.w)
 
-    def _decaying(self) -> Any:
-        return Each(self.w) if self.h.weight_decay else 0.0
+    def _decayed_weights(self) -> Any:
+        return TensorList(self.w) if self.h.weight_decay else 0.0
 
-    def _direction_in_advance(self) -> Each:
+    def _direction_in_advance(self) -> TensorList:
         _, d = self._direction(1.0)
         return d.whole()
 
-    def _direction(self, ratio: Any) -> tuple[Any, Each]:
+    def _direction(self, ratio: Any) -> tuple[Any, TensorList]:
         """Return the rate and the direction, and advance the moments."""
         moments = self.state.moments()
         self._count_step()
-        rate, *factors = map(each_number, self._factors(ratio))
-        before = [0.0 if moment is None else Each(moment, use="advance") for moment in moments]
-        d, *after = self.algorithm.direction(self._decaying(), Each(self.g), *before, *factors, self.h)
+        rate, *factors = map(per_layer_scalars, self._factors(ratio))
+        before = [0.0 if moment is None else TensorList(moment, use="advance") for moment in moments]
+        d, *after = self.algorithm.direction(
+            self._decayed_weights(), TensorList(self.g), *before, *factors, self.h
+        )
         for old, new in zip(moments, after, strict=True):
             if old is not None and new.value() is not old:
                 torch._foreach_copy_(old, new.value())
@@ -121,7 +123,7 @@ class Eager:
 
     def _count_step(self) -> None:
         if self.algorithm.counts_steps:
-            self.t = torch.stack(self.state.next_steps()).to(accumulation_dtype(self.batch.parts[0]))
+            self.t = torch.stack(self.state.next_steps()).to(accumulation_dtype(self.batch.weights[0]))
 
     def _factors(self, ratio: Any) -> tuple[Any, ...]:
         return self.algorithm.factors(ratio, self.lr, self.batch.is_first, self.t, self.h)

@@ -8,10 +8,10 @@ from torch import Tensor
 from lightning_lars.sharding.norms import Tensors
 
 # Elements up to which memory is kept for the next step: 16 MiB of float32.
-_KEPT = 2**22
+_MAX_CACHED_ELEMENTS = 2**22
 
 
-class _Idle(threading.local):
+class _ThreadCache(threading.local):
     """The memory of this thread in which nobody works, which threads therefore need not lock.
 
     One for all optimizers, of which there may be one a layer, as where layers step in the backward pass.
@@ -21,7 +21,7 @@ class _Idle(threading.local):
         self.memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
-_idle = _Idle()
+_cache = _ThreadCache()
 
 
 class Scratch:
@@ -53,8 +53,8 @@ class Scratch:
         """
         sizes = [tensor.numel() for tensor in tensors]
         if self._memory is None or _kind(self._memory) != _kind(tensors[0]):
-            self.shrink()
-            self._memory = _idle.memory.pop(_kind(tensors[0]), None)
+            self.recycle()
+            self._memory = _cache.memory.pop(_kind(tensors[0]), None)
         memory = self._memory
         if memory is None or memory.numel() < sum(sizes):
             self._memory = memory = None  # before there is more
@@ -65,18 +65,18 @@ class Scratch:
             for part, tensor in zip(parts, tensors, strict=True)
         ]
 
-    def hand_over(self) -> None:
+    def release(self) -> None:
         """Leave to the caller what was given out."""
         self._memory = None
 
-    def shrink(self) -> None:
+    def recycle(self) -> None:
         """Leave to the next step, of any optimizer, what is little, and keep nothing."""
         memory, self._memory = self._memory, None
-        if memory is None or memory.numel() > _KEPT or memory.is_inference():
+        if memory is None or memory.numel() > _MAX_CACHED_ELEMENTS or memory.is_inference():
             return
-        other = _idle.memory.get(_kind(memory))
+        other = _cache.memory.get(_kind(memory))
         if other is None or other.numel() < memory.numel():
-            _idle.memory[_kind(memory)] = memory
+            _cache.memory[_kind(memory)] = memory
 
 
 def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:

@@ -38,26 +38,28 @@ class Triton(Eager):
         """
         batch = self.batch
         if not isinstance(self.lr, Tensor):
-            self.lr = torch.full((), self.lr, dtype=torch.float32, device=batch.parts[0].device)
+            self.lr = torch.full((), self.lr, dtype=torch.float32, device=batch.weights[0].device)
         moments = self.state.moments()
         self.absent = moments.count(None)
         held = [moment for moment in moments if moment is not None]
         self.moments = len(held)
         steps = [self.state.next_steps()] if self.algorithm.counts_steps else []
-        self.table = table = self.tables.table((batch.parts, batch.grads, *held, *steps))
+        self.table = table = self.tables.table((batch.weights, batch.grads, *held, *steps))
         if steps:
-            self.t = self._gathered(2 + self.moments).to(accumulation_dtype(batch.parts[0]))
+            self.t = self._gathered(2 + self.moments).to(accumulation_dtype(batch.weights[0]))
         if not batch.group["layer_adaptation"]:
             return None
         if batch.adapts_direction:
-            self.kept = torch.empty(table.chunked.room, dtype=torch.float32, device=table.device)
+            self.stored_direction = torch.empty(table.chunked.room, dtype=torch.float32, device=table.device)
         sums = torch.empty(2, table.chunks, dtype=torch.float64, device=table.device)
         self._launch("measure", 1.0, sums)
         return norms_of_layers(sums, table)
 
     def move(self, ratio: Any) -> None:
         """Move the weights, and what :meth:`measure` has not moved, by the trust ratios, 1 for None."""
-        self._launch("move" if self.kept is None else "apply", 1.0 if ratio is None else ratio, None)
+        self._launch(
+            "move" if self.stored_direction is None else "apply", 1.0 if ratio is None else ratio, None
+        )
 
     def _gathered(self, column: int) -> Tensor:
         """Return numbers that each layer has in a tensor of its own, shape ``(layers,)``."""
@@ -80,7 +82,7 @@ class Triton(Eager):
                 table.chunked.layer_of_chunk,
                 table.chunked.offset_of_chunk,
                 table.chunked.places,
-                unused if self.kept is None else self.kept,
+                unused if self.stored_direction is None else self.stored_direction,
                 unused if sums is None else sums,
                 numbers(factors),
                 kinds(factors),
@@ -91,11 +93,11 @@ class Triton(Eager):
                 table.chunks,
                 arguments(self.h),
                 direction=compiled(self.algorithm.direction),
-                measured=None if self.batch.adapts_direction else compiled(self.algorithm.measured),
+                measured=None if self.batch.adapts_direction else compiled(self.algorithm.denominator_vector),
                 numbers=len(factors) - 1,
                 moments=self.moments,
                 absent=self.absent,
-                dtype=DTYPES[self.batch.parts[0].dtype],
+                dtype=DTYPES[self.batch.weights[0].dtype],
                 does=does,
                 decays=self.h.weight_decay != 0,
                 has_scale=self.gradient_scale is not None,

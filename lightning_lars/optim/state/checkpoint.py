@@ -75,7 +75,7 @@ def restore_dtypes(
                 state[p][key] = value.to(p.device, dtype, copy=True)
 
 
-def is_trial_of_checkpoint() -> bool:
+def is_checkpoint_dry_run() -> bool:
     """Tell whether ``torch.distributed.checkpoint`` makes a step only to see what state there will be.
 
     It does, with a learning rate and gradients of 0, to save an optimizer that has not begun, and to load

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lars.optim.backends.choice import takes_triton
+from lightning_lars.optim.backends.choice import uses_triton
 from lightning_lars.optim.batches import Batch
 from lightning_lars.optim.state.plain import PlainState, States
 from lightning_lars.optim.state.torchao import (
@@ -35,7 +35,7 @@ class EightBitState(PlainState):
         self.defaults = {"min_8bit_size": min_8bit_size}
         self._maps = Maps() if maps is None else maps
 
-    def anew(self) -> "EightBitState":
+    def fresh(self) -> "EightBitState":
         """Return the same for state that has been loaded."""
         return EightBitState(**self.defaults, maps=self._maps)
 
@@ -51,15 +51,15 @@ class EightBitState(PlainState):
     def why_not_in_triton(self, batch: Batch) -> str | None:
         """Return why no kernel in Triton can work on it, None if one can."""
         # The state would be float32 for all layers at once while they wait for their norms.
-        if batch.is_sharded and takes_triton(batch.parts[0]):
+        if batch.is_sharded and uses_triton(batch.weights[0]):
             return "no kernel works on the 8-bit state of layers that are sharded across ranks"
         return None
 
-    def forget_step(self, states: States, groups: Sequence[Mapping[str, Any]]) -> None:
+    def zero(self, states: States, groups: Sequence[Mapping[str, Any]]) -> None:
         """Leave of a step, which was a trial, only that there is state."""
-        super().fit(states, groups)
-        super().forget_step(states, groups)
-        self.fit(states, groups)
+        super().convert_loaded(states, groups)
+        super().zero(states, groups)
+        self.convert_loaded(states, groups)
 
     def plain_moments(
         self, states: States, params: Iterable[Tensor], keys: Iterable[str]
@@ -70,7 +70,7 @@ class EightBitState(PlainState):
         return [[value for value in of_layer if not is_eight_bit(value)] for of_layer in of_layers]
 
     @contextmanager
-    def opened(self, states: States, batch: Batch) -> Iterator[None]:
+    def unpacked(self, states: States, batch: Batch) -> Iterator[None]:
         """Hold moments in plain tensors of float32 or wider, for the length of a block."""
         held = {p: to_float(states[p], p) for p in batch.params if p in states}
         try:
@@ -81,7 +81,7 @@ class EightBitState(PlainState):
                     self._pack(p, states[p], batch.group, held.get(p, {}))
 
     @torch.no_grad()
-    def fit(self, states: States, groups: Sequence[Mapping[str, Any]]) -> None:
+    def convert_loaded(self, states: States, groups: Sequence[Mapping[str, Any]]) -> None:
         """Hold state that has been loaded, in whatever form, as it is held here."""
         for group in groups:
             for p in group["params"]:

@@ -7,7 +7,7 @@ from lightning_lars.optim.state.torchao import dequantize
 
 # In the groups of torch.optim, a choice of implementation or (AdamW's decoupled decay) a name that means
 # something else here: they must not switch anything.
-_NOT_TAKEN = ("foreach", "fused", "capturable", "differentiable", "amsgrad", "decoupled_weight_decay")
+_IGNORED_OPTIONS = ("foreach", "fused", "capturable", "differentiable", "amsgrad", "decoupled_weight_decay")
 
 _RENAMED_OPTIONS = {
     "trust_coeff": "trust_coefficient",  # timm
@@ -20,20 +20,20 @@ _RENAMED_OPTIONS = {
 _RENAMED_STATE = {"mu": "momentum_buffer"}  # Barlow Twins, MoCo v3, MAE
 
 # What others keep of the last step to look at.
-_TRACES = ("weight_norm", "adam_norm", "trust_ratio", "unorm_vec")
+_DIAGNOSTIC_KEYS = ("weight_norm", "adam_norm", "trust_ratio", "unorm_vec")
 
 # Options of LAMB in timm and pytorch_optimizer for which there is none here.
-_NO_COUNTERPART = ("caution", "corrected_weight_decay", "rectify", "fixed_decay", "adanorm")
+_UNSUPPORTED_OPTIONS = ("caution", "corrected_weight_decay", "rectify", "fixed_decay", "adanorm")
 
 # The groups of lightly, torch_optimizer and lightning-bolts, which have one LARS.
-_BOLTS = {"lr", "momentum", "dampening", "weight_decay", "nesterov", "trust_coefficient", "eps"}
+_BOLTS_GROUP_KEYS = {"lr", "momentum", "dampening", "weight_decay", "nesterov", "trust_coefficient", "eps"}
 
-_BITSANDBYTES = "__bnb_optimizer_quant_state__"
+_BITSANDBYTES_STATE_KEY = "__bnb_optimizer_quant_state__"
 _BLOCK_SIZES = (256, 2048)  # of bitsandbytes, now and once
 
 
 # In every group of torch.optim.
-_TORCH = {"foreach", "maximize", "differentiable", "fused"}
+_TORCH_GROUP_KEYS = {"foreach", "maximize", "differentiable", "fused"}
 
 
 class Translation(NamedTuple):
@@ -61,7 +61,7 @@ def translate(saved: Mapping[str, Any]) -> Translation:
         reason = _why_unscaled(group, list(of_group.values()))
         if reason is not None:
             unscaled.update(dict.fromkeys(group["params"], reason))
-        without_counterpart += [key for key in _NO_COUNTERPART if group.get(key)]
+        without_counterpart += [key for key in _UNSUPPORTED_OPTIONS if group.get(key)]
         for number, of_param in of_group.items():
             state[number] = _translate_state(of_param, group)
         groups.append(_translate_group(group, list(of_group.values())))
@@ -74,7 +74,9 @@ def is_own(group: Mapping[str, Any]) -> bool:
 
 
 def _translate_group(group: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    options = {_RENAMED_OPTIONS.get(key, key): value for key, value in group.items() if key not in _NOT_TAKEN}
+    options = {
+        _RENAMED_OPTIONS.get(key, key): value for key, value in group.items() if key not in _IGNORED_OPTIONS
+    }
     if any(map(_is_lars_of_bitsandbytes, states)):
         options["momentum"] = options.pop("betas")[0]  # beside a dampening that it does not apply
     if isinstance(options.get("trust_clip"), bool):  # timm's
@@ -91,10 +93,12 @@ def _translate_group(group: Mapping[str, Any], states: Sequence[Mapping[str, Any
 
 def _translate_state(state: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
     if _is_lars_of_bitsandbytes(state):
-        state = _of_bitsandbytes(state, "momentum_buffer")
+        state = _translate_bitsandbytes(state, "momentum_buffer")
     elif {"state1", "state2"} <= state.keys():
-        state = _of_bitsandbytes(state, "exp_avg", "exp_avg_sq")
-    translated = {_RENAMED_STATE.get(key, key): value for key, value in state.items() if key not in _TRACES}
+        state = _translate_bitsandbytes(state, "exp_avg", "exp_avg_sq")
+    translated = {
+        _RENAMED_STATE.get(key, key): value for key, value in state.items() if key not in _DIAGNOSTIC_KEYS
+    }
     if "exp_avg" in translated and "step" in group:  # timm, apex and pytorch_optimizer count for the group
         translated.setdefault("step", group["step"])
     return translated
@@ -102,10 +106,10 @@ def _translate_state(state: Mapping[str, Any], group: Mapping[str, Any]) -> dict
 
 def _flat(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a state without the level that bitsandbytes puts in between."""
-    nested = state.get(_BITSANDBYTES)
+    nested = state.get(_BITSANDBYTES_STATE_KEY)
     if not isinstance(nested, Mapping):
         return state
-    return {**{key: value for key, value in state.items() if key != _BITSANDBYTES}, **nested}
+    return {**{key: value for key, value in state.items() if key != _BITSANDBYTES_STATE_KEY}, **nested}
 
 
 def _is_lars_of_bitsandbytes(state: Mapping[str, Any]) -> bool:
@@ -113,7 +117,7 @@ def _is_lars_of_bitsandbytes(state: Mapping[str, Any]) -> bool:
     return {"state1", "unorm_vec"} <= state.keys() and "state2" not in state
 
 
-def _of_bitsandbytes(state: Mapping[str, Any], *names: str) -> dict[str, Any]:
+def _translate_bitsandbytes(state: Mapping[str, Any], *names: str) -> dict[str, Any]:
     counted = "step" in state and "exp_avg" in names
     translated: dict[str, Any] = {"step": state["step"]} if counted else {}
     keys = ("state", "qmap", "absmax")
@@ -145,16 +149,16 @@ def _why_unscaled(group: Mapping[str, Any], states: Sequence[Mapping[str, Any]])
         )
     if "betas" in group:
         is_lamb = {"grad_averaging", "always_adapt"} & group.keys() or any(
-            {"trust_ratio", "unorm_vec"} & {**state, **state.get(_BITSANDBYTES, {})}.keys()
+            {"trust_ratio", "unorm_vec"} & {**state, **state.get(_BITSANDBYTES_STATE_KEY, {})}.keys()
             for state in states
         )
         named = "is AdamW's" if group.get("decoupled_weight_decay") else "names no option of LAMB"
         return None if is_lamb else f"The state dict {named}"
     options = {_RENAMED_OPTIONS.get(key, key) for key in group}
     if "trust_coefficient" not in options:
-        named = "is SGD's" if group.keys() >= _TORCH else "names no trust coefficient, as SGD's"
+        named = "is SGD's" if group.keys() >= _TORCH_GROUP_KEYS else "names no trust coefficient, as SGD's"
         return f"The state dict {named}"
-    copies = group.keys() - {"params", "param_names", "name", "initial_lr"} == _BOLTS
+    copies = group.keys() - {"params", "param_names", "name", "initial_lr"} == _BOLTS_GROUP_KEYS
     if group.get("weight_decay") == 0 and (copies or group.get("always_adapt") is False):
         peers = "lightly, torch_optimizer and lightning-bolts do" if copies else "timm does"
         return f"The state dict has a group with weight_decay=0, which {peers} not adapt"

@@ -15,7 +15,7 @@ from lightning_lars.optim.state.name_matching import (
     quote,
 )
 
-_NO_OPTIONS = ("params", "param_names", "name", "fused")
+_NOT_HYPERPARAMETERS = ("params", "param_names", "name", "fused")
 
 
 def match_groups(
@@ -47,7 +47,7 @@ def match_groups(
         numbers = [number for group in saved_groups for number in group["params"]]
         in_order = iter([numbers[place] for place in order])
         params = [[next(in_order) for _ in group["params"]] for group in own_groups]
-        options = _divided_options(saved_groups, own_groups, params, warn)
+        options = _options_by_group(saved_groups, own_groups, params, warn)
     elif _sizes(saved_groups) == _sizes(own_groups) and (
         is_fsdp1 or are_names(saved_groups) or all(map(may_be_one, saved_names, own_names))
     ):
@@ -63,10 +63,10 @@ def _sizes(groups: Groups) -> list[int]:
 
 
 def _options(group: Any) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in _NO_OPTIONS}
+    return {key: value for key, value in group.items() if key not in _NOT_HYPERPARAMETERS}
 
 
-def _divided_options(
+def _options_by_group(
     saved_groups: Groups,
     own_groups: Groups,
     params: Sequence[Sequence[Any]],
@@ -82,7 +82,7 @@ def _divided_options(
         if differing:
             raise ValueError(
                 f"{_misfit(saved_groups, own_groups)}: group {index} of the state dict is divided among "
-                f"{heirs} here, which differ in {quote(differing)}. {_WAY_OUT}"
+                f"{heirs} here, which differ in {quote(differing)}. {_REMEDY}"
             )
     divided: list[dict[str, Any]] = []
     for number, of_group in enumerate(sources):
@@ -91,7 +91,7 @@ def _divided_options(
         if differing:
             raise ValueError(
                 f"{_misfit(saved_groups, own_groups)}: group {number} here unites {of_group} of the state "
-                f"dict, which differ in {quote(differing)}. {_WAY_OUT}"
+                f"dict, which differ in {quote(differing)}. {_REMEDY}"
             )
         divided.append(united[0] if united else {})
     is_moved = any(of_group not in ([], [number]) for number, of_group in enumerate(sources))
@@ -104,7 +104,7 @@ def _divided_options(
     return divided
 
 
-_WAY_OUT = (
+_REMEDY = (
     "Build both with the same groups; or take these keys out of the groups of the state dict, and they stay "
     "as they are here"
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lars.optim.algorithm import Algorithm
-from lightning_lars.optim.backends.choice import lay_out_as
+from lightning_lars.optim.backends.choice import match_layout
 from lightning_lars.optim.batches import Batch
 from lightning_lars.optim.state.torchao import to_float
 from lightning_lars.rules import Rule
@@ -31,7 +31,7 @@ class PlainState:
         # The layers whose state is that of a trial, and whose first step is still to come.
         self._tried: set[Tensor] = set()
 
-    def anew(self) -> "PlainState":
+    def fresh(self) -> "PlainState":
         """Return the same for state that has been loaded."""
         return PlainState()
 
@@ -42,7 +42,7 @@ class PlainState:
         """Return why no kernel in Triton can work on it, None if one can."""
         return None
 
-    def first_steps(self, states: States, kept: Sequence[str]) -> Callable[[Tensor], bool]:
+    def first_step_test(self, states: States, kept: Sequence[str]) -> Callable[[Tensor], bool]:
         """Return a function that tells whether a layer is without one of these moments of a step before."""
         tried = self._tried
 
@@ -62,11 +62,11 @@ class PlainState:
         if self._tried:
             self._tried.difference_update(params)
 
-    def follow(self, params: Iterable[Tensor]) -> None:
+    def keep_only(self, params: Iterable[Tensor]) -> None:
         """Forget what has left the groups."""
         self._tried.intersection_update(params)
 
-    def forget_step(self, states: States, groups: Sequence[Mapping[str, Any]]) -> None:
+    def zero(self, states: States, groups: Sequence[Mapping[str, Any]]) -> None:
         """Leave of a step, which was a trial, only that there is state."""
         for of_layer in states.values():
             for value in of_layer.values():
@@ -84,11 +84,11 @@ class PlainState:
             for of_layer in of_layers
         ]
 
-    def opened(self, states: States, batch: Batch) -> AbstractContextManager[None]:
+    def unpacked(self, states: States, batch: Batch) -> AbstractContextManager[None]:
         """Hold moments in plain tensors of float32 or wider, for the length of a block."""
         return nullcontext()
 
-    def fit(self, states: States, groups: Sequence[Mapping[str, Any]]) -> None:
+    def convert_loaded(self, states: States, groups: Sequence[Mapping[str, Any]]) -> None:
         """Hold state that has been loaded, in whatever form, as it is held here."""
         for p, of_layer in states.items():
             to_float(of_layer, p)
@@ -103,7 +103,7 @@ class BatchState:
 
     def __init__(self, states: States, batch: Batch, algorithm: type[Algorithm]) -> None:
         self._states, self._batch, self._algorithm = states, batch, algorithm
-        self._kept = algorithm.kept(batch.h)
+        self._kept = algorithm.used_moments(batch.h)
         self._of_layers: list[dict[str, Any]] = []
 
     def moments(self) -> list[list[Tensor] | None]:
@@ -112,7 +112,7 @@ class BatchState:
             return [None] * len(self._algorithm.moments)
         self._of_layers = of_layers = [self._states[p] for p in self._batch.params]
         if self._batch.is_first:
-            for p, part, of_layer in zip(self._batch.params, self._batch.parts, of_layers, strict=True):
+            for p, part, of_layer in zip(self._batch.params, self._batch.weights, of_layers, strict=True):
                 self._begin(p, part, of_layer)
         return [
             [local(of_layer[key]) for of_layer in of_layers] if key in self._kept else None
@@ -154,7 +154,7 @@ def lay_out_state(
     Raises:
         RuntimeError: If it is not on the device of its layer, or has another shape.
     """
-    for p, part in zip(batch.params, batch.parts, strict=True):
+    for p, part in zip(batch.params, batch.weights, strict=True):
         shape = part.shape
         for key, value in states.get(p, {}).items():
             if key not in algorithm.state_keys or value is None:
@@ -173,6 +173,6 @@ def lay_out_state(
                     "another shape, or put new parameters into the groups"
                 )
             if not (here.is_contiguous() and part.is_contiguous()):
-                laid_out = lay_out_as(part, here)
+                laid_out = match_layout(part, here)
                 if laid_out is not here:
                     states[p][key] = laid_out_as(p, laid_out)

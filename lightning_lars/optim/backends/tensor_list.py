@@ -9,7 +9,7 @@ from torch import Tensor
 Use = Literal["read", "advance", "scratch", "spent"]
 
 
-class Memory:
+class Buffers:
     """The tensors of several layers, and what an operation may do with them.
 
     They may be read only; or, as the moments of layers, take the result of a sum that begins with them; or,
@@ -26,63 +26,63 @@ class Memory:
         return self.tensors
 
 
-class Each:
+class TensorList:
     """Tensors, one for each layer: what is done to it is done to each of them.
 
     ``a + s * b`` is one operation, ``torch.add(a, b, alpha=s)``, and ``a + s * b * c`` another, so that they
-    round as ``torch.optim`` does. A factor is a number, or what :func:`each_number` makes of a tensor.
+    round as ``torch.optim`` does. A factor is a number, or what :func:`per_layer_scalars` makes of a tensor.
 
     Example:
         >>> import torch
-        >>> from lightning_lars.optim.backends.each import Each
-        >>> w, g = Each([torch.ones(2)]), Each([torch.ones(2)])
+        >>> from lightning_lars.optim.backends.tensor_list import TensorList
+        >>> w, g = TensorList([torch.ones(2)]), TensorList([torch.ones(2)])
         >>> (g + 0.5 * w).value()
         (tensor([1.5000, 1.5000]),)
     """
 
     def __init__(
         self,
-        tensors: Sequence[Tensor] | Memory,
+        tensors: Sequence[Tensor] | Buffers,
         *,
         use: Use = "read",
         scale: float = 1.0,
-        factor: Memory | None = None,
+        factor: Buffers | None = None,
     ) -> None:
-        self.memory = tensors if isinstance(tensors, Memory) else Memory(tensors, use)
+        self.buffers = tensors if isinstance(tensors, Buffers) else Buffers(tensors, use)
         self.scale, self.factor = scale, factor
 
     def value(self) -> Sequence[Tensor]:
         """Return the tensors, which are not to be written to."""
-        return self.whole().memory.read()
+        return self.whole().buffers.read()
 
-    def __mul__(self, other: Any) -> "Each":
-        if isinstance(other, Each):
-            factor = Memory(other.value(), "read")
-            return Each(self._with_factor().memory, scale=self.scale, factor=factor)
+    def __mul__(self, other: Any) -> "TensorList":
+        if isinstance(other, TensorList):
+            factor = Buffers(other.value(), "read")
+            return TensorList(self._with_factor().buffers, scale=self.scale, factor=factor)
         if isinstance(other, tuple):
-            return self.whole()._apply("mul", _one_or_each(other))
-        return Each(self.memory, scale=self.scale * other, factor=self.factor)
+            return self.whole()._apply("mul", _scalar_or_list(other))
+        return TensorList(self.buffers, scale=self.scale * other, factor=self.factor)
 
-    def __truediv__(self, other: Any) -> "Each":
-        if isinstance(other, Each):
+    def __truediv__(self, other: Any) -> "TensorList":
+        if isinstance(other, TensorList):
             return self.whole()._apply("div", other.value())
         if isinstance(other, tuple):
-            return self.whole()._apply("div", _one_or_each(other))
+            return self.whole()._apply("div", _scalar_or_list(other))
         return self if other == 1 else self.whole()._apply("div", other)
 
-    def __add__(self, other: Any) -> "Each":
-        if not isinstance(other, Each):
+    def __add__(self, other: Any) -> "TensorList":
+        if not isinstance(other, TensorList):
             return self if other == 0 else self.whole()._apply("add", other)
         left = self if self.factor is None else self.whole()
         if left.scale != 1:
             left = left._apply("mul", left.scale, advances=True, ends=False)
-        terms, alpha = other.memory.read(), other.scale
+        terms, alpha = other.buffers.read(), other.scale
         if other.factor is not None:
             return left._apply("addcmul", terms, other.factor.read(), value=alpha, advances=True)
         return left._apply("add", terms, alpha=alpha, advances=True)
 
-    def __sub__(self, other: Any) -> "Each":
-        difference: Each = self + -1.0 * other
+    def __sub__(self, other: Any) -> "TensorList":
+        difference: TensorList = self + -1.0 * other
         return difference
 
     __rmul__, __radd__ = __mul__, __add__
@@ -90,42 +90,42 @@ class Each:
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> "Each":
+    ) -> "TensorList":
         if function is not torch.sqrt:
             raise TypeError(f"equations are written in + - * / and sqrt, got {function}")
-        root: Each = args[0].whole()._apply("sqrt")
+        root: TensorList = args[0].whole()._apply("sqrt")
         return root
 
-    def whole(self) -> "Each":
+    def whole(self) -> "TensorList":
         """Return itself without scale and factor, which stand in its tensors."""
         each = self._with_factor()
-        return each if each.scale == 1 else Each(each.memory)._apply("mul", each.scale)
+        return each if each.scale == 1 else TensorList(each.buffers)._apply("mul", each.scale)
 
-    def _with_factor(self) -> "Each":
+    def _with_factor(self) -> "TensorList":
         if self.factor is None:
             return self
-        product = Each(self.memory)._apply("mul", self.factor.read())
-        return Each(product.memory, scale=self.scale)
+        product = TensorList(self.buffers)._apply("mul", self.factor.read())
+        return TensorList(product.buffers, scale=self.scale)
 
     def _apply(
         self, operation: str, *args: Any, advances: bool = False, ends: bool = True, **kwargs: Any
-    ) -> "Each":
+    ) -> "TensorList":
         """Do an operation to the tensors, in place where they may take its result."""
-        tensors, use = self.memory.read(), self.memory.use
+        tensors, use = self.buffers.read(), self.buffers.use
         if use == "scratch" or (advances and use == "advance"):
             getattr(torch, f"_foreach_{operation}_")(tensors, *args, **kwargs)
-            self.memory.use = "spent"
-            return Each(tensors, use="read" if use == "advance" and ends else use)
+            self.buffers.use = "spent"
+            return TensorList(tensors, use="read" if use == "advance" and ends else use)
         made = getattr(torch, f"_foreach_{operation}")(tensors, *args, **kwargs)
-        return Each(made, use="scratch")
+        return TensorList(made, use="scratch")
 
 
-def each_number(value: Any) -> Any:
+def per_layer_scalars(value: Any) -> Any:
     """Return what an equation takes for a number, a 0-d tensor, or a vector with a number for each layer."""
     if not isinstance(value, Tensor):
         return value
     return tuple(value.unbind()) if value.ndim else (value,)
 
 
-def _one_or_each(numbers: tuple[Tensor, ...]) -> Any:
+def _scalar_or_list(numbers: tuple[Tensor, ...]) -> Any:
     return numbers[0] if len(numbers) == 1 else numbers

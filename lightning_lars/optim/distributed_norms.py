@@ -37,7 +37,7 @@ def gradient_scale(
     return (max_grad_norm / norm).clamp(max=1)
 
 
-def exchange_norms(
+def all_reduce_norms(
     waiting: Iterable[tuple[Batch, Norms]], params: Iterable[Tensor], shards: Shards
 ) -> dict[Tensor, Norms]:
     """Return the norms of whole layers that are sharded.
@@ -74,7 +74,7 @@ def stack_norms(params: Sequence[Tensor], norms: dict[Tensor, Norms], device: to
     return torch.stack(weight_norms).to(device), torch.stack(direction_norms).to(device)
 
 
-def moves_elsewhere(p: Tensor, shards: Shards) -> bool:
+def is_updated_elsewhere(p: Tensor, shards: Shards) -> bool:
     """Tell whether a layer has a gradient, though nothing of it is here (FSDP1)."""
     shard = shards[p]
     return p.grad is None and shard is not None and shard.unit is not None and shard.unit.grad is not None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import sqrt
 
-from lightning_lars.optim.backends.each import Each, each_number
+from lightning_lars.optim.backends.tensor_list import TensorList, per_layer_scalars
 
 
 def some(value):
@@ -16,12 +16,12 @@ def numbers(each):
 
 
 def test_equations_give_what_they_say_for_each_layer():
-    a, b, scales = Each(some(3.0)), Each(some(2.0)), each_number(torch.tensor([10.0, 20.0]))
+    a, b, scales = TensorList(some(3.0)), TensorList(some(2.0)), per_layer_scalars(torch.tensor([10.0, 20.0]))
     assert numbers(a + 0.5 * b) == [4.0, 4.0]
     assert numbers(a - b) == [1.0, 1.0]
     assert numbers(scales * (a + b)) == [50.0, 100.0]
     assert numbers((a + b) / scales) == [0.5, 0.25]
-    assert numbers(each_number(torch.tensor(4.0)) * a) == [12.0, 12.0]
+    assert numbers(per_layer_scalars(torch.tensor(4.0)) * a) == [12.0, 12.0]
     assert numbers(a + 0.5 * b * b) == [5.0, 5.0]
     assert numbers(0.5 * b * b + a) == [5.0, 5.0]
     assert numbers(a * b / b + 1.0) == [4.0, 4.0]
@@ -31,17 +31,21 @@ def test_equations_give_what_they_say_for_each_layer():
 
 def test_only_moments_that_a_sum_begins_with_and_results_are_overwritten():
     w, g, moment = some(3.0), some(2.0), some(1.0)
-    v = 0.5 * Each(moment, use="advance") + 2.0 * (Each(g) + 0.5 * Each(w))
+    v = 0.5 * TensorList(moment, use="advance") + 2.0 * (TensorList(g) + 0.5 * TensorList(w))
     assert v.value() is moment
     assert numbers(v) == [7.5, 7.5]
     assert numbers(v / 2.0) == [3.75, 3.75]
-    assert (numbers(v), numbers(Each(w)), numbers(Each(g))) == ([7.5, 7.5], [3.0, 3.0], [2.0, 2.0])
+    assert (numbers(v), numbers(TensorList(w)), numbers(TensorList(g))) == (
+        [7.5, 7.5],
+        [3.0, 3.0],
+        [2.0, 2.0],
+    )
 
 
 def test_an_equation_that_reads_what_it_has_overwritten_is_told():
-    moment = Each(some(1.0), use="advance")
-    _ = 0.5 * moment + Each(some(2.0))
+    moment = TensorList(some(1.0), use="advance")
+    _ = 0.5 * moment + TensorList(some(2.0))
     with pytest.raises(RuntimeError, match="reads a moment or a value that an earlier sum has overwritten"):
-        _ = Each(some(2.0)) + moment
+        _ = TensorList(some(2.0)) + moment
     with pytest.raises(TypeError, match=r"equations are written in \+ - \* / and sqrt"):
-        torch.exp(Each(some(1.0)))
+        torch.exp(TensorList(some(1.0)))
