@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lars.optim.algorithm import Algorithm, Hyperparameters
+from lightning_lars.optim.algorithm import Hyperparameters
 from lightning_lars.optim.backends.choice import triton_supports, uses_triton
 from lightning_lars.sharding.shards import Shard, local, local_gradient
 
@@ -28,6 +28,9 @@ class Batch(NamedTuple):
     params: list[Tensor]
     weights: list[Tensor]
     grads: list[Tensor]
+    states: list[Any]
+    """The state dict of each layer, or None before it has one."""
+
     is_sharded: bool
     is_first: bool
     """Whether this is the first step of these layers."""
@@ -40,10 +43,12 @@ _Kind = tuple[torch.device, torch.dtype, bool, bool]
 
 
 def sort_layers(
-    algorithm: type[Algorithm],
     group: dict[str, Any],
+    h: Hyperparameters,
+    adapts_direction: bool,
+    states: Mapping[Any, Any],
     shards: Shards,
-    is_first: Callable[[Tensor], bool],
+    is_first: Callable[[Tensor, Any], bool],
     name: Callable[[Tensor], str],
 ) -> Iterable[Batch]:
     """Sort the layers of a group that have a gradient by their kind, and into batches of bounded size.
@@ -51,8 +56,6 @@ def sort_layers(
     Raises:
         RuntimeError: If a gradient is sparse, of another shape, or whole where its parameter is a DTensor.
     """
-    h = algorithm.hyperparameters(group)
-    adapts_direction = group["layer_adaptation"] and algorithm.adapts_direction(h)
     batches: list[Batch] = []
     latest: dict[_Kind, Batch] = {}
     room: dict[_Kind, float] = {}
@@ -79,10 +82,11 @@ def sort_layers(
                 f"{tuple(part.shape)}, got {tuple(grad.shape)}: set it to None where a parameter "
                 "is given another shape"
             )
-        kind, elements = (part.device, part.dtype, is_sharded, is_first(p)), part.numel()
+        state = states.get(p)
+        kind, elements = (part.device, part.dtype, is_sharded, is_first(p, state)), part.numel()
         batch = latest.get(kind)
         if batch is None or elements > room[kind]:
-            batch = Batch(group, h, [], [], [], is_sharded, kind[-1], adapts_direction)
+            batch = Batch(group, h, [], [], [], [], is_sharded, kind[-1], adapts_direction)
             latest[kind] = batch
             room[kind] = _max_batch_elements(part, batch)
             batches.append(batch)
@@ -90,6 +94,7 @@ def sort_layers(
         batch.params.append(p)
         batch.weights.append(part)
         batch.grads.append(grad)
+        batch.states.append(state)
     return batches
 
 

@@ -13,6 +13,7 @@ from lightning_lars.optim.algorithm import Algorithm
 from lightning_lars.optim.backends.eager import dtype_of_step
 from lightning_lars.optim.backends.scratch import Scratch
 from lightning_lars.optim.backends.triton_table import LayerTables
+from lightning_lars.optim.batches import Batch
 from lightning_lars.optim.parameters import check_params, named_params, recheck_params
 from lightning_lars.optim.repartition_checks import check_not_flattened, check_sees_all_gradients, dimensions
 from lightning_lars.optim.state.absent import AbsentState
@@ -30,6 +31,8 @@ from lightning_lars.optim.trust_ratio import (
 )
 from lightning_lars.rules import check, require
 from lightning_lars.sharding.shards import Shard, find_shards, is_laid_out
+
+_MISSING: Any = object()
 
 
 class LayerwiseOptimizer(Algorithm, Optimizer):
@@ -130,17 +133,11 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
         moved = list(chain.from_iterable(batch.params for batch in step.batches))
         self._storage.end_step(moved)
         if not torch.compiler.is_compiling():
-            self._bump_versions(moved)
+            _bump_versions(step.batches)
         if is_first and is_checkpoint_dry_run():
             self._storage.zero(self.state, self.param_groups)
             self._last_trust_ratios.clear()
         return loss
-
-    def _bump_versions(self, params: Iterable[Tensor]) -> None:
-        """Let a backward pass raise that needs what was there before the step: not all kernels do."""
-        state = chain.from_iterable(self.state[p].values() for p in params if p in self.state)
-        modified = [*params, *(value for value in state if isinstance(value, Tensor))]
-        torch.autograd.graph.increment_version(modified)
 
     def trust_ratios(self) -> dict[str, Tensor]:
         """Return the trust ratio that the last step used for each adapted layer.
@@ -312,11 +309,7 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
 
     def _refresh_shards(self) -> None:
         """Find out who holds the rest of each parameter, once: when the first step comes, all are wrapped."""
-        count = sum(len(group["params"]) for group in self.param_groups)
-        if len(self._shards) == count and all(
-            p in self._shards and (self._shards[p] is not None or not is_laid_out(p))
-            for p in params_of(self.param_groups)
-        ):
+        if self._shards_are_current():
             return
         named = named_params(self.param_groups)
         shards = find_shards(named)
@@ -327,6 +320,16 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
         self._shards.clear()
         for _, p in named:
             self._shards[p] = shards.get(p)
+
+    def _shards_are_current(self) -> bool:
+        """Return whether the groups hold the parameters of the last step, sharded as they were then."""
+        count = 0
+        for p in params_of(self.param_groups):
+            shard = self._shards.get(p, _MISSING)
+            if shard is _MISSING or (shard is None and is_laid_out(p)):
+                return False
+            count += 1
+        return len(self._shards) == count
 
     def _adopt_changed_groups(self, named: list[tuple[str, Tensor]], shards: Mapping[Tensor, Shard]) -> None:
         """Go on with the layers of groups that have changed without ``add_param_group``."""
@@ -342,3 +345,17 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
 
     def _name_of(self, p: Tensor) -> str:
         return next(name for name, other in named_params(self.param_groups) if other is p)
+
+
+def _bump_versions(batches: Iterable[Batch]) -> None:
+    """Mark weights and state as modified for autograd, which not all kernels do.
+
+    A backward pass that needs their values from before the step then raises.
+    """
+    modified: list[Tensor] = []
+    for batch in batches:
+        modified += batch.params
+        for state in batch.states:
+            if state:
+                modified += [value for value in state.values() if isinstance(value, Tensor)]
+    torch.autograd.graph.increment_version(modified)

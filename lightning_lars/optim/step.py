@@ -89,9 +89,10 @@ class Step:
             self._move_sharded(waiting)
 
     def _sort(self, group: dict[str, Any]) -> Iterable[Batch]:
-        used = self.algorithm.used_moments(self.algorithm.hyperparameters(group))
-        is_first = self.state.first_step_test(self.states, used)
-        return sort_layers(self.algorithm, group, self.shards, is_first, self.name)
+        h = self.algorithm.hyperparameters(group)
+        adapts_direction = group["layer_adaptation"] and self.algorithm.adapts_direction(h)
+        is_first = self.state.first_step_test(self.algorithm.used_moments(h))
+        return sort_layers(group, h, adapts_direction, self.states, self.shards, is_first, self.name)
 
     def _choose_backend(self, batch: Batch) -> type[Eager]:
         """Return a fused back end where one can take the step, else the one that takes any.
@@ -101,11 +102,12 @@ class Step:
         """
         part, fused = batch.weights[0], batch.group["fused"]
         if not torch.compiler.is_compiling():
-            lay_out_state(self.states, batch, self.algorithm, self.name)
+            lay_out_state(batch, self.algorithm, self.name)
         if fused is False:
             return Eager
-        moments = self.state.plain_moments(self.states, batch.params, self.algorithm.moments)
-        if uses_triton(part):
+        moments = self.state.plain_moments(batch, self.algorithm.moments)
+        on_gpu = uses_triton(part)
+        if on_gpu:
             reason = self.state.why_not_in_triton(batch)
         elif self.algorithm.cpu is None:
             reason = f"torch has no kernel on the CPU that does {self.algorithm.__name__}"
@@ -119,10 +121,10 @@ class Step:
                 "where they can be taken"
             )
         if reason is not None:
-            if uses_triton(part) and not torch.compiler.is_compiling():
+            if on_gpu and not torch.compiler.is_compiling():
                 warn_of_triton_failure(part.device, part.dtype)
             return Eager
-        if uses_triton(part):
+        if on_gpu:
             from lightning_lars.optim.backends.triton import Triton
 
             return Triton

@@ -77,15 +77,15 @@ def why_not_fused(
     """
     if torch.compiler.is_compiling():
         return "torch.compile fuses the operations of a step by itself"
-    device = weights[0].device
-    if not uses_triton(weights[0]) and device.type != "cpu":
+    device, takes_triton = weights[0].device, uses_triton(weights[0])
+    if not takes_triton and device.type != "cpu":
         return f"there are kernels for CUDA and the CPU, and the parameters are on {device}"
     dtype = weights[0].dtype
     if dtype not in _DTYPES:
         return f"the kernels work in float32, and parameters are {dtype}"
-    if uses_triton(weights[0]) and (reason := triton_failure(device, dtype)) is not None:
+    if takes_triton and (reason := triton_failure(device, dtype)) is not None:
         return reason
-    if uses_triton(weights[0]) and any(g.dtype is not dtype for g in grads):
+    if takes_triton and any(g.dtype is not dtype for g in grads):
         return f"parameters are {dtype} and their gradients are not"
     if not _are_plain([*weights, *grads]):
         return "parameters or gradients are of a subclass of Tensor"

@@ -45,6 +45,7 @@ class Eager:
         self.algorithm, self.batch, self.state = algorithm, batch, state
         self.h, self.scratch, self.tables = batch.h, scratch, tables
         device, dtype = batch.weights[0].device, dtype_of_step(batch.weights[0])
+        self.dtype = dtype
         self.lr = batch.group["lr"]
         if isinstance(self.lr, Tensor):
             self.lr = self.lr.to(device, dtype, non_blocking=True).reshape(())
@@ -87,8 +88,8 @@ class Eager:
 
     def _read(self) -> None:
         """Take weights and gradients in float32 or wider, where these are the gradients to descend."""
-        batch, dtype = self.batch, dtype_of_step(self.batch.weights[0])
-        self.w, self.g = in_dtype(batch.weights, dtype), in_dtype(batch.grads, dtype)
+        batch = self.batch
+        self.w, self.g = in_dtype(batch.weights, self.dtype), in_dtype(batch.grads, self.dtype)
         if self.h.maximize:
             self.g = list(torch._foreach_neg(self.g))
         if self.gradient_scale is not None:

@@ -61,12 +61,10 @@ class EightBitState(PlainState):
         super().zero(states, groups)
         self.convert_loaded(states, groups)
 
-    def plain_moments(
-        self, states: States, params: Iterable[Tensor], keys: Iterable[str]
-    ) -> list[list[Tensor]]:
+    def plain_moments(self, batch: Batch, keys: Iterable[str]) -> list[list[Tensor]]:
         """Return the moments of each layer, as far as they are here, which are not opened for a step."""
         # What is in 8 bits will be float32, laid out as its parameter, when a kernel sees it.
-        of_layers = super().plain_moments(states, params, keys)
+        of_layers = super().plain_moments(batch, keys)
         return [[value for value in of_layer if not is_eight_bit(value)] for of_layer in of_layers]
 
     @contextmanager

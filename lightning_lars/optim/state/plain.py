@@ -28,8 +28,8 @@ class PlainState:
     """Of these, in groups that do not name them."""
 
     def __init__(self) -> None:
-        # The layers whose state is that of a trial, and whose first step is still to come.
-        self._tried: set[Tensor] = set()
+        # The layers whose state is left from a dry run, and whose first step is still to come.
+        self._dry_run: set[Tensor] = set()
 
     def fresh(self) -> "PlainState":
         """Return the same for state that has been loaded."""
@@ -42,16 +42,15 @@ class PlainState:
         """Return why no kernel in Triton can work on it, None if one can."""
         return None
 
-    def first_step_test(self, states: States, kept: Sequence[str]) -> Callable[[Tensor], bool]:
-        """Return a function that tells whether a layer is without one of these moments of a step before."""
-        tried = self._tried
+    def first_step_test(self, moments: Sequence[str]) -> Callable[[Tensor, Any], bool]:
+        """Return a function that tells, of a layer and its state, whether one of these moments is missing."""
+        dry_run = self._dry_run
 
-        def is_first(p: Tensor) -> bool:
-            of_layer = states.get(p)
-            if of_layer is None or (tried and p in tried):
-                return bool(kept)
-            for key in kept:  # noqa: SIM110, as a generator takes three times as long
-                if of_layer.get(key) is None:
+        def is_first(p: Tensor, state: Mapping[str, Any] | None) -> bool:
+            if state is None or (dry_run and p in dry_run):
+                return bool(moments)
+            for key in moments:  # noqa: SIM110, because a generator takes three times as long
+                if state.get(key) is None:
                     return True
             return False
 
@@ -59,29 +58,26 @@ class PlainState:
 
     def end_step(self, params: Iterable[Tensor]) -> None:
         """Take note of the layers that have taken a step."""
-        if self._tried:
-            self._tried.difference_update(params)
+        if self._dry_run:
+            self._dry_run.difference_update(params)
 
     def keep_only(self, params: Iterable[Tensor]) -> None:
         """Forget what has left the groups."""
-        self._tried.intersection_update(params)
+        self._dry_run.intersection_update(params)
 
     def zero(self, states: States, groups: Sequence[Mapping[str, Any]]) -> None:
         """Leave of a step, which was a trial, only that there is state."""
         for of_layer in states.values():
             for value in of_layer.values():
                 value.zero_()
-        self._tried.update(states)
+        self._dry_run.update(states)
 
-    def plain_moments(
-        self, states: States, params: Iterable[Tensor], keys: Iterable[str]
-    ) -> list[list[Tensor]]:
-        """Return the moments of each layer, as far as they are here, which are not opened for a step."""
+    def plain_moments(self, batch: Batch, keys: Iterable[str]) -> list[list[Tensor]]:
+        """Return for each layer the local shards of the moments that are held in plain tensors."""
         keys = set(keys)
-        of_layers: Iterable[Mapping[str, Any]] = (states.get(p, {}) for p in params)
         return [
-            [local(value) for key, value in of_layer.items() if key in keys and value is not None]
-            for of_layer in of_layers
+            [local(value) for key, value in (state or {}).items() if key in keys and value is not None]
+            for state in batch.states
         ]
 
     def unpacked(self, states: States, batch: Batch) -> AbstractContextManager[None]:
@@ -103,37 +99,37 @@ class BatchState:
 
     def __init__(self, states: States, batch: Batch, algorithm: type[Algorithm]) -> None:
         self._states, self._batch, self._algorithm = states, batch, algorithm
-        self._kept = algorithm.used_moments(batch.h)
-        self._of_layers: list[dict[str, Any]] = []
+        self._used = algorithm.used_moments(batch.h)
 
     def moments(self) -> list[list[Tensor] | None]:
-        """Return each moment of all layers, 0 before their first step; None for one that is not kept."""
-        if not self._kept:
+        """Return each moment of all layers, 0 before their first step; None for a moment not in use."""
+        if not self._used:
             return [None] * len(self._algorithm.moments)
-        self._of_layers = of_layers = [self._states[p] for p in self._batch.params]
-        if self._batch.is_first:
-            for p, part, of_layer in zip(self._batch.params, self._batch.weights, of_layers, strict=True):
-                self._begin(p, part, of_layer)
+        batch = self._batch
+        if batch.is_first:
+            batch.states[:] = [self._states[p] for p in batch.params]
+            for p, w, state in zip(batch.params, batch.weights, batch.states, strict=True):
+                self._initialize(p, w, state)
         return [
-            [local(of_layer[key]) for of_layer in of_layers] if key in self._kept else None
+            [local(state[key]) for state in batch.states] if key in self._used else None
             for key in self._algorithm.moments
         ]
 
     def next_steps(self) -> list[Tensor]:
         """Count a step, and return the count of each layer; call :meth:`moments` first."""
-        steps = [of_layer["step"] for of_layer in self._of_layers]
+        steps = [state["step"] for state in self._batch.states]
         torch._foreach_add_(steps, 1.0)
         return steps
 
-    def _begin(self, p: Tensor, part: Tensor, of_layer: dict[str, Any]) -> None:
-        if self._algorithm.counts_steps and "step" not in of_layer:
-            of_layer["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
+    def _initialize(self, p: Tensor, w: Tensor, state: dict[str, Any]) -> None:
+        if self._algorithm.counts_steps and "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=w.device)
         if self._algorithm.norm_moment is not None:
             number_of(self._states, p, self._algorithm.norm_moment)
-        dtype = torch.promote_types(part.dtype, torch.float32)
-        for key in self._kept:
-            if of_layer.get(key) is None:
-                of_layer[key] = laid_out_as(p, torch.zeros_like(part, dtype=dtype))
+        dtype = torch.promote_types(w.dtype, torch.float32)
+        for key in self._used:
+            if state.get(key) is None:
+                state[key] = laid_out_as(p, torch.zeros_like(w, dtype=dtype))
 
 
 def number_of(states: States, p: Tensor, key: str) -> Tensor:
@@ -146,24 +142,24 @@ def number_of(states: States, p: Tensor, key: str) -> Tensor:
     return number
 
 
-def lay_out_state(
-    states: States, batch: Batch, algorithm: type[Algorithm], name: Callable[[Tensor], str]
-) -> None:
-    """Lay out state in memory as its layer is, which may have changed since (``channels_last``).
+def lay_out_state(batch: Batch, algorithm: type[Algorithm], name: Callable[[Tensor], str]) -> None:
+    """Match the memory layout of the state to its layer's, which may have changed (``channels_last``).
 
     Raises:
-        RuntimeError: If it is not on the device of its layer, or has another shape.
+        RuntimeError: If the state has another device or shape than its layer.
     """
-    for p, part in zip(batch.params, batch.weights, strict=True):
-        shape = part.shape
-        for key, value in states.get(p, {}).items():
+    for p, w, state in zip(batch.params, batch.weights, batch.states, strict=True):
+        if state is None:
+            continue
+        shape = w.shape
+        for key, value in state.items():
             if key not in algorithm.state_keys or value is None:
                 continue
             here = local(value)
-            if here.device != part.device:
+            if here.device != w.device:
                 raise RuntimeError(
                     f"Expected all tensors to be on the same device, but {key!r} in the state of parameter "
-                    f"{name(p)!r} is on {here.device}, and the parameter on {part.device}: move it there "
+                    f"{name(p)!r} is on {here.device}, and the parameter on {w.device}: move it there "
                     "before the step"
                 )
             if here.shape != shape and key in algorithm.moments:
@@ -172,7 +168,7 @@ def lay_out_state(
                     f"{tuple(shape)}, got {tuple(here.shape)}: delete the state of parameters that are given "
                     "another shape, or put new parameters into the groups"
                 )
-            if not (here.is_contiguous() and part.is_contiguous()):
-                laid_out = match_layout(part, here)
+            if not (here.is_contiguous() and w.is_contiguous()):
+                laid_out = match_layout(w, here)
                 if laid_out is not here:
-                    states[p][key] = laid_out_as(p, laid_out)
+                    state[key] = laid_out_as(p, laid_out)
