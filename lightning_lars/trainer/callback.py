@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
 else:
+    import sys
+
     import lightning.pytorch
+    from lightning_utilities.core import rank_zero
+
+    # Each package, when imported, has both log to its own logger. Whoever silenced that of `lightning` did
+    # not ask for the other.
+    logger = None if "pytorch_lightning" in sys.modules else rank_zero.log
     import pytorch_lightning
+
+    rank_zero.log = logger or rank_zero.log
 
     class Callback(lightning.pytorch.Callback, pytorch_lightning.Callback):
         """A callback for the Trainers and CLIs of both packages."""
