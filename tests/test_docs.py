@@ -1,5 +1,6 @@
 """Runs the code of the documentation."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -27,6 +28,14 @@ def test_every_link_to_a_file_leads_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_notebooks_are_committed_without_outputs():
+    notebooks = sorted(ROOT.glob("docs/notebooks/*.ipynb"))
+    assert notebooks
+    for path in notebooks:
+        cells = json.loads(path.read_text())["cells"]
+        assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells), path.name
 
 
 def test_ci_runs_the_test_command_of_the_readme():

@@ -29,7 +29,7 @@ class LearningRateWarmup(Callback):
             given; under manual optimization, this one.
         warmup_epochs: The same in epochs, above 0; may be fractional.
         warmup_fraction: The same as a fraction of all steps of the run, in (0, 1].
-        shape: The curve, as in :mod:`lightning_lars.learning_rate.curves`.
+        shape: The curve, as in :mod:`lightning_lars.learning_rate`.
         start_factor: Value at which the curve starts, in [0, 1]. None means 0, for shapes that can start at 0
             (linear, cosine).
 

@@ -79,13 +79,13 @@ class TrustRatioMonitor(Callback):
     ``trust_ratio/median``            Median over layers of their mean since the last log
     ``trust_ratio/max``               Largest ratio of any layer in any step since the last log
     ``trust_ratio/at_trust_clip``     Fraction of layers whose ratio ``trust_clip`` changed
-    ``trust_ratio/at_zero_rule``      Fraction of layers with ratio 1 because |w| or the denominator is 0
+    ``trust_ratio/at_zero_rule``      Fraction of layers of ratio 1: ``|w|`` or the denominator is 0
     ``trust_ratio/by_decay_alone``    Fraction of layers that weight decay alone moved, without a gradient
     ``effective_lr/...``              ``min``, ``median``, ``max`` of learning rate times trust ratio
     ``update_to_weight/...``          The same for ``|change of w| / |w|``, in the logged steps
     ``trust_ratio_per_layer/NAME``    Mean since the last log, for each layer that matches ``layers``
     ``effective_lr_per_layer/NAME``   The same for its effective learning rate
-    ``update_to_weight_per_layer/..`` The same for its update-to-weight ratio
+    ``update_to_weight_per_layer/…``  The same for its update-to-weight ratio
     ================================  =================================================================
 
     With several optimizers (manual optimization) the keys are ``trust_ratio/OPTIMIZER/...``, numbered as in
@@ -252,7 +252,7 @@ class TrustRatioMonitor(Callback):
             ax: Axes to draw only the heatmap in; None creates a figure with heatmap and lines.
 
         Returns:
-            The figure, and the axes drawn in: one or two.
+            The figure, and one or two axes that were drawn in.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.

@@ -113,9 +113,9 @@ def explain_param_groups(
         prefix: As for :func:`param_groups`.
 
     Returns:
-        A table to print with rich: name, original shape, class of the owning module, group (``"frozen"`` for
-        parameters without ``requires_grad``), and the rule that decided: the criterion for a normalization
-        layer, ``bias``, ``gain``, ``no_weight_decay``, or your own.
+        A table to print with rich, of name, original shape, class of the owning module, group (``"frozen"``
+        for parameters without ``requires_grad``), and the rule that decided: the criterion for a
+        normalization layer, ``bias``, ``gain``, ``no_weight_decay``, or your own.
 
     Raises:
         ValueError: As :func:`param_groups`, though not for a module without trainable parameters.

@@ -65,7 +65,7 @@ class LAMB(LayerwiseOptimizer):
         max_grad_norm: Bound, above 0, on the norm over all gradients of all groups. Gradients that are
             not finite do not count.
         maximize: Whether to climb instead of descend.
-        fused: None takes fused kernels where they can do the step, True raises RuntimeError in :meth:`step`
+        fused: None takes fused kernels where they can do the step, True raises RuntimeError in ``step()``
             where they cannot (docs/performance.md says where), False takes none.
 
     Raises:

@@ -38,7 +38,7 @@ _MISSING: Any = object()
 class LayerwiseOptimizer(Algorithm, Optimizer):
     """An optimizer that scales the step of every layer by its trust ratio.
 
-    A layer is one parameter tensor. A subclass is an :class:`~lightning_lars.optim.algorithm.Algorithm`.
+    A layer is one parameter tensor. A subclass is an ``Algorithm``.
     """
 
     # The layers of the last step that moved together, and their ratios.

@@ -22,7 +22,7 @@ class NovoGrad(LayerwiseOptimizer):
         w = w - lr * m
 
     Ginsburg et al. 2019, Algorithm 1, with lambda for ``lr`` and d for ``weight_decay``. As there, the first
-    ``v`` is ``|g| ** 2``; here, the first that is not 0. What :meth:`trust_ratios` returns is
+    ``v`` is ``|g| ** 2``; here, the first that is not 0. What ``trust_ratios()`` returns is
     ``1 / (sqrt(v) + eps)``, and 1 as long as ``v`` is 0. A group with ``layer_adaptation=False`` has 1 in its
     place throughout and is :class:`torch.optim.SGD`, with ``beta1`` for its momentum.
 
