@@ -162,8 +162,13 @@ def by_batch_size(model: str, best: Mapping[str, Choice], batch_sizes: list[int]
 
 
 def by_rate(model: str, best: Mapping[str, Choice], batch_size: int, seeds: range) -> Planned:
-    """Scan multiples of the transferred rate."""
-    choices = {"Plain SGD": plain(best["SGD"]), **best}
+    """Scan multiples of the transferred rate, for LARS with its clip and without it."""
+    clip = other_clip(best["LARS"])
+    choices = {
+        "Plain SGD": plain(best["SGD"]),
+        **best,
+        f"LARS, clip {clip}": replace(best["LARS"], clip=clip),
+    }
     return [
         _row(name, model, replace(choice, lr=choice.lr * factor), batch_size, seeds)
         for name, choice in choices.items()
@@ -176,7 +181,7 @@ def variants(model: str, best: Mapping[str, Choice], batch_size: int, seeds: ran
     rows = []
     for name in ("LARS", "LAMB"):
         choice = best[name]
-        clip = None if choice.clip else CLIPS[name][0]
+        clip = other_clip(choice)
         rows += [
             _row(name, model, choice, batch_size, seeds),
             _row(f"{name}, weight decay as it was", model, choice, batch_size, seeds, "sqrt", False),
@@ -186,6 +191,11 @@ def variants(model: str, best: Mapping[str, Choice], batch_size: int, seeds: ran
             _row(f"{name}, exponent 0.75", model, choice, batch_size, seeds, 0.75),
         ]
     return rows
+
+
+def other_clip(choice: Choice) -> float | None:
+    """Return the clip that was not chosen."""
+    return next(clip for clip in CLIPS[choice.optimizer] if clip != choice.clip)
 
 
 def plain(sgd: Choice) -> Choice:

@@ -179,7 +179,7 @@ def plot_windows(rows: Sequence[Row], path: Path) -> None:
             [rate / best for rate in accuracy],
             list(accuracy.values()),
             "o-",
-            color=COLORS[name],
+            color=COLORS.get(name, "lightsalmon"),
             label=f"{name}, best {accuracy[best]:.1f} % at {best:.3g}",
         )
     top = max(max(accuracy.values()) for accuracy in means.values())
