@@ -8,7 +8,7 @@ from torch import Tensor, sqrt
 from lightning_lars.optim.algorithm import COMMON_RULES, Factors, Hyperparameters, PerLayer
 from lightning_lars.optim.backends.cpu_adam import CpuAdam
 from lightning_lars.optim.layerwise import LayerwiseOptimizer
-from lightning_lars.optim.trust_ratio import Number, TrustRatios, clip, one_minus_power, trust_ratio
+from lightning_lars.optim.trust_ratio import Number, TrustRatios, bounds, clip, one_minus_power, trust_ratio
 from lightning_lars.rules import (
     FLAG,
     NON_NEGATIVE,
@@ -123,10 +123,8 @@ class LAMB(LayerwiseOptimizer):
     def ratio(w_norm: Number, d_norm: Number, lr: Any, h: Hyperparameters) -> TrustRatios[Number]:
         numerator = w_norm if h.max_weight_norm is None else clip(w_norm, 0.0, h.max_weight_norm)
         ratio = trust_ratio(numerator, d_norm, eps=h.trust_eps)
-        if h.trust_clip is None:
-            return TrustRatios(w_norm, d_norm, ratio, ratio)
-        low, high = h.trust_clip if is_pair(h.trust_clip) else (0.0, h.trust_clip)
-        return TrustRatios(w_norm, d_norm, ratio, clip(ratio, low, high))
+        clipped = ratio if h.trust_clip is None else clip(ratio, *bounds(h))
+        return TrustRatios(w_norm, d_norm, ratio, clipped)
 
     @staticmethod
     def factors(ratio: PerLayer, lr: PerLayer, is_first: bool, t: PerLayer, h: Hyperparameters) -> Factors:

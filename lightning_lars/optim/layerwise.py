@@ -15,6 +15,7 @@ from lightning_lars.optim.backends.scratch import Scratch
 from lightning_lars.optim.backends.triton_table import LayerTables
 from lightning_lars.optim.batches import Batch
 from lightning_lars.optim.parameters import check_params, named_params, recheck_params
+from lightning_lars.optim.plan import Plan
 from lightning_lars.optim.repartition_checks import check_not_flattened, check_sees_all_gradients, dimensions
 from lightning_lars.optim.state.absent import AbsentState
 from lightning_lars.optim.state.checkpoint import adapt_state_dict, is_checkpoint_dry_run, restore_dtypes
@@ -48,6 +49,9 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
     _scratch: Scratch
     _tables: LayerTables
 
+    # Of the last step; None where it cannot be repeated.
+    _plan: Plan | None
+
     # The parameters that have been looked at; None for those that no strategy has laid out.
     _shards: dict[Tensor, Shard | None]
 
@@ -58,6 +62,7 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         self._last_trust_ratios = []
         self._shards, self._param_ndims = {}, {}
+        self._plan = None
         self._absent_state = AbsentState()
         self._scratch, self._tables = Scratch(), LayerTables()
         if "_storage" not in self.__dict__:
@@ -114,7 +119,11 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        self._refresh_shards()
+        plan = None if torch.compiler.is_compiling() else self._plan
+        found = None if plan is None else plan.look(self.param_groups, self.state)
+        if found is None:
+            self._refresh_shards()
+            plan = None
         is_first = not self.state
         step = Step(
             type(self),
@@ -125,6 +134,8 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
             self._scratch,
             self._tables,
             self._name_of,
+            plan,
+            found,
         )
         step.take()
         # In place: torch.compile keeps no attribute that an optimizer is given.
@@ -132,7 +143,10 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
         self._last_trust_ratios.extend(step.ratios)
         moved = list(chain.from_iterable(batch.params for batch in step.batches))
         self._storage.end_step(moved)
-        if not torch.compiler.is_compiling():
+        if found is not None:
+            torch.autograd.graph.increment_version(found.modified)
+        elif not torch.compiler.is_compiling():
+            self._plan = step.plan
             _bump_versions(step.batches)
         if is_first and is_checkpoint_dry_run():
             self._storage.zero(self.state, self.param_groups)
@@ -285,7 +299,7 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._last_trust_ratios = []
-        self._shards = {}
+        self._shards, self._plan = {}, None
         self._scratch, self._absent_state = Scratch(), AbsentState()
         if "_tables" in self.__dict__:
             self._tables.forget()

@@ -1,6 +1,6 @@
 """The order of a step: measure every batch, exchange the norms of sharded layers, adapt, move."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
@@ -12,7 +12,7 @@ from lightning_lars.optim.algorithm import Algorithm, Hyperparameters
 from lightning_lars.optim.backends.choice import uses_triton, warn_of_triton_failure, why_not_fused
 from lightning_lars.optim.backends.eager import Eager, dtype_of_step
 from lightning_lars.optim.backends.scratch import Scratch
-from lightning_lars.optim.backends.triton_table import LayerTables
+from lightning_lars.optim.backends.triton_table import LayerTables, is_capturing
 from lightning_lars.optim.batches import Batch, Shards, sort_layers
 from lightning_lars.optim.distributed_norms import (
     Norms,
@@ -21,6 +21,7 @@ from lightning_lars.optim.distributed_norms import (
     is_updated_elsewhere,
     stack_norms,
 )
+from lightning_lars.optim.plan import Plan, Unchanged
 from lightning_lars.optim.state.plain import BatchState, PlainState, States, lay_out_state, number_of
 from lightning_lars.optim.trust_ratio import TrustRatios
 
@@ -41,6 +42,8 @@ class Step:
         scratch: Memory that batches take after each other.
         tables: Those of the last step.
         name: Names a parameter, for errors.
+        plan: What a step before has found out, which still holds for ``found``; None if nothing does.
+        found: The layers.
     """
 
     def __init__(
@@ -53,10 +56,14 @@ class Step:
         scratch: Scratch,
         tables: LayerTables,
         name: Callable[[Tensor], str],
+        plan: Plan | None = None,
+        found: Unchanged | None = None,
     ) -> None:
+        self.plan, self.found = plan, found
         self.algorithm, self.groups, self.states, self.state = algorithm, groups, states, state
         self.shards, self.scratch, self.tables, self.name = shards, scratch, tables, name
         self.batches: list[Batch] = []
+        self._taken: list[Eager] = []
         self.ratios: list[tuple[list[Tensor], Ratios]] = []
         """The layers that have been adapted, and their trust ratios."""
 
@@ -66,27 +73,56 @@ class Step:
         Raises:
             RuntimeError: If layers cannot be moved as they are to be; nothing has moved then.
         """
-        self.batches = [batch for group in self.groups for batch in self._sort(group)]
-        chosen = [self._choose_backend(batch) for batch in self.batches]
-        bound = self.groups[0]["max_grad_norm"]
-        scale = gradient_scale(self.batches, bound, params_of(self.groups), self.shards)
-        self.tables.start_step()
         waiting = []
-        for batch, backend_class in zip(self.batches, chosen, strict=True):
-            own = BatchState(self.states, batch, self.algorithm)
-            backend = backend_class(self.algorithm, batch, own, scale, self.scratch, self.tables)
+        for backend in self._begun():
+            batch = backend.batch
             throughout = self.state.unpacked(self.states, batch) if backend.holds_moments else nullcontext()
             with throughout:
                 with self._unpacked(backend, batch.adapts_direction):
                     norms = backend.measure()
                 if norms is None or not batch.is_sharded:
                     self._move(backend, norms)
+                    if backend.can_repeat:
+                        self._taken.append(backend)
                     continue
+            assert not isinstance(norms, TrustRatios)  # which no back end has of shards
             waiting.append((backend, norms))
             self.scratch.release()
         self.scratch.recycle()
         if any(self.shards.values()):
             self._move_sharded(waiting)
+        if self.plan is None and self._can_repeat():
+            self.plan = Plan(self.algorithm, self.groups, self.states, self._taken)
+        for backend in self._taken:
+            backend.end()
+
+    def _begun(self) -> Iterator[Eager]:
+        """Return a back end for each batch, as soon as it is its turn."""
+        if self.plan is not None and self.found is not None:
+            self.batches = self.plan.batches(self.found)
+            yield from self.plan.begun(self.batches, self.found, self._gradient_scale())
+            return
+        self.batches = [batch for group in self.groups for batch in self._sort(group)]
+        chosen = [self._choose_backend(batch) for batch in self.batches]
+        scale = self._gradient_scale()
+        self.tables.start_step()
+        for batch, backend_class in zip(self.batches, chosen, strict=True):
+            own = BatchState(self.states, batch, self.algorithm)
+            yield backend_class(self.algorithm, batch, own, scale, self.scratch, self.tables)
+
+    def _gradient_scale(self) -> Tensor | None:
+        bound = self.groups[0]["max_grad_norm"]
+        return gradient_scale(self.batches, bound, params_of(self.groups), self.shards)
+
+    def _can_repeat(self) -> bool:
+        """Tell whether the next step can be taken by the back ends of this one."""
+        is_whole = len(self._taken) == len(self.batches) > 0 and not any(self.shards.values())
+        return (
+            is_whole
+            and not any(batch.is_first for batch in self.batches)
+            and self.state.can_repeat(self.states)
+            and not any(is_capturing(batch.weights[0].device) for batch in self.batches)
+        )
 
     def _sort(self, group: dict[str, Any]) -> Iterable[Batch]:
         h = self.algorithm.hyperparameters(group)
@@ -136,12 +172,15 @@ class Step:
         opens = opens and not backend.holds_moments
         return self.state.unpacked(self.states, backend.batch) if opens else nullcontext()
 
-    def _move(self, backend: Eager, norms: Norms | None) -> None:
+    def _move(self, backend: Eager, norms: Norms | TrustRatios[Tensor] | None) -> None:
         """Move the layers of a batch, whose norms are whole."""
         batch = backend.batch
         with self._unpacked(backend, not batch.adapts_direction):
             if norms is None:
                 backend.move(None)
+            elif isinstance(norms, TrustRatios):
+                self.ratios.append((batch.params, tuple(norms)))
+                backend.move(norms.ratio)
             elif backend.in_floats:
                 backend.move(self._ratios_in_floats(batch, norms, float(backend.lr)))
             else:

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from lightning_lars.rules import is_pair
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -111,6 +113,16 @@ def clip(ratio: Number, low: float, high: float) -> Number:
     return ratio if math.isnan(ratio) else min(max(ratio, low), high)
 
 
+def bounds(h: Any) -> tuple[float, float]:
+    """Return least and most of the trust ratio, by the hyperparameter ``trust_clip``."""
+    if h.trust_clip is None:
+        return 0.0, math.inf
+    if h.trust_clip == "larc":
+        return 0.0, 1.0
+    low, high = h.trust_clip if is_pair(h.trust_clip) else (0.0, h.trust_clip)
+    return low, high
+
+
 def over_lr(ratio: Number, lr: float | Tensor) -> Number:
     """Return ``ratio / lr``, infinite at ``lr=0``."""
     if not isinstance(lr, Tensor) and lr == 0:
@@ -118,8 +130,15 @@ def over_lr(ratio: Number, lr: float | Tensor) -> Number:
     return ratio / lr  # type: ignore[return-value]  # lr is a tensor only where ratios are
 
 
-def one_minus_power(beta: float, t: Tensor) -> Tensor:
-    """Return ``1 - beta ** t``, with digits that the difference loses where ``beta`` is near 1."""
+def one_minus_power(beta: float, t: Any) -> Any:
+    """Return ``1 - beta ** t``, with digits that the difference loses where ``beta`` is near 1.
+
+    Args:
+        beta: Below 1.
+        t: A number for each layer, shape ``(layers,)``; or what stands for one in a kernel, and says itself.
+    """
+    if not isinstance(t, Tensor):
+        return t.one_minus_power(beta)
     if torch.compiler.is_compiling():
         # A schedule may change beta in every step: for the logarithm in Python there would be a graph each.
         return -torch.expm1(t * torch.full_like(t[0], beta - 1).log1p())

@@ -11,8 +11,11 @@ from triton.runtime import driver
 
 from lightning_lars import LAMB, LARS, NovoGrad
 from lightning_lars.optim.backends import triton
+from lightning_lars.optim.backends.triton_factors import factors_in_kernel
+from lightning_lars.optim.backends.triton_ratio import adapt
+from lightning_lars.optim.backends.triton_scalars import count
 from lightning_lars.optim.backends.triton_table import CHUNK
-from lightning_lars.optim.backends.triton_walk import BLOCK, gather, norms, walk
+from lightning_lars.optim.backends.triton_walk import BLOCK, walk
 
 INSTRUCTIONS = ("ld.global.v4", "st.global.v4", "ld.global.b32", "ld.global.b16")
 EVERYTHING = {"decoupled_weight_decay": True, "maximize": True, "weight_decay": 0.1}
@@ -25,6 +28,13 @@ CASES = {
     "lamb": (LAMB, {}),
     "novograd": (NovoGrad, {"weight_decay": 0.1}),
     "lamb everything": (LAMB, {"bias_correction": False, "grad_averaging": False, **EVERYTHING}),
+}
+RATIOS = {
+    "lars": (LARS, {"trust_clip": 0.1}),
+    "lars larc": (LARS, {"trust_clip": "larc", "denominator": "decayed_gradient"}),
+    "lamb": (LAMB, {}),
+    "lamb bounded": (LAMB, {"trust_clip": (0.1, 2.0), "max_weight_norm": 10.0}),
+    "novograd": (NovoGrad, {}),
 }
 HALF = ("lars gradient", "lamb")
 FEW = (*HALF, "lars momentum", "novograd")
@@ -63,22 +73,39 @@ def group_of(algorithm, options: dict[str, object]) -> dict[str, object]:
 def compiled(algorithm, options: dict[str, object], dtype, does: str):
     """Compile what a batch would launch, as :class:`~lightning_lars.optim.backends.triton.Triton` does."""
     h = algorithm.hyperparameters(group_of(algorithm, options))
-    factors = algorithm.factors(FLOATS, FLOATS[0], False, DOUBLES, h)
-    used = algorithm.used_moments(h)
+    kept, has_ratio = algorithm.used_moments(h), does != "measure"
+    factors = factors_in_kernel(algorithm, has_ratio=has_ratio, is_first=False, h=h)
     return walk.warmup(
-        *[WHOLE] * 5, FLOATS, DOUBLES, triton.numbers(factors), triton.kinds(factors),
-        FLOATS[0], 0.1, FLOATS[0], 64, 64, triton.arguments(h),
+        *[WHOLE] * 5, FLOATS, DOUBLES, FLOATS if has_ratio else None,
+        tuple(factor.number for factor in factors), tuple(tl.constexpr(factor.kind) for factor in factors),
+        0.1 if does == "move" else FLOATS[0], 0.1, FLOATS[0], 64, 64, triton.arguments(h),
+        tensor_lr=does != "move",
+        numbers=len(factors) - 1,
         direction=triton.compiled(algorithm.direction),
         measured=None if algorithm.adapts_direction(h) else triton.compiled(algorithm.denominator_vector),
-        numbers=len(factors) - 1,
-        moments=len(used),
-        absent=len(algorithm.moments) - len(used),
+        moments=len(kept),
+        absent=len(algorithm.moments) - len(kept),
+        counts_steps=algorithm.counts_steps,
         dtype=dtype,
         does=does,
         decays=h.weight_decay != 0,
         has_scale=does == "move",
         chunk_size=CHUNK,
         block=BLOCK,
+        grid=(1,),
+    )  # fmt: skip
+
+
+def adapting(algorithm, options: dict[str, object]):
+    """Compile what adds up norms, and computes trust ratios where layers are whole."""
+    h = algorithm.hyperparameters(group_of(algorithm, options))
+    return adapt.warmup(
+        WHOLE, WHOLE, DOUBLES, FLOATS, FLOATS[0], 64, 64, triton.arguments(h),
+        tensor_lr=True,
+        ratio=None if algorithm.norm_moment else triton.compiled(algorithm.ratio),
+        steps_in=4 if algorithm.counts_steps else None,
+        rounds=2,
+        chunks_at_once=256,
         grid=(1,),
     )  # fmt: skip
 
@@ -93,8 +120,7 @@ if __name__ == "__main__":
         for does in ("measure", "move", *(("apply",) if adapts else ())):
             for dtype in (tl.float32, tl.bfloat16) if name in HALF else (tl.float32,):
                 results[f"{name} {does} {dtype}"] = counted(compiled(algorithm, options, dtype, does))
-    results["norms"] = counted(
-        norms.warmup(DOUBLES, FLOATS, WHOLE, 64, 64, rounds=2, chunks_at_once=256, grid=(1,))
-    )
-    results["gather"] = counted(gather.warmup(WHOLE, 4, FLOATS, 64, block=BLOCK, grid=(1,)))
+    for name, (algorithm, options) in RATIOS.items():
+        results[f"{name} ratio"] = counted(adapting(algorithm, options))
+    results["count"] = counted(count.warmup(WHOLE, 4, 64, grid=(1,)))
     print(json.dumps(results))

@@ -1,5 +1,6 @@
 """Any algorithm by torch's foreach operations: the back end that works everywhere."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from lightning_lars.optim.backends.tensor_list import TensorList, per_layer_scal
 from lightning_lars.optim.backends.triton_table import LayerTables
 from lightning_lars.optim.batches import Batch
 from lightning_lars.optim.state.plain import BatchState
+from lightning_lars.optim.trust_ratio import TrustRatios
 from lightning_lars.sharding.norms import accumulation_dtype, layer_norms
 
 
@@ -33,6 +35,9 @@ class Eager:
     in_floats: ClassVar[bool] = False
     """Whether :meth:`move` takes a list of ratios in floats, not a tensor."""
 
+    can_repeat: ClassVar[bool] = False
+    """Whether it can take the next step of its layers too, by :meth:`begin`."""
+
     def __init__(
         self,
         algorithm: type[Algorithm],
@@ -42,8 +47,13 @@ class Eager:
         scratch: Scratch,
         tables: LayerTables,
     ) -> None:
-        self.algorithm, self.batch, self.state = algorithm, batch, state
-        self.h, self.scratch, self.tables = batch.h, scratch, tables
+        self.algorithm, self.state = algorithm, state
+        self.scratch, self.tables = scratch, tables
+        self.begin(batch, gradient_scale)
+
+    def begin(self, batch: Batch, gradient_scale: Tensor | None) -> None:
+        """Begin a step, with these gradients, hyperparameters and learning rate."""
+        self.batch, self.h = batch, batch.h
         device, dtype = batch.weights[0].device, dtype_of_step(batch.weights[0])
         self.dtype = dtype
         self.lr = batch.group["lr"]
@@ -55,16 +65,22 @@ class Eager:
         self.t: Tensor | None = None
         self.stored_direction: Any = None
 
+    def find_gradients(self, addresses: Sequence[int]) -> None:
+        """Take the gradients of the next step from these addresses; called if it can repeat a step."""
+
+    def end(self) -> None:
+        """Hold on to no gradients, and to no memory, until the next step; called if it can repeat a step."""
+
     @staticmethod
     def why_not(h: Hyperparameters) -> str | None:
         """Return which hyperparameter it cannot do, None if it can do all."""
         return None
 
-    def measure(self) -> tuple[Tensor, Tensor] | None:
+    def measure(self) -> tuple[Tensor, Tensor] | TrustRatios[Tensor] | None:
         """Return the norms of what of the layers is here, and of what it is measured against.
 
-        Each of shape ``(layers,)``; None where nothing is adapted. Where the batch adapts its direction, its
-        moments advance.
+        Each of shape ``(layers,)``; None where nothing is adapted; trust ratios where the back end has
+        computed them. Where the batch adapts its direction, its moments advance.
         """
         self._read()
         if not self.batch.group["layer_adaptation"]:

@@ -1,21 +1,27 @@
 """Any algorithm on a GPU: one launch over all layers of a batch before their norms, and one after."""
 
-from collections.abc import Callable
+from collections import namedtuple
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import FunctionType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_lars.optim.algorithm import Factors
+from lightning_lars.optim.backends import triton_ratio
 from lightning_lars.optim.backends.eager import Eager
+from lightning_lars.optim.backends.triton_factors import factors_in_kernel
+from lightning_lars.optim.backends.triton_launch import Launches
+from lightning_lars.optim.backends.triton_ratio import adapt, trust_ratios
+from lightning_lars.optim.backends.triton_scalars import count, root
 from lightning_lars.optim.backends.triton_table import CHUNK, LayerTable
-from lightning_lars.optim.backends.triton_walk import BLOCK, gather, norms, root, walk
-from lightning_lars.sharding.norms import accumulation_dtype
+from lightning_lars.optim.backends.triton_walk import BLOCK, walk
+from lightning_lars.optim.batches import Batch
+from lightning_lars.optim.trust_ratio import Number, TrustRatios, bounds
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _CHUNKS_AT_ONCE = 256
@@ -29,106 +35,159 @@ class Triton(Eager):
     """
 
     holds_moments: ClassVar[bool] = True
+    can_repeat: ClassVar[bool] = True
 
-    def measure(self) -> tuple[Tensor, Tensor] | None:
+    def __init__(self, *args: Any) -> None:
+        self.launches = Launches()
+        self._table: LayerTable | None = None
+        self._arguments: dict[tuple[str, bool], _Arguments] = {}
+        super().__init__(*args)
+
+    def begin(self, batch: Batch, gradient_scale: Tensor | None) -> None:
+        """Begin a step, with these gradients, hyperparameters and learning rate."""
+        if self._arguments and batch.h != self.h:
+            self._arguments.clear()
+        super().begin(batch, gradient_scale)
+
+    def find_gradients(self, addresses: Sequence[int]) -> None:
+        """Take the gradients of the next step from these addresses; called if it can repeat a step."""
+        self._table = self.table.with_gradients(addresses)
+
+    def end(self) -> None:
+        """Hold on to no gradients, and to no memory, until the next step; called if it can repeat a step."""
+        self.batch = self.batch._replace(grads=[], states=[])
+        self.stored_direction = self.gradient_scale = None
+        vars(self).pop("state", None)  # the table says where it is
+
+    @property
+    def table(self) -> LayerTable:
+        """Where the layers are."""
+        if self._table is None:
+            moments = self.state.moments()
+            held = [moment for moment in moments if moment is not None]
+            self.moments, self.absent = len(held), moments.count(None)
+            steps = [self.state.steps()] if self.algorithm.counts_steps else []
+            self._table = self.tables.table((self.batch.weights, self.batch.grads, *held, *steps))
+        return self._table
+
+    def measure(self) -> tuple[Tensor, Tensor] | TrustRatios[Tensor] | None:
         """Return the norms of what of the layers is here, and of what it is measured against, in float32.
 
-        Each of shape ``(layers,)``; None where nothing is adapted. Where the batch adapts its direction, its
-        moments advance.
+        Each of shape ``(layers,)``; None where nothing is adapted; the trust ratios where layers are whole,
+        unless the algorithm averages norms. Where the batch adapts its direction, its moments advance.
         """
-        batch = self.batch
-        if not isinstance(self.lr, Tensor):
-            self.lr = torch.full((), self.lr, dtype=torch.float32, device=batch.weights[0].device)
-        moments = self.state.moments()
-        self.absent = moments.count(None)
-        held = [moment for moment in moments if moment is not None]
-        self.moments = len(held)
-        steps = [self.state.next_steps()] if self.algorithm.counts_steps else []
-        self.table = table = self.tables.table((batch.weights, batch.grads, *held, *steps))
-        if steps:
-            self.t = self._gathered(2 + self.moments).to(accumulation_dtype(batch.weights[0]))
-        if not batch.group["layer_adaptation"]:
+        table = self.table
+        if not self.batch.group["layer_adaptation"]:
             return None
-        if batch.adapts_direction:
+        if self.batch.adapts_direction:
             self.stored_direction = torch.empty(table.chunked.room, dtype=torch.float32, device=table.device)
-        sums = torch.empty(2, table.chunks, dtype=torch.float64, device=table.device)
-        self._launch("measure", 1.0, sums)
-        return norms_of_layers(sums, table)
+        sums = torch.empty(2, max(table.chunks, 1), dtype=torch.float64, device=table.device)
+        with device_of(table):
+            self._walk("measure", sums, None)
+            return self._adapt(sums)
 
     def move(self, ratio: Any) -> None:
         """Move the weights, and what :meth:`measure` has not moved, by the trust ratios, 1 for None."""
-        self._launch(
-            "move" if self.stored_direction is None else "apply", 1.0 if ratio is None else ratio, None
-        )
+        table = self.table
+        with device_of(table):
+            self._walk("move" if self.stored_direction is None else "apply", None, ratio)
+            if self.algorithm.counts_steps and not self.batch.group["layer_adaptation"]:
+                self.launches(count, "count", table.layers, table.columns, 2 + self.moments, table.layers)
 
-    def _gathered(self, column: int) -> Tensor:
-        """Return numbers that each layer has in a tensor of its own, shape ``(layers,)``."""
-        layers = self.table.layers
-        numbers = torch.empty(layers, dtype=torch.float32, device=self.table.device)
-        with device_of(self.table):
-            gather[(triton.cdiv(layers, BLOCK),)](self.table.columns, column, numbers, layers, block=BLOCK)
-        return numbers
-
-    def _launch(self, does: str, ratio: Any, sums: Tensor | None) -> None:
-        table, group = self.table, self.batch.group
+    def _walk(self, does: str, sums: Tensor | None, ratio: Tensor | None) -> None:
+        table, chunked, batch = self.table, self.table.chunked, self.batch
         if not table.chunks:
             return
-        factors = self._factors(ratio)
-        unused = self.lr
-        with device_of(table):
-            walk[(table.chunks,)](
-                table.columns,
-                table.chunked.sizes,
-                table.chunked.layer_of_chunk,
-                table.chunked.offset_of_chunk,
-                table.chunked.places,
-                unused if self.stored_direction is None else self.stored_direction,
-                unused if sums is None else sums,
-                numbers(factors),
-                kinds(factors),
-                self.lr,
-                float(group["weight_decay"]),
-                unused if self.gradient_scale is None else self.gradient_scale,
-                table.layers,
-                table.chunks,
-                arguments(self.h),
-                direction=compiled(self.algorithm.direction),
-                measured=None if self.batch.adapts_direction else compiled(self.algorithm.denominator_vector),
-                numbers=len(factors) - 1,
-                moments=self.moments,
-                absent=self.absent,
-                dtype=DTYPES[self.batch.weights[0].dtype],
-                does=does,
-                decays=self.h.weight_decay != 0,
-                has_scale=self.gradient_scale is not None,
-                chunk_size=CHUNK,
-                block=BLOCK,
+        has_lr_tensor = isinstance(self.lr, Tensor)
+        of_rules = self._arguments_of(does, ratio is not None)
+        self.launches(
+            walk,
+            (does, has_lr_tensor, ratio is not None),
+            table.chunks,
+            table.columns,
+            chunked.sizes,
+            chunked.layer_of_chunk,
+            chunked.offset_of_chunk,
+            chunked.places,
+            self.stored_direction,
+            sums,
+            ratio,
+            of_rules.numbers,
+            of_rules.kinds,
+            self.lr,
+            float(batch.group["weight_decay"]),
+            self.gradient_scale,
+            table.layers,
+            table.chunks,
+            of_rules.h,
+            has_lr_tensor,
+            len(of_rules.numbers) - 1,
+            compiled(self.algorithm.direction),
+            None if batch.adapts_direction else compiled(self.algorithm.denominator_vector),
+            self.moments,
+            self.absent,
+            self.algorithm.counts_steps and does != "apply",
+            DTYPES[batch.weights[0].dtype],
+            does,
+            self.h.weight_decay != 0,
+            self.gradient_scale is not None,
+            CHUNK,
+            BLOCK,
+        )
+
+    def _adapt(self, sums: Tensor) -> tuple[Tensor, Tensor] | TrustRatios[Tensor]:
+        table, algorithm = self.table, self.algorithm
+        is_whole = not self.batch.is_sharded and algorithm.norm_moment is None
+        rows = len(TrustRatios._fields) if is_whole else 2
+        of_layers = torch.empty(rows, table.layers, dtype=torch.float32, device=table.device)
+        has_lr_tensor = isinstance(self.lr, Tensor)
+        self.launches(
+            adapt,
+            ("adapt", has_lr_tensor),
+            table.layers,
+            table.columns,
+            table.chunked.first_chunk,
+            sums,
+            of_layers,
+            self.lr,
+            table.layers,
+            sums.shape[1],
+            self._arguments_of("adapt", False).h,
+            has_lr_tensor,
+            compiled(algorithm.ratio) if is_whole else None,
+            2 + self.moments if algorithm.counts_steps else None,
+            triton.cdiv(table.chunked.most_chunks, _CHUNKS_AT_ONCE),
+            _CHUNKS_AT_ONCE,
+        )
+        if is_whole:
+            return TrustRatios(*of_layers.unbind())
+        return of_layers[0], of_layers[1]
+
+    def _arguments_of(self, does: str, has_ratio: bool) -> "_Arguments":
+        """Return what a kernel takes of the hyperparameters, which stays until they change."""
+        known = self._arguments.get((does, has_ratio))
+        if known is None:
+            h, is_first = self.h, self.batch.is_first
+            factors = factors_in_kernel(self.algorithm, has_ratio=has_ratio, is_first=is_first, h=h)
+            known = _Arguments(
+                tuple(factor.number for factor in factors),
+                tuple(tl.constexpr(factor.kind) for factor in factors),
+                arguments(h),
             )
+            self._arguments[does, has_ratio] = known
+        return known
 
 
-def norms_of_layers(sums: Tensor, table: LayerTable) -> tuple[Tensor, Tensor]:
-    """Return the norms of weights and direction.
+class _Arguments(NamedTuple):
+    """What a kernel takes of the hyperparameters."""
 
-    Args:
-        sums: Of squares over each chunk, shape ``(2, chunks)``, float64.
-        table: Which chunks a layer has.
+    numbers: tuple[float, ...]
+    """Of each factor."""
 
-    Returns:
-        Two tensors of shape ``(layers,)``, float32.
-    """
-    of_layers = torch.zeros(2, table.layers, dtype=torch.float32, device=table.device)
-    if table.chunks:
-        with device_of(table):
-            norms[(table.layers, 2)](
-                sums,
-                of_layers,
-                table.chunked.first_chunk,
-                table.layers,
-                table.chunks,
-                rounds=triton.cdiv(table.chunked.most_chunks, _CHUNKS_AT_ONCE),
-                chunks_at_once=_CHUNKS_AT_ONCE,
-            )
-    return of_layers[0], of_layers[1]
+    kinds: tuple[Any, ...]
+    """Of each factor."""
+
+    h: Any
 
 
 def device_of(table: LayerTable) -> AbstractContextManager[object]:
@@ -139,32 +198,37 @@ def device_of(table: LayerTable) -> AbstractContextManager[object]:
 
 @cache
 def compiled(equation: Callable[..., Any]) -> Any:
-    """Return an equation of an algorithm, in which ``sqrt`` is torch's, for a block of elements on a GPU."""
-    # Triton looks up annotations too, which are all Any.
-    names = {name: tl.float32 if value is Any else value for name, value in equation.__globals__.items()}
-    names |= {"tl": tl, "sqrt": root}
+    """Return an equation of an algorithm for a kernel, with what it calls as it is called there."""
+    # Triton looks up annotations too, which are all Any or Number.
+    names = {
+        name: tl.float32 if value is Any or value is Number else value
+        for name, value in equation.__globals__.items()
+    }
+    names |= {"tl": tl, "sqrt": root, "TrustRatios": trust_ratios}
+    names |= {name: getattr(triton_ratio, name) for name in ("trust_ratio", "clip", "over_lr", "bounds")}
     return triton.jit(FunctionType(equation.__code__, names, equation.__name__))
 
 
 def arguments(h: Any) -> Any:
-    """Return hyperparameters for a kernel: numbers, which a schedule may move, and what chooses its code."""
-    return type(h)(*map(_argument, h))
+    """Return hyperparameters for a kernel: numbers, which a schedule may move, and what chooses its code.
+
+    The numbers of ``trust_clip`` are the bounds of the trust ratio, ``low`` and ``high``.
+    """
+    values = h._asdict()
+    if values.get("trust_clip") is not None:
+        values["low"], values["high"] = bounds(h)
+        values["trust_clip"] = "larc" if values["trust_clip"] == "larc" else "number"
+    return _namedtuple(tuple(values))(*map(_argument, values.values()))
+
+
+@cache
+def _namedtuple(names: tuple[str, ...]) -> Any:
+    return namedtuple("Hyperparameters", names)
 
 
 def _argument(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(map(_argument, value))
-    return tl.constexpr(value) if value is None or isinstance(value, bool | str) else float(value)
-
-
-def numbers(factors: Factors) -> tuple[Any, ...]:
-    """Return what multiplies directions and enters them, as a kernel takes it."""
-    return tuple(factor if isinstance(factor, Tensor) else float(factor) for factor in factors)
-
-
-def kinds(factors: Factors) -> tuple[Any, ...]:
-    """Return of each factor whether it is a number, or a tensor for all layers, or with one for each."""
-    return tuple(
-        tl.constexpr("number" if not isinstance(factor, Tensor) else "each" if factor.ndim else "all")
-        for factor in factors
-    )
+    if value is None:
+        return None  # which equations compare by ``is``
+    return tl.constexpr(value) if isinstance(value, bool | str) else float(value)

@@ -53,6 +53,15 @@ class LayerTable(NamedTuple):
 
     chunked: Chunks
 
+    rows: Tensor
+    """The same as ``columns``, on the CPU."""
+
+    def with_gradients(self, addresses: Sequence[int]) -> "LayerTable":
+        """Return the table of the same layers with gradients at other addresses."""
+        rows = self.rows.clone()
+        rows[1] = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+        return self._replace(columns=_on_device(rows, self.device, []), rows=rows)
+
     @property
     def device(self) -> torch.device:
         """Where the layers are."""
@@ -112,7 +121,7 @@ class LayerTables:
         rows = [[tensor.data_ptr() for tensor in of_layers] for of_layers in tensors]
         rows.extend(map(list, numbers))
         sizes = tuple(w.numel() for w in weights)
-        is_captured, stream = is_capturing(device), _current_stream(device)
+        is_captured, stream = is_capturing(device), current_stream(device)
         if self._next == len(self._made):
             self._made.append(None)
         last = self._made[self._next]
@@ -126,13 +135,13 @@ class LayerTables:
         else:
             chunked = _chunks(sizes, device, pinned)
         if last is not None and last.rows == rows:
-            columns = last.table.columns
+            columns, host = last.table.columns, last.table.rows
         else:
             host = torch.tensor(rows, dtype=torch.int64, device="cpu")
             if is_captured and spares is not None and len(spares) and spares[0].shape == host.shape:
                 host, spares = spares[0].copy_(host), spares[1:]
             columns = _on_device(host, device, pinned)
-        table = LayerTable(columns, chunked)
+        table = LayerTable(columns, chunked, host)
         if is_captured:
             # With the state that it names: a state dict that is loaded puts other tensors in its place.
             state = list(chain.from_iterable(tensors[2:]))
@@ -160,7 +169,8 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _current_stream(device: torch.device) -> int:
+def current_stream(device: torch.device) -> int:
+    """Return the stream that work on a device goes to, 0 on the CPU."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 

@@ -11,13 +11,15 @@ Squares are added up in float64: in float32 those of numbers below 1e-19 vanish.
 import triton
 import triton.language as tl
 
+from lightning_lars.optim.backends.triton_scalars import (
+    ADDRESS,
+    address_in,
+    factor_of_layer,
+    learning_rate,
+    next_step,
+)
+
 BLOCK = 1024
-
-
-@triton.jit
-def _address(columns, column, layer, layers):
-    """Return where the tensor of a layer begins."""
-    return tl.load(columns + column * layers + layer)
 
 
 @triton.jit
@@ -56,25 +58,7 @@ def _square(x):
     return x * x
 
 
-@triton.jit
-def _number(value, layer, kind: tl.constexpr):
-    """Return what an equation takes for a layer: a number, or what lies in a tensor, for all or for each."""
-    if kind == "each":
-        number = tl.load(value + layer).to(tl.float32)
-    elif kind == "all":
-        number = tl.load(value).to(tl.float32)
-    else:
-        number = value
-    return number
-
-
-@triton.jit
-def root(x):
-    """Return the square root, which torch has under another name."""
-    return tl.sqrt(x)
-
-
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ADDRESS)
 def walk(
     columns,
     sizes,
@@ -83,6 +67,7 @@ def walk(
     places,
     directions,
     sums,
+    ratios,
     factors,
     kinds,
     lr,
@@ -91,11 +76,13 @@ def walk(
     layers,
     chunks,
     h,
+    tensor_lr: tl.constexpr,
+    numbers: tl.constexpr,
     direction: tl.constexpr,
     measured: tl.constexpr,
-    numbers: tl.constexpr,
     moments: tl.constexpr,
     absent: tl.constexpr,
+    counts_steps: tl.constexpr,
     dtype: tl.constexpr,
     does: tl.constexpr,
     decays: tl.constexpr,
@@ -113,22 +100,29 @@ def walk(
     layer = tl.load(layer_of_chunk + chunk)
     offset = tl.multiple_of(tl.load(offset_of_chunk + chunk), 16)
     size = tl.load(sizes + layer)
-    w_at = _address(columns, 0, layer, layers)
-    g_at = _address(columns, 1, layer, layers)
+    w_at = address_in(columns, 0, layer, layers)
+    g_at = address_in(columns, 1, layer, layers)
     every_at = w_at | g_at
     moments_at = ()
     for i in tl.static_range(moments):
-        moment_at = _address(columns, 2 + i, layer, layers)
+        moment_at = address_in(columns, 2 + i, layer, layers)
         every_at = every_at | moment_at
         moments_at = moments_at + (moment_at,)
     keeps: tl.constexpr = measured is None
     d_from = directions
     if does == "apply" or keeps:
         d_from = directions + tl.multiple_of(tl.load(places + layer), 16)
-    rate = _number(factors[0], layer, kinds[0])
+    rate_of_all = learning_rate(lr, tensor_lr)
+    t = 0.0
+    if counts_steps:
+        t = next_step(columns, 2 + moments, layer, layers)
+    ratio = 1.0
+    if ratios is not None:
+        ratio = tl.load(ratios + layer)
+    rate = factor_of_layer(factors[0], kinds[0], rate_of_all, ratio, t)
     of_layer = ()
     for i in tl.static_range(numbers):
-        of_layer = of_layer + (_number(factors[i + 1], layer, kinds[i + 1]),)
+        of_layer = of_layer + (factor_of_layer(factors[i + 1], kinds[i + 1], rate_of_all, ratio, t),)
     is_narrow = ((offset + chunk_size > size) | ((every_at & 15) != 0)).to(tl.int32)
     w_squares = tl.zeros([block], tl.float64)
     d_squares = tl.zeros([block], tl.float64)
@@ -144,7 +138,7 @@ def walk(
                 mask = at < size
                 w = _load(w_from + at, mask, has_mask)
                 if h.decoupled_weight_decay:
-                    w = w * (1 - tl.load(lr) * weight_decay)
+                    w = w * (1 - rate_of_all * weight_decay)
                 if does == "apply":
                     d = _load(d_from + at, mask, has_mask)
                 else:
@@ -180,26 +174,3 @@ def walk(
     if does == "measure":
         tl.store(sums + chunk, tl.sum(w_squares, axis=0))
         tl.store(sums + chunks + chunk, tl.sum(d_squares, axis=0))
-
-
-@triton.jit
-def gather(columns, column, numbers, layers, block: tl.constexpr):
-    """Put the numbers of all layers, which lie each in a tensor of its own, next to each other."""
-    layer = tl.program_id(0) * block + tl.arange(0, block)
-    address = tl.load(columns + column * layers + layer, mask=layer < layers, other=0)
-    number = tl.load(address.to(tl.pointer_type(tl.float32)), mask=layer < layers, other=0.0)
-    tl.store(numbers + layer, number, mask=layer < layers)
-
-
-@triton.jit
-def norms(sums, norms, first_chunk, layers, chunks, rounds: tl.constexpr, chunks_at_once: tl.constexpr):
-    """Add up the squares of the chunks of each layer."""
-    layer = tl.program_id(0)
-    row = tl.program_id(1)
-    end = tl.load(first_chunk + layer + 1)
-    total = tl.zeros([chunks_at_once], tl.float64)
-    begin = tl.load(first_chunk + layer)
-    for number in range(0, rounds):
-        chunk = begin + number * chunks_at_once + tl.arange(0, chunks_at_once)
-        total += tl.load(sums + row * chunks + chunk, mask=chunk < end, other=0.0)
-    tl.store(norms + row * layers + layer, tl.sqrt(tl.sum(total, axis=0)).to(tl.float32))

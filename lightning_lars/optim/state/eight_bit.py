@@ -55,6 +55,10 @@ class EightBitState(PlainState):
             return "no kernel works on the 8-bit state of layers that are sharded across ranks"
         return None
 
+    def can_repeat(self, states: States) -> bool:
+        """Tell whether the next step finds it as a step has left it, unless someone else has changed it."""
+        return False
+
     def zero(self, states: States, groups: Sequence[Mapping[str, Any]]) -> None:
         """Leave of a step, which was a trial, only that there is state."""
         super().convert_loaded(states, groups)

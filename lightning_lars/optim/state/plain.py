@@ -42,6 +42,10 @@ class PlainState:
         """Return why no kernel in Triton can work on it, None if one can."""
         return None
 
+    def can_repeat(self, states: States) -> bool:
+        """Tell whether the next step finds it as a step has left it, unless someone else has changed it."""
+        return all(type(value) is Tensor for of_layer in states.values() for value in of_layer.values())
+
     def first_step_test(self, moments: Sequence[str]) -> Callable[[Tensor, Any], bool]:
         """Return a function that tells, of a layer and its state, whether one of these moments is missing."""
         dry_run = self._dry_run
@@ -117,9 +121,13 @@ class BatchState:
 
     def next_steps(self) -> list[Tensor]:
         """Count a step, and return the count of each layer; call :meth:`moments` first."""
-        steps = [state["step"] for state in self._batch.states]
+        steps = self.steps()
         torch._foreach_add_(steps, 1.0)
         return steps
+
+    def steps(self) -> list[Tensor]:
+        """Return how many steps each layer has taken; call :meth:`moments` first."""
+        return [state["step"] for state in self._batch.states]
 
     def _initialize(self, p: Tensor, w: Tensor, state: dict[str, Any]) -> None:
         if self._algorithm.counts_steps and "step" not in state:

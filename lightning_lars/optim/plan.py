@@ -1,0 +1,138 @@
+"""What a step has found out of its layers, for the steps after it in which nothing of them has changed."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, compress, islice
+from operator import is_, methodcaller
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lightning_lars.optim.algorithm import Algorithm
+from lightning_lars.optim.backends.eager import Eager
+from lightning_lars.optim.backends.triton_table import current_stream, is_capturing
+from lightning_lars.optim.batches import Batch
+from lightning_lars.optim.state.plain import States
+
+_values = methodcaller("values")
+
+
+class Unchanged(NamedTuple):
+    """Layers of which nothing has changed but the numbers in their tensors, and where their gradients are."""
+
+    grads: list[Tensor]
+    """Of each layer."""
+
+    addresses: list[int]
+    """Of each gradient."""
+
+    modified: list[Tensor]
+    """The tensors that a step writes to."""
+
+
+class Plan:
+    """The back ends of a step, which know where their layers are, and all that this depends on.
+
+    To look at a layer takes a microsecond where nothing has changed, and ten to find everything out again.
+
+    Args:
+        algorithm: Of the optimizer.
+        groups: Of the optimizer.
+        states: Of all layers.
+        backends: In their order; each :attr:`~lightning_lars.optim.backends.eager.Eager.can_repeat`, on
+            layers that are whole and have taken a step before.
+    """
+
+    def __init__(
+        self,
+        algorithm: type[Algorithm],
+        groups: Sequence[dict[str, Any]],
+        states: States,
+        backends: Sequence[Eager],
+    ) -> None:
+        self.backends = backends
+        self._algorithm = algorithm
+        self._groups = [(group, list(group["params"]), self._rules_of(group)) for group in groups]
+        self._moving = [p for backend in backends for p in backend.batch.params]
+        moving = set(self._moving)
+        self._resting = [p for _, params, _ in self._groups for p in params if p not in moving]
+        self._stateful = list(states)
+        self._has_moved = [p in moving for p in self._stateful]
+        moved = list(compress(states.values(), self._has_moved))
+        self._keys = list(chain.from_iterable(moved))
+        modified = [*self._moving, *chain.from_iterable(map(_values, moved))]
+        grads = [grad for backend in backends for grad in backend.batch.grads]
+        self._addresses = list(map(Tensor.data_ptr, modified))
+        self._gradient_addresses = list(map(Tensor.data_ptr, grads))
+        self._streams = {p.device: current_stream(p.device) for p in self._moving}
+        # What torch.compile checks its inputs with: class, device, dtype, shape and strides of a tensor, in a
+        # third of the time that Python takes. It has no public name.
+        from torch._C._dynamo.guards import TensorGuards
+
+        shapes: Any = [list(tensor.shape) for tensor in (*modified, *grads)]
+        strides: Any = [list(tensor.stride()) for tensor in (*modified, *grads)]
+        self._kinds = TensorGuards(*modified, *grads, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
+
+    def look(self, groups: Sequence[dict[str, Any]], states: States) -> Unchanged | None:
+        """Return the layers of a step if nothing but their gradients' addresses has changed, else None."""
+        if len(groups) != len(self._groups):
+            return None
+        for group, (known, params, rules) in zip(groups, self._groups, strict=True):
+            if group is not known or not _are_same(group["params"], params) or self._rules_of(group) != rules:
+                return None
+        if any(
+            is_capturing(device) or current_stream(device) != stream
+            for device, stream in self._streams.items()
+        ):
+            return None
+        grads: list[Any] = [p.grad for p in self._moving]
+        if any(p.grad is not None for p in self._resting) or not _are_same(states, self._stateful):
+            return None
+        moved = list(compress(states.values(), self._has_moved))
+        if list(chain.from_iterable(moved)) != self._keys:
+            return None
+        modified = [*self._moving, *chain.from_iterable(map(_values, moved))]
+        if not self._kinds.check(*modified, *grads):
+            return None
+        if list(map(Tensor.data_ptr, modified)) != self._addresses:
+            return None
+        return Unchanged(grads, list(map(Tensor.data_ptr, grads)), modified)
+
+    def batches(self, found: Unchanged) -> list[Batch]:
+        """Return the batches of a step, with the hyperparameters that their groups have now."""
+        rest = iter(found.grads)
+        return [
+            backend.batch._replace(
+                h=self._algorithm.hyperparameters(backend.batch.group),
+                grads=list(islice(rest, len(backend.batch.params))),
+            )
+            for backend in self.backends
+        ]
+
+    def begun(
+        self, batches: Sequence[Batch], found: Unchanged, gradient_scale: Tensor | None
+    ) -> Iterable[Eager]:
+        """Return the back ends, which have begun the step of these batches."""
+        start = 0
+        for backend, batch in zip(self.backends, batches, strict=True):
+            own = slice(start, start + len(batch.params))
+            start = own.stop
+            if found.addresses[own] != self._gradient_addresses[own]:
+                backend.find_gradients(found.addresses[own])
+            backend.begin(batch, gradient_scale)
+        self._gradient_addresses = found.addresses
+        return self.backends
+
+    def _rules_of(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return what of a group chooses batches and back ends: no number but whether it is 0."""
+        return (*map(_sort_of, self._algorithm.hyperparameters(group)), group.get("min_8bit_size"))
+
+
+def _sort_of(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(map(_sort_of, value))
+    is_number = isinstance(value, float | int) and not isinstance(value, bool)
+    return ("number", value != 0) if is_number else value
+
+
+def _are_same(tensors: Any, others: Sequence[Any]) -> bool:
+    return len(tensors) == len(others) and all(map(is_, tensors, others))

@@ -1,0 +1,42 @@
+"""Launch kernels for the first time and again, without a GPU; print whether their arguments differ."""
+
+import json
+
+import torch
+
+from benchmarks.host_time import Nowhere, layers
+from lightning_lars import LAMB, LARS
+
+
+def plain(value):
+    """An argument with the value of constants, and the dtype, shape and alignment of tensors."""
+    if isinstance(value, tuple):
+        return [type(value).__name__, *map(plain, value)]
+    if isinstance(value, torch.Tensor):
+        return [str(value.dtype), *value.shape, value.data_ptr() % 16]
+    return str(getattr(value, "value", value))
+
+
+if __name__ == "__main__":
+    driver = Nowhere.install()
+    results = {}
+    for name, optimizer_class, options in (
+        ("lars", LARS, {"trust_clip": 0.5, "max_grad_norm": 1.0}),
+        ("lamb", LAMB, {"lr": torch.tensor([0.0, 0.1])[1]}),
+    ):
+        params = layers(5)
+        groups = [{"params": params[:3]}, {"params": params[3:], "layer_adaptation": False}]
+        optimizer = optimizer_class(groups, fused=True, **options)
+        of_steps = []
+        for _ in range(4):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            driver.launches.clear()
+            optimizer.step()
+            of_steps.append([[kernel, list(map(plain, args))] for kernel, args in driver.launches])
+        results[name] = {
+            "launches": [kernel for kernel, _ in of_steps[3]],
+            "differ": of_steps[1] != of_steps[2] or of_steps[1] != of_steps[3],
+            "repeated": optimizer._plan is not None and bool(optimizer._plan.backends[0].launches._known),
+        }
+    print(json.dumps(results))
