@@ -24,7 +24,7 @@ ARROWS = {
     "recipes": {"learning_rate", "optim", "rules"},
     "callbacks": {"trainer", "optim", *TOPICS, *GROUND},
     "trainer": {"class_names", "groups", "learning_rate", "optim", "rules"},
-    "trust_ratios": {"optim", *GROUND},
+    "trust_ratios": {"gradients", "optim", *GROUND},
     "gradients": {"sharding"},
     "batch_norm": {"sharding"},
     "groups": {"class_names", "rules"},

@@ -1,4 +1,4 @@
-"""Logs, plots and prints trust ratios, over all layers and layer by layer."""
+"""Logs, plots and prints trust ratios, updates and gradient norms, over all layers and layer by layer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lars.groups.optimizer_names import by_name, kinds
@@ -50,6 +52,10 @@ class TrustRatioMonitor(Callback):
     them to the host once per log, and once after the first step of a layer. A step that a gradient scaler
     skipped does not count.
 
+    Of an optimizer without trust ratios, such as AdamW, it logs, plots and prints by how much the logged
+    steps move each layer (``update_to_weight``), ``gradient_norm``, and as ``effective_lr`` the learning rate
+    at which plain gradient descent would have moved it as far.
+
     Warns, once for each layer and cause, if a ratio is not finite, at its clip since training began, or far
     from those of the other layers; if weights do not move, or shrink for lack of a gradient; and if a
     zero-initialized layer takes a harmfully long first step. Warns once if ``trust_coefficient * lr`` is
@@ -65,6 +71,8 @@ class TrustRatioMonitor(Callback):
             layers. Names are those of the optimizer, or of the LightningModule where it has none.
         update_to_weight: Whether to measure by how much the logged steps move the weights, for which the
             adapted weights are copied before the step.
+        gradient_norm: Whether to measure the gradient norm of each layer in the logged steps, after clipping.
+            None: for optimizers without trust ratios.
         alerts: Whether to warn about layers.
         picture: File for a plot that is saved when training ends, even by an error: a heatmap of the trust
             ratios, layers over steps, and the effective learning rate of each layer in front of the
@@ -83,9 +91,11 @@ class TrustRatioMonitor(Callback):
     ``trust_ratio/by_decay_alone``    Fraction of layers that weight decay alone moved, without a gradient
     ``effective_lr/...``              ``min``, ``median``, ``max`` of learning rate times trust ratio
     ``update_to_weight/...``          The same for ``|change of w| / |w|``, in the logged steps
+    ``gradient_norm/...``             The same for ``|g|``, in the logged steps
     ``trust_ratio_per_layer/NAME``    Mean since the last log, for each layer that matches ``layers``
     ``effective_lr_per_layer/NAME``   The same for its effective learning rate
     ``update_to_weight_per_layer/…``  The same for its update-to-weight ratio
+    ``gradient_norm_per_layer/NAME``  The same for its gradient norm
     ================================  =================================================================
 
     With several optimizers (manual optimization) the keys are ``trust_ratio/OPTIMIZER/...``, numbered as in
@@ -101,8 +111,8 @@ class TrustRatioMonitor(Callback):
         ModuleNotFoundError: If ``picture`` is given without matplotlib.
         ValueError: If ``layers`` is no pattern; at the start of training, if a pattern matches no layer,
             adapted or frozen.
-        MisconfigurationException: At the start of training, if there is nowhere to log to, or no optimizer
-            with trust ratios.
+        MisconfigurationException: At the start of training, if there is nowhere to log to, no
+            ``torch.optim`` optimizer, or nothing to measure of one without trust ratios.
 
     Example:
         >>> from lightning import Trainer
@@ -118,17 +128,21 @@ class TrustRatioMonitor(Callback):
         alerts: bool = True,
         picture: str | Path | None = None,
         table: bool = False,
+        gradient_norm: bool | None = None,
     ) -> None:
         patterns = (layers,) if isinstance(layers, str) else layers
         is_valid = isinstance(patterns, Sequence) and all(isinstance(pattern, str) for pattern in patterns)
         require("layers", "patterns over parameter names", layers, is_valid)
         require("update_to_weight", "True or False", update_to_weight, isinstance(update_to_weight, bool))
+        is_flag = gradient_norm is None or isinstance(gradient_norm, bool)
+        require("gradient_norm", "None, True or False", gradient_norm, is_flag)
         require("alerts", "True or False", alerts, isinstance(alerts, bool))
         require("table", "True or False", table, isinstance(table, bool))
         if picture is not None:
             check_picture("picture", picture)
         self.layers = tuple(patterns)
         self.update_to_weight = update_to_weight
+        self.gradient_norm = gradient_norm
         self.alerts = alerts
         self.picture = picture
         self.table = table
@@ -153,12 +167,23 @@ class TrustRatioMonitor(Callback):
                 "TrustRatioMonitor has nowhere to log to: give the Trainer a logger (logger=True), set "
                 "picture or table, or remove the callback"
             )
-        optimizers = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, HasTrustRatios)]
+        # Lightning's placeholder for none has no groups.
+        optimizers = [
+            each
+            for each in trainer.optimizers
+            if each.param_groups and isinstance(each, HasTrustRatios | Optimizer)
+        ]
         if not optimizers:
             raise MisconfigurationException(
-                "TrustRatioMonitor needs an optimizer with trust ratios, got "
-                f"{kinds(trainer.optimizers) or 'none'}: "
-                "use LARS or LAMB in configure_optimizers or remove the callback"
+                "TrustRatioMonitor needs a torch.optim optimizer, got "
+                f"{kinds(trainer.optimizers) or 'none'}: return one from configure_optimizers or remove the "
+                "callback"
+            )
+        plain = [each for each in optimizers if not isinstance(each, HasTrustRatios)]
+        if plain and not self.update_to_weight and self.gradient_norm is False:
+            raise MisconfigurationException(
+                f"TrustRatioMonitor has nothing to measure of {kinds(plain)}, without trust ratios: leave "
+                "update_to_weight or gradient_norm on or remove the callback"
             )
         for optimizer in optimizers:
             check_holds_parameters(optimizer, trainer.model or pl_module)
@@ -170,16 +195,21 @@ class TrustRatioMonitor(Callback):
             # Joining keeps an absolute path. All ranks must access the folder.
             self._picture = Path(trainer.log_dir or trainer.default_root_dir, self.picture)
 
-        def measures_updates() -> bool:
-            return self.update_to_weight and is_logging(trainer)
-
         self._total_steps = total_steps(trainer)
         for name, watched in named.items():
-            self._watched[name] = StepStatistics(watched, measures_updates, names)
-            self._excluded[name] = ExcludedRatePeak(cast(Any, watched))
-            plain = excluded_as(watched.param_groups[0])
+            has_ratios = isinstance(watched, HasTrustRatios)
+            self._watched[name] = StepStatistics(
+                watched,
+                partial(is_logging, trainer),
+                names,
+                updates=self.update_to_weight,
+                gradients=not has_ratios if self.gradient_norm is None else self.gradient_norm,
+            )
+            if has_ratios:
+                self._excluded[name] = ExcludedRatePeak(cast(Any, watched))
+            plain_kind = excluded_as(watched.param_groups[0])
             is_larc = all(group.get("trust_clip") == "larc" for group in watched.param_groups)
-            self._alerts[name] = TrustRatioAlerts(trainer.global_step > 0, plain, clip_is_rule=is_larc)
+            self._alerts[name] = TrustRatioAlerts(trainer.global_step > 0, plain_kind, clip_is_rule=is_larc)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -309,11 +339,12 @@ class TrustRatioMonitor(Callback):
         # A fast_dev_run is shorter than any warmup.
         if watched.peak is not None and not cast(Any, trainer).fast_dev_run:
             self._warn(optimizer, alerts.check_peak(watched.peak, total_steps, watched.plain_rate))
-        message = self._excluded[optimizer].message()
+        excluded = self._excluded.get(optimizer)
+        message = excluded.message() if excluded else None
         if message is not None:
             self._warn(optimizer, [message])
 
-    def _check_layers(self, optimizers: Sequence[HasTrustRatios], names: Mapping[Tensor, str]) -> None:
+    def _check_layers(self, optimizers: Sequence[Any], names: Mapping[Tensor, str]) -> None:
         """Raise if a pattern matches nothing, and warn if there is nothing to log."""
         adapted: list[str] = []
         held: set[Tensor] = set()

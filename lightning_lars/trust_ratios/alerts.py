@@ -36,6 +36,10 @@ CAUSES = {
         "trust ratios that are not finite, because weights or gradients are not: {layers}. Lower the "
         "learning rate, warm up for longer, or set max_grad_norm"
     ),
+    "update": (
+        "updates that are not finite, because weights or gradients are not: {layers}. Lower the learning "
+        "rate, warm up for longer, or clip gradients"
+    ),
     "clip": (
         "trust ratios at trust_clip in every step since training began: {layers}. The clip, not the layer, "
         "determines how far it moves: widen or remove trust_clip, unless this is intended"
@@ -107,6 +111,9 @@ class TrustRatioAlerts:
                 lasting.append(("clip", layer))
         self._in_a_row = Counter({key: self._in_a_row[key] + 1 for key in lasting})
         found += [key for key in lasting if self._in_a_row[key] >= PATIENCE]
+        if not ratios:
+            ratios = {layer: update.mean for layer, update in quantities.get("update_to_weight", {}).items()}
+            found += [("update", layer) for layer, update in ratios.items() if not math.isfinite(update)]
         rates = {layer: lr.maximum for layer, lr in quantities.get("lr_from_zero", {}).items()}
         return [*self._messages(found, ratios, typical), *self.check_first_steps(rates)]
 

@@ -1,4 +1,4 @@
-"""The history of trust ratios over a whole run, in bounded memory, for plots and tables."""
+"""The history of trust ratios, or updates, over a whole run, in bounded memory, for plots and tables."""
 
 import math
 from array import array
@@ -9,7 +9,7 @@ from typing import Any
 from lightning_lars.rules import is_whole, require
 from lightning_lars.trust_ratios.step_statistics import OverSteps
 
-_DRAWN = ("trust_ratio", "effective_lr")
+_DRAWN = ("trust_ratio", "update_to_weight", "effective_lr")
 
 
 @dataclass
@@ -34,8 +34,9 @@ class OverRun:
 class TrustRatioHistory:
     """Time series of trust ratios and effective learning rates, and statistics of all quantities, by layer.
 
-    Beyond ``max_records``, every second record of the series is dropped, and from then on only every second
-    one is kept. The statistics cover all records.
+    Layers without a trust ratio have a series of update-to-weight ratios. Beyond ``max_records``, every
+    second record of the series is dropped, and from then on only every second one is kept. The statistics
+    cover all records.
 
     Args:
         max_records: Maximum number of records to keep, an even number above 0.
@@ -83,13 +84,19 @@ class TrustRatioHistory:
         """Return the time series of each layer, in the order of the network, one value for each of ``steps``.
 
         Args:
-            quantity: ``"trust_ratio"`` or ``"effective_lr"``.
+            quantity: ``"trust_ratio"``, ``"effective_lr"``, or, for layers without a trust ratio,
+                ``"update_to_weight"``.
 
         Returns:
             NaN where a layer has no value, infinity where its value is not finite.
         """
         series = self._series[quantity]
         return {layer: list(series[layer]) for layer in self.in_order(series)}
+
+    @property
+    def leading(self) -> str:
+        """The quantity that layers are compared by: trust ratios, or updates where there are none."""
+        return "trust_ratio" if self.statistics.get("trust_ratio") else "update_to_weight"
 
     def in_order(self, layers: Iterable[str]) -> list[str]:
         """Return the layers in the order of the network."""
@@ -99,8 +106,9 @@ class TrustRatioHistory:
         """Return the largest learning rate of any layer at each of ``steps``, NaN where it is unknown."""
         rates = []
         ratios, effective = self._series["trust_ratio"], self._series["effective_lr"]
+        known = [layer for layer in ratios if layer in effective]
         for i in range(len(self.steps)):
-            of_layers = [effective[layer][i] / ratios[layer][i] for layer in effective if ratios[layer][i]]
+            of_layers = [effective[layer][i] / ratios[layer][i] for layer in known if ratios[layer][i]]
             rates.append(max((rate for rate in of_layers if math.isfinite(rate)), default=math.nan))
         return rates
 
@@ -126,7 +134,8 @@ class TrustRatioHistory:
         self._seen, self._every = state_dict["seen"], state_dict["every"]
         self._series = {
             quantity: {layer: array("d", values) for layer, values in layers.items()}
-            for quantity, layers in state_dict["series"].items()
+            for quantity in _DRAWN
+            for layers in [state_dict["series"].get(quantity, {})]
         }
         self.statistics = {
             quantity: {layer: OverRun(**value) for layer, value in layers.items()}
@@ -143,6 +152,9 @@ class TrustRatioHistory:
         self.steps.append(step)
         for quantity, series in self._series.items():
             layers = quantities.get(quantity, {})
+            if quantity == "update_to_weight":
+                ratios = quantities.get("trust_ratio", {})
+                layers = {layer: value for layer, value in layers.items() if layer not in ratios}
             for layer in layers:
                 if layer not in series:
                     series[layer] = array("d", [math.nan] * before)

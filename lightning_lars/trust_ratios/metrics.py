@@ -14,7 +14,7 @@ from lightning_lars.trust_ratios.step_statistics import FLAGS, OverSteps
 Quantities = Mapping[str, Mapping[str, OverSteps]]
 """Statistics from ``StepStatistics.flush``, by quantity and layer."""
 
-_QUANTITIES = ("trust_ratio", "effective_lr", "update_to_weight")
+_QUANTITIES = ("trust_ratio", "effective_lr", "update_to_weight", "gradient_norm")
 
 
 def summary_metrics(quantities: Quantities, optimizer: str) -> dict[str, float]:

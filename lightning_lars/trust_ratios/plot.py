@@ -1,4 +1,4 @@
-"""Plots of a run: trust ratios of all layers over time, and their effective learning rates."""
+"""Plots of a run: trust ratios, or updates, of all layers over time, and effective learning rates."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ _MOST_LABELS = 60
 _LONGEST_LABEL = 48
 _WIDTH = 10
 _FEW_LINES, _MANY_LINES = 8, 60
+_TITLES = {"trust_ratio": "Trust ratio", "update_to_weight": "Update-to-weight ratio"}
+_RATES = {
+    "trust_ratio": "trust ratio times learning rate (gray, scale on the right)",
+    "update_to_weight": "|change of w| / |g|",
+}
 _GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 _NO_VALUE, _NOT_FINITE, _SCHEDULE = "0.92", "#d7191c", "0.9"
 
@@ -55,6 +60,8 @@ def _check_matplotlib(argument: str) -> None:
 def plot_trust_ratios(history: TrustRatioHistory, ax: Axes | None = None) -> tuple[Figure, Axes]:
     """Draw a heatmap of the trust ratio, layers over steps, with colors on a logarithmic scale.
 
+    Without any trust ratios, the heatmap is that of update-to-weight ratios.
+
     The first layer of the network is at the top. If there are many layers, they share labels by module. Gray
     cells are layers that were not adapted, red ones have a ratio that is not finite.
 
@@ -72,7 +79,7 @@ def plot_trust_ratios(history: TrustRatioHistory, ax: Axes | None = None) -> tup
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap, LogNorm
 
-    series = history.series("trust_ratio")
+    series = history.series(history.leading)
     values = np.array(list(series.values()))
     if ax is None:
         ax = _figure(height=_heat_map_height(len(series))).subplots()
@@ -92,7 +99,7 @@ def plot_trust_ratios(history: TrustRatioHistory, ax: Axes | None = None) -> tup
         ax.axhline(label.first, color="white", linewidth=0.6)
     ax.invert_yaxis()
     ax.set_xlabel("optimizer step")
-    ax.set_title("Trust ratio", loc="left", fontweight="bold", fontsize="medium")
+    ax.set_title(_TITLES[history.leading], loc="left", fontweight="bold", fontsize="medium")
     figure = ax.get_figure(root=True)
     assert figure is not None
     figure.colorbar(mesh, ax=ax, pad=0.01, extend="both", extendfrac=0.03, aspect=_bar_aspect(len(series)))
@@ -125,6 +132,7 @@ def plot_effective_lr(history: TrustRatioHistory, ax: Axes | None = None) -> tup
     behind.fill_between(history.steps, history.learning_rates(), color=_SCHEDULE, linewidth=0)
     behind.set_ylim(bottom=0)
     behind.tick_params(axis="y", colors="0.5")
+    behind.set_visible(history.leading == "trust_ratio")
 
     series = history.series("effective_lr")
     values = np.array(list(series.values()))
@@ -149,7 +157,7 @@ def plot_effective_lr(history: TrustRatioHistory, ax: Axes | None = None) -> tup
     edges = _edges(history.steps)
     ax.set_xlim(edges[0], edges[-1])
     ax.set_xlabel("optimizer step")
-    title = "Effective learning rate, which is trust ratio times learning rate (gray, scale on the right)"
+    title = f"Effective learning rate, which is {_RATES[history.leading]}"
     ax.set_title(title, loc="left", fontweight="bold", fontsize="medium")
     figure = ax.get_figure(root=True)
     assert figure is not None
@@ -179,7 +187,7 @@ def plot_history(history: TrustRatioHistory, figure: Figure | None = None) -> tu
     """
     _check_matplotlib("plot")
     _check_recorded(history)
-    heights = [_heat_map_height(len(history.series("trust_ratio")))]
+    heights = [_heat_map_height(len(history.series(history.leading)))]
     if history.series("effective_lr"):
         heights.append(3.5)
     if figure is None:
@@ -249,9 +257,9 @@ def _short(name: str) -> str:
 
 
 def _check_recorded(history: TrustRatioHistory) -> None:
-    if not history.series("trust_ratio"):
+    if not history.series(history.leading):
         raise ValueError(
-            "there is nothing to plot: no step with trust ratios has been recorded in this process. Either "
+            "there is nothing to plot: no step of an optimizer has been recorded in this process. Either "
             "no run has reached its first log (log_every_n_steps), or training ran in separate processes "
             "(strategy='ddp_notebook', 'ddp_spawn', 'ddp_fork'), which have ended with what they recorded: "
             "there, TrustRatioMonitor(picture=...) saves a plot to a file"

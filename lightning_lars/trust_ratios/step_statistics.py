@@ -1,4 +1,4 @@
-"""Statistics of what an optimizer with trust ratios did to every layer, since they were last flushed."""
+"""Statistics of what an optimizer did to every layer, since they were last flushed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
@@ -6,13 +6,16 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_lars.gradients.norms import gradient_norms
 from lightning_lars.optim.parameters import named_params
-from lightning_lars.sharding.norms import norm_of_each, whole_norms, widest_float
-from lightning_lars.sharding.shards import Shard, find_shards, local
+from lightning_lars.sharding.norms import widest_float
+from lightning_lars.sharding.shards import find_shards, local
 from lightning_lars.trust_ratios.layer_statistics import LayerStatistics
 from lightning_lars.trust_ratios.peak_rate import Peak, PeakRate, largest
+from lightning_lars.trust_ratios.update_norms import update_norms
 
 FLAGS = ("at_trust_clip", "at_zero_rule", "by_decay_alone")
 """Methods of LARS and LAMB that return a flag for each layer of their last step."""
@@ -91,25 +94,32 @@ class StepStatistics:
     """Accumulates statistics on the device, in hooks around ``optimizer.step()``, until they are flushed.
 
     Args:
-        optimizer: Any optimizer with ``trust_ratios()``; the methods in ``FLAGS`` are used where it has them.
-        measures_updates: Called before each step; whether to measure by how much it moves the weights, which
-            takes a copy of them. Must return the same on all ranks.
+        optimizer: Any optimizer. ``trust_ratios()`` and the methods in ``FLAGS`` are used where it has them.
+        is_measured: Called before each step; whether to measure by how much it moves the weights, and with
+            which gradients. Must return the same on all ranks.
         names: Names of parameters, for layers that are unnamed in the optimizer.
+        updates: Whether updates are measured, which takes a copy of the weights.
+        gradients: Whether gradients are measured.
     """
 
     def __init__(
         self,
-        optimizer: HasTrustRatios,
-        measures_updates: Callable[[], bool],
+        optimizer: Optimizer | HasTrustRatios,
+        is_measured: Callable[[], bool],
         names: Mapping[Tensor, str] | None = None,
+        *,
+        updates: bool = True,
+        gradients: bool = False,
     ) -> None:
         self._optimizer = optimizer
-        self._measures_updates = measures_updates
+        self._is_measured = is_measured
+        self._updates, self._gradients = updates, gradients
         self._names = names or {}
         self._by_number: dict[str, str] = {}
         self._quantities: dict[str, LayerStatistics] = {}
         self.has_stepped = False
-        """Whether a step had trust ratios since this was last set to False."""
+        """Whether there was a step, of an optimizer with trust ratios one that had any, since this was set to
+        False."""
         self.peak: Peak | None = None
         """Peak of ``trust_coefficient * lr`` up to the last non-empty :meth:`flush`.
 
@@ -117,6 +127,7 @@ class StepStatistics:
         """
         self._peak = PeakRate()
         self._lr: list[Any] = []
+        self._measured: list[Tensor] = []
         self._before: dict[Tensor, Tensor] = {}
         self._known: set[str] = set()
         self._first_steps: list[tuple[list[str], Tensor]] = []
@@ -158,8 +169,9 @@ class StepStatistics:
         """Return the accumulated statistics, in one device-to-host copy, and start over.
 
         Returns:
-            ``trust_ratio``, ``effective_lr`` (learning rate times trust ratio), ``update_to_weight``
-            (``|change of w| / |w after it|``, where it was measured), and, where the optimizer reports them,
+            ``trust_ratio``, ``effective_lr`` (learning rate times trust ratio; without trust ratios,
+            ``|change of w| / |g|``, 0 where either is 0), where they were measured ``update_to_weight``
+            (``|change of w| / |w after it|``) and ``gradient_norm``, and, where the optimizer reports them,
             ``FLAGS`` (0 or 1), ``lr_from_zero`` (the effective learning rate of a step from zero weights,
             else 0) and ``lost_to_decay`` (the fraction of its norm that decay removed from a layer in a step,
             before momentum, if decay alone moved it, else 0).
@@ -192,20 +204,29 @@ class StepStatistics:
         scaled = [lr * group["trust_coefficient"] for lr, group in pairs if _moves_by_lr(group)]
         if scaled:
             self._peak.update(largest(scaled))
-        self._before = {}
-        if self._measures_updates():
-            adapted = [p for group in groups if group.get("layer_adaptation", True) for p in group["params"]]
+        self._measured, self._before = [], {}
+        if (self._updates or self._gradients) and self._is_measured():
+            adapted = [group["params"] for group in groups if group.get("layer_adaptation", True)]
+            self._measured = [p for params in adapted for p in params]
+        if self._updates:
             with torch.no_grad():
-                self._before = {p: local(p).clone() for p in adapted}
+                self._before = {p: local(p).clone() for p in self._measured}
 
     def _after_step(self, *_: Any) -> None:
         before, self._before = self._before, {}
+        measured, self._measured = self._measured, []
+        named = dict(named_params(self._optimizer.param_groups))
+        self._by_number = names_by_number(named, self._names)
+        if not isinstance(self._optimizer, HasTrustRatios):
+            self.has_stepped = True
+            # The same on all ranks, which may have no gradient of an empty shard.
+            trained = {name: p for name, p in named.items() if p in set(measured) and p.requires_grad}
+            self._add_norms(list(trained), list(trained.values()), before, has_ratios=False)
+            return
         ratios = self._optimizer.trust_ratios()
         if not ratios:
             return
         self.has_stepped = True
-        named = dict(named_params(self._optimizer.param_groups))
-        self._by_number = names_by_number(named, self._names)
         layers = list(ratios)
         ratio = _stack(ratios)
         self._add("trust_ratio", layers, ratio)
@@ -226,9 +247,26 @@ class StepStatistics:
             decays = [_decay(group) for group in self._optimizer.param_groups]
             decay = self._times(decays, layers, effective_lr, named)
             self._add("lost_to_decay", layers, decay.where(_stack(self._optimizer.by_decay_alone()), 0.0))
-        if before:
-            with torch.no_grad():
-                self._add("update_to_weight", layers, _relative_change([named[n] for n in layers], before))
+        if measured:
+            self._add_norms(layers, [named[layer] for layer in layers], before, has_ratios=True)
+
+    def _add_norms(
+        self, layers: list[str], params: list[Tensor], before: Mapping[Tensor, Tensor], has_ratios: bool
+    ) -> None:
+        if not layers:
+            return
+        shards = find_shards(zip(layers, params, strict=True))
+        change: Tensor | None = None
+        if self._updates:
+            change, weights = update_norms(params, before, shards)
+            self._add("update_to_weight", layers, torch.where(change == 0, 0.0, change / weights))
+        if self._gradients:
+            # Only now, as the closure may have computed them, and a scaler unscaled them, inside the step.
+            gradients = gradient_norms(params, shards, params[0].device)
+            self._add("gradient_norm", layers, gradients)
+            if change is not None and not has_ratios:
+                has_rate = (change != 0) & (gradients != 0)
+                self._add("effective_lr", layers, torch.where(has_rate, change / gradients, 0.0))
 
     def _add(self, quantity: str, layers: list[str], values: Tensor) -> None:
         layers = [self._by_number.get(layer, layer) for layer in layers]
@@ -266,15 +304,3 @@ def _decay(group: Mapping[str, Any]) -> float:
 def _stack(values: Mapping[str, Tensor]) -> Tensor:
     first = next(iter(values.values()))
     return torch.stack([value.to(first, non_blocking=True) for value in values.values()])
-
-
-@torch.no_grad()
-def _relative_change(params: list[Tensor], before: Mapping[Tensor, Tensor]) -> Tensor:
-    after = [local(p) for p in params]
-    # In place in the copy, if that is in single precision.
-    change = [before[p].float().sub_(now) for p, now in zip(params, after, strict=True)]
-    found = find_shards((str(i), p) for i, p in enumerate(params))
-    shards = [found.get(p, Shard((), p.device)) for p in params]
-    norms = whole_norms(norm_of_each([*change, *after]), [*shards, *shards])
-    change_norm, weight_norm = torch.stack([norm.to(norms[0]) for norm in norms]).view(2, -1)
-    return torch.where(change_norm == 0, 0.0, change_norm / weight_norm)

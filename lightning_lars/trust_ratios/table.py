@@ -1,4 +1,4 @@
-"""A table of the trust ratio of every layer over a run."""
+"""A table of the trust ratio, or the updates, of every layer over a run."""
 
 import math
 from collections.abc import Collection
@@ -12,6 +12,8 @@ from lightning_lars.trust_ratios.history import TrustRatioHistory
 
 _HIDDEN_FIRST = ("last", "Effective\nlr", "min", "max")
 _SHORTEST_NAME = 24
+_TITLES = {"trust_ratio": "Trust ratios", "update_to_weight": "Updates"}
+_HEADINGS = {"trust_ratio": "Trust\nratio", "update_to_weight": "Update /\nweight"}
 
 
 def print_trust_ratios(console: Console, history: TrustRatioHistory) -> None:
@@ -20,7 +22,7 @@ def print_trust_ratios(console: Console, history: TrustRatioHistory) -> None:
         table = trust_ratio_table(history, hidden_columns=_HIDDEN_FIRST[:number])
         if not is_too_wide(console, table):
             break
-    console.print("Trust ratios", highlight=False)
+    console.print(_TITLES[history.leading], highlight=False)
     print_table(console, table)
 
 
@@ -32,7 +34,7 @@ def trust_ratio_table(
     Args:
         history: The recorded statistics.
         max_rows: Maximum number of rows. Of more layers, those with the smallest and the largest mean trust
-            ratios are shown, half each.
+            ratios, or updates, are shown, half each.
         hidden_columns: Headings of columns to hide; they are listed in the caption.
 
     Example:
@@ -50,22 +52,23 @@ def trust_ratio_table(
         │ conv.weight │  0.02 │ 0.01 │ 0.03 │ 0.02 │
         └─────────────┴───────┴──────┴──────┴──────┘
     """
-    of_ratio = history.statistics.get("trust_ratio", {})
+    of_ratio = history.statistics.get(history.leading, {})
     columns = [
-        ("Trust\nratio", of_ratio, "mean", _number),
+        (_HEADINGS[history.leading], of_ratio, "mean", _number),
         ("min", of_ratio, "minimum", _number),
         ("max", of_ratio, "maximum", _number),
         ("last", of_ratio, "last", _number),
     ]
     optional = (
         ("Effective\nlr", "effective_lr", _number),
-        ("Update /\nweight", "update_to_weight", _number),
+        (_HEADINGS["update_to_weight"], "update_to_weight", _number),
+        ("Gradient\nnorm", "gradient_norm", _number),
         ("At\nclip", "at_trust_clip", _share),
         ("At zero\nrule", "at_zero_rule", _share),
         ("Decay\nalone", "by_decay_alone", _share),
     )
     for heading, quantity, formatted in optional:
-        of_layers = history.statistics.get(quantity, {})
+        of_layers = history.statistics.get(quantity, {}) if quantity != history.leading else {}
         # A column of zeros is not informative.
         if any(value.maximum > 0 for value in of_layers.values()):
             columns.append((heading, of_layers, "mean", formatted))

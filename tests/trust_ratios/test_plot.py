@@ -179,7 +179,7 @@ def test_saving_a_plot_opens_no_pyplot_figure(tmp_path):
 
 @pytest.mark.parametrize("plot", [plot_history, plot_trust_ratios, plot_effective_lr])
 def test_without_records_says_what_to_do(plot):
-    with pytest.raises(ValueError, match="nothing to plot: no step with trust ratios"):
+    with pytest.raises(ValueError, match="nothing to plot: no step of an optimizer"):
         plot(TrustRatioHistory())
 
 

@@ -9,6 +9,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lightning_lars import LARS
+from lightning_lars.trust_ratios.step_statistics import StepStatistics
 from tests.support.setups import Setup
 from tests.support.small_network import Block, batches, floats, network
 from tests.workers.equal_to_one_device import step
@@ -54,3 +55,15 @@ def wrapped_late():
     for batch in batches()[WRAPPED_AFTER:]:
         step(there, batch)
     return there.values()
+
+
+def updates_of_plain_optimizer(setup):
+    """What a step of torch's AdamW did to every layer, by quantity, as every rank sees it."""
+    here = setup("LARS")
+    # Named as in the network, whatever wraps it.
+    named = [(name.replace("_fsdp_wrapped_module.", ""), p) for name, p in here.net.named_parameters()]
+    optimizer = torch.optim.AdamW(named, lr=0.1, foreach=False)
+    statistics = StepStatistics(optimizer, lambda: True, gradients=True)
+    step(here._replace(optimizer=optimizer), batches()[0])
+    flushed = statistics.flush()
+    return {quantity: {name: of.mean for name, of in layers.items()} for quantity, layers in flushed.items()}

@@ -1,0 +1,42 @@
+"""Norms of what a step changed, of sharded layers too."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_lars.sharding.norms import norm_of_each, whole_norms
+from lightning_lars.sharding.shards import Shard, local
+
+
+@torch.no_grad()
+def update_norms(
+    params: Sequence[Tensor], before: Mapping[Tensor, Tensor], shards: Mapping[Tensor, Shard]
+) -> tuple[Tensor, Tensor]:
+    """Return the L2 norms of the change of every parameter and of its weights after it.
+
+    All ranks that hold shards of the parameters must call this, with the parameters in the same order.
+
+    Args:
+        params: Parameters after the step.
+        before: Copies of their local shards before it, which this may overwrite.
+        shards: From :func:`~lightning_lars.sharding.shards.find_shards`.
+
+    Returns:
+        Two tensors of shape ``(len(params),)``.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lars.trust_ratios.update_norms import update_norms
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> change, weights = update_norms([w], {w: torch.tensor([3.0, 3.0])}, {})
+        >>> print(change.tolist(), weights.tolist())
+        [1.0] [5.0]
+    """
+    after = [local(p) for p in params]
+    # In place in the copy, if that is in single precision.
+    change = [before[p].float().sub_(now) for p, now in zip(params, after, strict=True)]
+    of_params = [shards.get(p, Shard((), p.device)) for p in params]
+    norms = whole_norms(norm_of_each([*change, *after]), [*of_params, *of_params])
+    of_change, of_weights = torch.stack([norm.to(norms[0]) for norm in norms]).view(2, -1)
+    return of_change, of_weights
