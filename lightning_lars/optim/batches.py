@@ -38,6 +38,9 @@ class Batch(NamedTuple):
     adapts_direction: bool
     """Whether the direction, and the moments with it, come before the trust ratio."""
 
+    in_eight_bit: bool = False
+    """Whether a kernel reads and writes the moments in 8 bits."""
+
 
 _Kind = tuple[torch.device, torch.dtype, bool, bool]
 

@@ -22,7 +22,7 @@ from lightning_lars.optim.distributed_norms import (
     stack_norms,
 )
 from lightning_lars.optim.plan import Plan, Unchanged
-from lightning_lars.optim.state.plain import BatchState, PlainState, States, lay_out_state, number_of
+from lightning_lars.optim.state.plain import PlainState, States, lay_out_state, number_of
 from lightning_lars.optim.trust_ratio import TrustRatios
 
 Ratios = tuple[Tensor, ...] | list[TrustRatios[float]]
@@ -76,7 +76,8 @@ class Step:
         waiting = []
         for backend in self._begun():
             batch = backend.batch
-            throughout = self.state.unpacked(self.states, batch) if backend.holds_moments else nullcontext()
+            opens = backend.holds_moments and not batch.in_eight_bit
+            throughout = self.state.unpacked(self.states, batch) if opens else nullcontext()
             with throughout:
                 with self._unpacked(backend, batch.adapts_direction):
                     norms = backend.measure()
@@ -102,12 +103,16 @@ class Step:
             self.batches = self.plan.batches(self.found)
             yield from self.plan.begun(self.batches, self.found, self._gradient_scale())
             return
-        self.batches = [batch for group in self.groups for batch in self._sort(group)]
-        chosen = [self._choose_backend(batch) for batch in self.batches]
+        batches = [batch for group in self.groups for batch in self._sort(group)]
+        chosen = [self._choose_backend(batch) for batch in batches]
+        self.batches = [
+            batch if backend.holds_moments else batch._replace(in_eight_bit=False)
+            for batch, backend in zip(batches, chosen, strict=True)
+        ]
         scale = self._gradient_scale()
         self.tables.start_step()
         for batch, backend_class in zip(self.batches, chosen, strict=True):
-            own = BatchState(self.states, batch, self.algorithm)
+            own = self.state.of_batch(self.states, batch, self.algorithm)
             yield backend_class(self.algorithm, batch, own, scale, self.scratch, self.tables)
 
     def _gradient_scale(self) -> Tensor | None:
@@ -128,7 +133,11 @@ class Step:
         h = self.algorithm.hyperparameters(group)
         adapts_direction = group["layer_adaptation"] and self.algorithm.adapts_direction(h)
         is_first = self.state.first_step_test(self.algorithm.used_moments(h))
-        return sort_layers(group, h, adapts_direction, self.states, self.shards, is_first, self.name)
+        batches = sort_layers(group, h, adapts_direction, self.states, self.shards, is_first, self.name)
+        if group["fused"] is False:
+            return batches
+        moments = self.algorithm.used_moments(h)
+        return chain.from_iterable(self.state.split(batch, moments) for batch in batches)
 
     def _choose_backend(self, batch: Batch) -> type[Eager]:
         """Return a fused back end where one can take the step, else the one that takes any.

@@ -63,11 +63,12 @@ class Triton(Eager):
     def table(self) -> LayerTable:
         """Where the layers are."""
         if self._table is None:
-            moments = self.state.moments()
-            held = [moment for moment in moments if moment is not None]
-            self.moments, self.absent = len(held), moments.count(None)
+            columns = self.state.columns()
+            self.moments = len(self.algorithm.used_moments(self.h))
+            self.steps_in = 2 + len(columns)
             steps = [self.state.steps()] if self.algorithm.counts_steps else []
-            self._table = self.tables.table((self.batch.weights, self.batch.grads, *held, *steps))
+            self.state_maps = self.state.maps()
+            self._table = self.tables.table((self.batch.weights, self.batch.grads, *columns, *steps))
         return self._table
 
     def measure(self) -> tuple[Tensor, Tensor] | TrustRatios[Tensor] | None:
@@ -79,7 +80,7 @@ class Triton(Eager):
         table = self.table
         if not self.batch.group["layer_adaptation"]:
             return None
-        if self.batch.adapts_direction:
+        if self.batch.adapts_direction and not self.batch.in_eight_bit:
             self.stored_direction = torch.empty(table.chunked.room, dtype=torch.float32, device=table.device)
         sums = torch.empty(2, max(table.chunks, 1), dtype=torch.float64, device=table.device)
         with device_of(table):
@@ -91,8 +92,15 @@ class Triton(Eager):
         table = self.table
         with device_of(table):
             self._walk("move" if self.stored_direction is None else "apply", None, ratio)
-            if self.algorithm.counts_steps and not self.batch.group["layer_adaptation"]:
-                self.launches(count, "count", table.layers, table.columns, 2 + self.moments, table.layers)
+            if self.algorithm.counts_steps and not self._counts_before:
+                self.launches(count, "count", table.layers, table.columns, self.steps_in, table.layers)
+        if self.batch.in_eight_bit:
+            self.state.end_step()
+
+    @property
+    def _counts_before(self) -> bool:
+        """Whether the step has been counted when the layers move, as nothing reads the number any more."""
+        return self.batch.group["layer_adaptation"] and not self.batch.in_eight_bit
 
     def _walk(self, does: str, sums: Tensor | None, ratio: Tensor | None) -> None:
         table, chunked, batch = self.table, self.table.chunked, self.batch
@@ -120,12 +128,14 @@ class Triton(Eager):
             table.layers,
             table.chunks,
             of_rules.h,
+            self.state_maps,
             has_lr_tensor,
             len(of_rules.numbers) - 1,
             compiled(self.algorithm.direction),
             None if batch.adapts_direction else compiled(self.algorithm.denominator_vector),
             self.moments,
-            self.absent,
+            len(self.algorithm.moments) - self.moments,
+            batch.in_eight_bit,
             self.algorithm.counts_steps and does != "apply",
             DTYPES[batch.weights[0].dtype],
             does,
@@ -155,7 +165,7 @@ class Triton(Eager):
             self._arguments_of("adapt", False).h,
             has_lr_tensor,
             compiled(algorithm.ratio) if is_whole else None,
-            2 + self.moments if algorithm.counts_steps else None,
+            self.steps_in if algorithm.counts_steps and self._counts_before else None,
             triton.cdiv(table.chunked.most_chunks, _CHUNKS_AT_ONCE),
             _CHUNKS_AT_ONCE,
         )

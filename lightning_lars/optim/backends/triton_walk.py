@@ -11,6 +11,7 @@ Squares are added up in float64: in float32 those of numbers below 1e-19 vanish.
 import triton
 import triton.language as tl
 
+from lightning_lars.optim.backends.triton_eight_bit import dequantize, pointers_to, quantize
 from lightning_lars.optim.backends.triton_scalars import (
     ADDRESS,
     address_in,
@@ -76,12 +77,14 @@ def walk(
     layers,
     chunks,
     h,
+    shares,
     tensor_lr: tl.constexpr,
     numbers: tl.constexpr,
     direction: tl.constexpr,
     measured: tl.constexpr,
     moments: tl.constexpr,
     absent: tl.constexpr,
+    in_eight_bit: tl.constexpr,
     counts_steps: tl.constexpr,
     dtype: tl.constexpr,
     does: tl.constexpr,
@@ -95,6 +98,9 @@ def walk(
     ``"measure"``: add up the squares of the weights, and of what they are measured against: what ``measured``
     returns, or else ``direction``, which then is kept and advances the moments. ``"move"``: move weights and
     moments. ``"apply"``: move the weights along the direction that has been kept.
+
+    From moments in 8 bits, of which ``shares`` are the maps, to compute a direction again moves less than to
+    keep it: there, what measures writes nothing.
     """
     chunk = tl.program_id(0)
     layer = tl.load(layer_of_chunk + chunk)
@@ -105,17 +111,20 @@ def walk(
     every_at = w_at | g_at
     moments_at = ()
     for i in tl.static_range(moments):
-        moment_at = address_in(columns, 2 + i, layer, layers)
-        every_at = every_at | moment_at
-        moments_at = moments_at + (moment_at,)
-    keeps: tl.constexpr = measured is None
+        if in_eight_bit:
+            moments_at = moments_at + (pointers_to(columns, 2 + 3 * i, layer, layers),)
+        else:
+            moment_at = address_in(columns, 2 + i, layer, layers)
+            every_at = every_at | moment_at
+            moments_at = moments_at + (moment_at,)
+    keeps: tl.constexpr = measured is None and not in_eight_bit
     d_from = directions
     if does == "apply" or keeps:
         d_from = directions + tl.multiple_of(tl.load(places + layer), 16)
     rate_of_all = learning_rate(lr, tensor_lr)
     t = 0.0
     if counts_steps:
-        t = next_step(columns, 2 + moments, layer, layers)
+        t = next_step(columns, 2 + (3 * moments if in_eight_bit else moments), layer, layers)
     ratio = 1.0
     if ratios is not None:
         ratio = tl.load(ratios + layer)
@@ -132,7 +141,10 @@ def walk(
             g_from = _pointer_to(g_at, dtype, has_mask)
             moments_from = ()
             for i in tl.static_range(moments):
-                moments_from = moments_from + (_pointer_to(moments_at[i], tl.float32, has_mask),)
+                if in_eight_bit:
+                    moments_from = moments_from + (moments_at[i],)
+                else:
+                    moments_from = moments_from + (_pointer_to(moments_at[i], tl.float32, has_mask),)
             for start in range(0, chunk_size, block):
                 at = offset + start + tl.arange(0, block)
                 mask = at < size
@@ -150,19 +162,25 @@ def walk(
                     decaying = 0.0
                     if decays:
                         decaying = w
-                    if does == "measure" and not keeps:
+                    if does == "measure" and measured is not None:
                         d = measured(decaying, g, h)
                     else:
                         before = ()
                         for i in tl.static_range(moments):
-                            before = before + (_load(moments_from[i] + at, mask, has_mask),)
+                            if in_eight_bit:
+                                before = before + (dequantize(moments_from[i], at, mask),)
+                            else:
+                                before = before + (_load(moments_from[i] + at, mask, has_mask),)
                         for i in tl.static_range(absent):
                             before = before + (0.0,)
                         step = direction(decaying, g, *before, *of_layer, h)
                         d = step[0]
                         for i in tl.static_range(moments):
-                            _store(moments_from[i] + at, step[i + 1], mask, has_mask)
-                        if does == "measure":
+                            if not in_eight_bit:
+                                _store(moments_from[i] + at, step[i + 1], mask, has_mask)
+                            elif does == "move":
+                                quantize(moments_from[i], shares[i], at, mask, step[i + 1], block)
+                        if does == "measure" and keeps:
                             _store(d_from + at, d, mask, has_mask)
                 if does == "measure":
                     if has_mask:

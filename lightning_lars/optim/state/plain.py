@@ -38,6 +38,14 @@ class PlainState:
     def check(self, shards: Mapping[str, Any]) -> None:
         """Raise RuntimeError if it cannot be held for one of these shards, given by name."""
 
+    def split(self, batch: Batch, moments: Sequence[str]) -> Iterable[Batch]:
+        """Return a batch in parts whose moments in use are all read and written in 8 bits, or opened."""
+        return [batch]
+
+    def of_batch(self, states: States, batch: Batch, algorithm: type[Algorithm]) -> "BatchState":
+        """Return the state of the layers of a batch."""
+        return BatchState(states, batch, algorithm)
+
     def why_not_in_triton(self, batch: Batch) -> str | None:
         """Return why no kernel in Triton can work on it, None if one can."""
         return None
@@ -119,6 +127,17 @@ class BatchState:
             for key in self._algorithm.moments
         ]
 
+    def columns(self) -> list[list[Tensor]]:
+        """Return all that a kernel reads of the moments in use: tensors of all layers, list by list."""
+        return [moment for moment in self.moments() if moment is not None]
+
+    def end_step(self) -> None:
+        """Take note that a kernel has written the moments in 8 bits."""
+
+    def maps(self) -> tuple[Tensor, ...]:
+        """Return what codes stand for, for each moment in use, where it is held in 8 bits."""
+        return ()
+
     def next_steps(self) -> list[Tensor]:
         """Count a step, and return the count of each layer; call :meth:`moments` first."""
         steps = self.steps()
@@ -134,10 +153,12 @@ class BatchState:
             state["step"] = torch.zeros((), dtype=torch.float32, device=w.device)
         if self._algorithm.norm_moment is not None:
             number_of(self._states, p, self._algorithm.norm_moment)
-        dtype = torch.promote_types(w.dtype, torch.float32)
         for key in self._used:
             if state.get(key) is None:
-                state[key] = laid_out_as(p, torch.zeros_like(w, dtype=dtype))
+                state[key] = laid_out_as(p, self._zeros(key, w))
+
+    def _zeros(self, key: str, w: Tensor) -> Tensor:
+        return torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
 
 
 def number_of(states: States, p: Tensor, key: str) -> Tensor:

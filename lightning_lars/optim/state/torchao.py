@@ -136,19 +136,30 @@ def to_eight_bit(state: dict[str, Any], p: Tensor, maps: Maps, held: Mapping[str
     for key, value in state.items():
         if isinstance(value, Tensor) and key != "step" and not is_eight_bit(value):
             part = local(p)
-            # What is a mean of squares has no sign, and twice as many steps without.
-            signed = key != "exp_avg_sq"
             whole = held.get(key)
             if whole is None:
-                codes = torch.zeros(part.shape, dtype=torch.uint8, device=part.device)
-                scale = torch.zeros(part.numel() // BLOCK_SIZE, dtype=torch.float32, device=part.device)
-                qmap = maps.map(signed, part.device)
-                new = import_eight_bit_tensor()(codes, scale, qmap, signed, dtype=torch.float32)
-                whole = laid_out_as(p, new)
+                whole = laid_out_as(p, eight_bit_zeros(part, key, maps))
             eight_bit: Any = local(whole)
-            eight_bit.qmap = maps.map(signed, part.device)
+            eight_bit.qmap = maps.map(is_signed(key), part.device)
             eight_bit.copy_(local(value).float().contiguous())
             state[key] = whole
+
+
+def is_signed(key: str) -> bool:
+    """Tell whether codes stand for numbers with a sign.
+
+    What is a mean of squares has no sign, and twice as many steps without.
+    """
+    return key != "exp_avg_sq"
+
+
+def eight_bit_zeros(part: Tensor, key: str, maps: Maps) -> Any:
+    """Return state of 8 bits, all 0, for what is here of a parameter."""
+    codes = torch.zeros(part.shape, dtype=torch.uint8, device=part.device)
+    scale = torch.zeros(part.numel() // BLOCK_SIZE, dtype=torch.float32, device=part.device)
+    signed = is_signed(key)
+    qmap = maps.map(signed, part.device)
+    return import_eight_bit_tensor()(codes, scale, qmap, signed, dtype=torch.float32)
 
 
 def plain_state_dict(saved: dict[str, Any]) -> dict[str, Any]:
