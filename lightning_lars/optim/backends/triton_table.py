@@ -103,7 +103,7 @@ class LayerTables:
 
     def start_step(self) -> None:
         """Expect the first table of a step."""
-        del self._made[self._next :]
+        self._made = self._made[: self._next]  # torch 2.6 cannot compile a `del` of it
         self._next = 0
 
     def table(self, tensors: Sequence[Sequence[Tensor]], numbers: Sequence[Sequence[int]] = ()) -> LayerTable:
