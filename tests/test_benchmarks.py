@@ -68,7 +68,7 @@ def test_the_growth_of_a_step_is_printed_and_drawn(tmp_path):
 @pytest.mark.slow
 @pytest.mark.slow
 def test_all_that_is_measured_on_a_gpu_can_be_tried_without_one(tmp_path):
-    pytest.importorskip("triton", reason="there is no triton for this system")
+    pytest.importorskip("triton", minversion="3.3", reason="there is no triton for this system")
     facts = tmp_path / "facts.jsonl"
     run("benchmarks.on_gpu", "--dry", "--out", facts)
     ends = {fact["phase"]: fact["code"] for fact in read(facts) if "code" in fact}

@@ -21,6 +21,7 @@ import lightning_lars
 from lightning_lars import LAMB, LARS, LargeBatchMixin, WarmupDecayLR
 from lightning_lars.cli import LargeBatchCLI, PytorchLightningLargeBatchCLI
 from tests.support.boring import Boring
+from tests.support.releases import has
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -127,6 +128,8 @@ HELP = [
 
 @pytest.mark.parametrize(("script", "key", "name"), HELP)
 def test_every_argument_is_typed_and_described_in_the_help(printed, script, key, name):
+    if name == "classifiers.MixinClassifier" and not has("jsonargparse>=4.48"):
+        pytest.skip("jsonargparse before 4.48 leaves out what a mixin says of its arguments")
     text = printed(script, "fit", f"--{key}.help={name}")
     assert "ntyped" not in text
     arguments = re.split(rf"\n  (?=--{re.escape(key)}\.\w+)", text)[1:]

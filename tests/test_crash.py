@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_lars import LAMB, LARS
 from lightning_lars.optim.step import Step
 from tests.support.boring import boring, trainer
+from tests.support.checkpoints import UNSAFELY
 
 CRASHES_IN_STEP = 5
 
@@ -58,7 +59,7 @@ def test_a_crash_in_a_step_loses_nothing_that_was_saved(tmp_path, optimizer_clas
     trainer(tmp_path, **options).fit(uninterrupted)
     saving = ModelCheckpoint(tmp_path / "resumed", every_n_train_steps=2)
     resuming = trainer(tmp_path, callbacks=[saving], enable_checkpointing=True, **options)
-    resuming.fit(resumed, ckpt_path=tmp_path / "step=4.ckpt", weights_only=False)
+    resuming.fit(resumed, ckpt_path=tmp_path / "step=4.ckpt", **UNSAFELY)
     assert resuming.global_step == 8
     for whole, again in zip(uninterrupted.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(whole, again)

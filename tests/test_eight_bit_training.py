@@ -8,6 +8,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimi
 from torch.utils.data import DataLoader
 
 from lightning_lars import LAMB8bit, LARS8bit, build_optimizer
+from tests.support.eight_bit import needs_torchao
 from tests.support.ranks import on_ranks, once
 from tests.workers.eight_bit import (
     CLASSES,
@@ -25,7 +26,7 @@ from tests.workers.eight_bit import (
 )
 from tests.workers.eight_bit_lightning import train as train_in_trainers
 
-pytest.importorskip("torchao", reason="there is no torchao for this system")
+needs_torchao()
 
 distributed = pytest.mark.distributed
 strategies = pytest.mark.parametrize("strategy", MAKES)
@@ -157,7 +158,7 @@ def test_shards_of_fsdp1_are_refused():
 
 @distributed
 def test_kernels_for_gpus_leave_shards_to_single_operations():
-    pytest.importorskip("triton", reason="there is no triton for this system")
+    pytest.importorskip("triton", minversion="3.3", reason="there is no triton for this system")
     for message in on_ranks(2, in_triton, True):
         assert "8-bit state of layers that are sharded across ranks" in message
     for values_of_rank in on_ranks(2, in_triton, None):

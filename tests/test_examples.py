@@ -62,14 +62,15 @@ def test_the_main_job_reaches_the_accuracy_that_the_readme_promises(tmp_path):
     result = run(tmp_path, "train.py")
     assert result.returncode == 0, result.stderr
     assert accuracy(result.stdout) > 95
-    assert "Epoch 14/14" in result.stdout, result.stdout
+    assert re.search("Epoch 14[/:]", result.stdout), result.stdout
 
 
 def test_the_main_job_trains_prints_its_groups_and_logs_the_trust_ratios(tmp_path, train):
     printed = train("--epochs", "6")
     assert accuracy(printed) > 90
-    for name in ("net.0.weight", "adapted", "BatchNorm2d", "excluded", "Epoch 5/5"):
+    for name in ("net.0.weight", "adapted", "BatchNorm2d", "excluded"):
         assert name in printed, printed
+    assert re.search("Epoch 5[/:]", printed), printed  # of rich or, with Lightning before 2.6, of tqdm
     layers = {f"trust_ratio_per_layer/net.{index}.weight" for index in (0, 3, 6, 11)}
     assert columns(tmp_path) >= layers | {"trust_ratio/min", "trust_ratio/median", "trust_ratio/max", "loss"}
 

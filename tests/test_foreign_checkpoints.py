@@ -10,6 +10,7 @@ import torch
 from torch.nn import Parameter
 
 from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit
+from tests.support.eight_bit import needs_torchao
 from tests.support.peers import PEERS, peer
 from tests.workers import bitsandbytes_states
 
@@ -239,7 +240,7 @@ def test_8_bit_state_of_bitsandbytes_matches_32_bits_within_quantization_error(
     assert {value.dtype for state in whole.state.values() for value in state.values()} == {torch.float32}
     key = "exp_avg" if optimizer_class is LAMB else "momentum_buffer"
     floats = whole.state[params[0]][key]
-    pytest.importorskip("torchao", reason="there is no torchao for this system")
+    needs_torchao()
     packed = eight_bit_class(params, **options)
     packed.load_state_dict(saved)
     in_eight_bits = packed.state[params[0]][key]

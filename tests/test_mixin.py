@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_lars import LAMB, LARS, LargeBatchMixin, NovoGrad
 from tests.support.boring import Boring, boring, trainer
+from tests.support.checkpoints import safely
 
 
 def snapshot(module):
@@ -143,7 +144,7 @@ def test_load_from_checkpoint_restores_weights_and_hyperparameters(tmp_path, opt
     fit = trainer(tmp_path)
     fit.fit(module)
     fit.save_checkpoint(tmp_path / "a.ckpt")
-    loaded = Boring.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    loaded = safely(Boring.load_from_checkpoint, tmp_path / "a.ckpt")
     assert_equal_states(snapshot(module), snapshot(loaded))
     assert loaded.hparams["width"] == 5
     expected, actual = module.configure_optimizers(), loaded.configure_optimizers()

@@ -21,6 +21,7 @@ from torch.testing import assert_close
 
 from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit, NovoGrad, PercentileGradientClipping
 from lightning_lars.gradients.percentile_clipping import PercentileClipping
+from tests.support.eight_bit import needs_torchao
 from tests.support.peers import PEERS, peer
 from tests.support.reference import autoclip, percentile_clipping
 from tests.workers.bitsandbytes_steps import CASES as BITSANDBYTES_CASES
@@ -315,7 +316,7 @@ def test_lars_reproduces_the_compiled_classes_of_bitsandbytes(theirs, ours, name
 @pytest.mark.slow
 @on_each_row
 def test_lars8bit_matches_the_intended_bitsandbytes_rule(theirs, ours, bitsandbytes):
-    pytest.importorskip("torchao", reason="there is no torchao for this system")
+    needs_torchao()
     lars = LARS8bit([Parameter(start_of_bitsandbytes())], **BITSANDBYTES_OPTIONS, **ours)
     expected, broken = (bitsandbytes[each, case_of(theirs)] for each in ("PytorchLARS", "LARS8bit"))
     way = ((expected[-1] - start_of_bitsandbytes()).norm() / expected[-1].norm()).item()
@@ -342,7 +343,7 @@ def test_lamb_reproduces_the_compiled_classes_of_bitsandbytes_given_their_learni
 @pytest.mark.slow
 @on_each_row
 def test_lamb8bit_matches_the_intended_bitsandbytes_rule(theirs, ours, bitsandbytes):
-    pytest.importorskip("torchao", reason="there is no torchao for this system")
+    needs_torchao()
     lamb = LAMB8bit([Parameter(start_of_bitsandbytes())], **BITSANDBYTES_LAMB_OPTIONS, **ours)
     case = case_of(theirs, BITSANDBYTES_LAMB_CASES)
     expected, broken = (bitsandbytes[each, case] for each in ("LAMB32bit", "LAMB8bit"))

@@ -1,5 +1,6 @@
 """The wheel built from the sdist works in a fresh environment."""
 
+import re
 import subprocess
 import sys
 import sysconfig
@@ -91,6 +92,10 @@ def test_the_metadata_is_complete(built):
     for field in ("Summary", "Author", "License-Expression", "License-File", "Requires-Python", "Keywords"):
         assert metadata[field], field
     assert metadata["Description-Content-Type"] == "text/markdown"
+    # A package index has none of the files beside the README.
+    assert {target.split(":")[0] for target in re.findall(r"\]\(([^)]*)", metadata.get_payload())} == {
+        "https"
+    }
     assert set(metadata.get_all("Provides-Extra")) == {"8bit", "cli", "examples", "plot", "test"}
     assert f"## [{metadata['Version']}]" in (ROOT / "CHANGELOG.md").read_text()
     assert f"\nversion: {metadata['Version']}\n" in (ROOT / "CITATION.cff").read_text()

@@ -100,8 +100,7 @@ def plot_trust_ratios(history: TrustRatioHistory, ax: Axes | None = None) -> tup
     ax.invert_yaxis()
     ax.set_xlabel("optimizer step")
     ax.set_title(_TITLES[history.leading], loc="left", fontweight="bold", fontsize="medium")
-    figure = ax.get_figure(root=True)
-    assert figure is not None
+    figure = ax.figure.figure  # the outermost, where the axes are in a subfigure
     figure.colorbar(mesh, ax=ax, pad=0.01, extend="both", extendfrac=0.03, aspect=_bar_aspect(len(series)))
     return figure, ax
 
@@ -159,8 +158,7 @@ def plot_effective_lr(history: TrustRatioHistory, ax: Axes | None = None) -> tup
     ax.set_xlabel("optimizer step")
     title = f"Effective learning rate, which is {_RATES[history.leading]}"
     ax.set_title(title, loc="left", fontweight="bold", fontsize="medium")
-    figure = ax.get_figure(root=True)
-    assert figure is not None
+    figure = ax.figure.figure  # the outermost, where the axes are in a subfigure
     if few:
         ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4)
     else:

@@ -4,18 +4,22 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_lars import BatchSizeScaling, LearningRateWarmup
+from tests.support.checkpoints import safely
 from tests.support.walk import BATCHES, OtherWalk, Walk, walker
 
 ROOTS = {"lightning": (lightning.pytorch, Walk), "pytorch_lightning": (pytorch_lightning, OtherWalk)}
 CALLBACKS = {
-    "both": lambda: [LearningRateWarmup(5), BatchSizeScaling(3)],
-    "warmup": lambda: [LearningRateWarmup(5)],
-    "scaling": lambda: [BatchSizeScaling(3)],
-    "monitored": lambda: [LearningRateMonitor(), LearningRateWarmup(5), LearningRateMonitor("step")],
+    "both": lambda callbacks: [LearningRateWarmup(5), BatchSizeScaling(3)],
+    "warmup": lambda callbacks: [LearningRateWarmup(5)],
+    "scaling": lambda callbacks: [BatchSizeScaling(3)],
+    "monitored": lambda callbacks: [
+        callbacks.LearningRateMonitor(),
+        LearningRateWarmup(5),
+        callbacks.LearningRateMonitor("step"),
+    ],
 }
 
 
@@ -44,11 +48,11 @@ def test_says_nothing_of_callbacks_that_are_missing(tmp_path, root, callbacks, s
     """Warnings are errors."""
     package, module = ROOTS[root]
     options = {"root": package, "logger": CSVLogger(tmp_path), "limit_val_batches": 2}
-    fitting = walker(tmp_path, *CALLBACKS[callbacks](), **options)
+    fitting = walker(tmp_path, *CALLBACKS[callbacks](package.callbacks), **options)
     fitting.fit(evaluated(module))
     fitting.save_checkpoint(tmp_path / "after.ckpt")
-    for evaluating in (fitting, walker(tmp_path, *CALLBACKS[callbacks](), **options)):
-        getattr(evaluating, stage)(evaluated(module), ckpt_path=tmp_path / "after.ckpt", weights_only=True)
+    for evaluating in (fitting, walker(tmp_path, *CALLBACKS[callbacks](package.callbacks), **options)):
+        safely(getattr(evaluating, stage), evaluated(module), ckpt_path=tmp_path / "after.ckpt")
 
 
 def test_a_fit_after_it_starts_from_the_first_step(tmp_path):
@@ -56,7 +60,7 @@ def test_a_fit_after_it_starts_from_the_first_step(tmp_path):
     fitting = walker(tmp_path, LearningRateWarmup(5), max_epochs=1)
     fitting.fit(module)
     fitting.save_checkpoint(tmp_path / "after.ckpt")
-    fitting.validate(module, ckpt_path=tmp_path / "after.ckpt", weights_only=True)
+    safely(fitting.validate, module, ckpt_path=tmp_path / "after.ckpt")
     first = module.rates()
     fitting.fit_loop.max_epochs = 2
     fitting.fit(module)

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
@@ -48,9 +49,9 @@ def both():
     return LearningRateWarmup(WARMUP), BatchSizeScaling(BASE)
 
 
-def every_step(tmp_path):
+def every_step(tmp_path, package=lightning.pytorch):
     """Keeps a checkpoint of every step, and no other."""
-    return ModelCheckpoint(
+    return package.callbacks.ModelCheckpoint(
         tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False
     )
 
@@ -268,7 +269,7 @@ def test_the_other_package_continues_from_the_same_checkpoint(tmp_path):
         tmp_path,
         OtherWalk(scheduler=cosine),
         *both(),
-        every_step(tmp_path / "resumed"),
+        every_step(tmp_path / "resumed", pytorch_lightning),
         root=pytorch_lightning,
         ckpt_path=tmp_path / "step=5.ckpt",
     )

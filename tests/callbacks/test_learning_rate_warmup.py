@@ -12,6 +12,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lars import BatchSizeScaling, LearningRateWarmup
+from tests.support.releases import has
 from tests.support.walk import BATCH_SIZE, BATCHES, RATES, Walk, scaled, walk, walker
 
 SHAPES = {
@@ -346,6 +347,9 @@ class Compiled(Walk):
 @pytest.mark.parametrize(
     "scheduler",
     [pytest.param(None, marks=pytest.mark.slow), partial(lr_scheduler.CosineAnnealingLR, T_max=40)],
+)
+@pytest.mark.skipif(
+    not has("typing-extensions>=4.12"), reason="torch 2.13 cannot compile with typing-extensions before 4.12"
 )
 def test_a_compiled_step_uses_the_warmed_up_rates(tmp_path, scheduler):
     torch.compiler.reset()

@@ -13,12 +13,7 @@ import pytorch_lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import (
-    EMAWeightAveraging,
-    ModelCheckpoint,
-    RichProgressBar,
-    TQDMProgressBar,
-)
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
@@ -380,8 +375,12 @@ def test_sees_into_compiled_layers(tmp_path):
         assert_precise(state, chunks())
 
 
+@pytest.mark.skipif(
+    not hasattr(lightning.pytorch.callbacks, "EMAWeightAveraging"),
+    reason="EMAWeightAveraging needs Lightning 2.6",
+)
 def test_averaged_weights_get_statistics_of_their_own(tmp_path):
-    averaging = EMAWeightAveraging(decay=0.5)
+    averaging = lightning.pytorch.callbacks.EMAWeightAveraging(decay=0.5)
     (state,) = fit(tmp_path, Module(), averaging, PreciseBatchNorm()).validated
     assert_precise(state, chunks())
     assert not torch.equal(state["net.0.weight"], fit(tmp_path, Module()).net[0].weight)

@@ -29,6 +29,7 @@ from lightning_lars import (
     build_optimizer,
 )
 from tests.support.boring import Boring, WithoutOptimizer, boring, trainer
+from tests.support.heatmap import cells
 
 LAYERS = ["net.0.bias", "net.0.weight", "net.2.bias", "net.2.weight"]
 
@@ -629,7 +630,7 @@ def test_fast_dev_run_works(tmp_path):
 def drawn(monitor):
     """The heat-map, as it is in the picture."""
     _, (above, _) = monitor.plot()
-    return above.collections[0].get_array()
+    return cells(above.collections[0])
 
 
 def test_plot_draws_the_ratios_that_were_logged(tmp_path):

@@ -22,6 +22,7 @@ from lightning_lars import (
 )
 from lightning_lars.cli import LargeBatchCLI
 from tests.support.boring import Boring, boring, trainer
+from tests.support.checkpoints import safely
 
 LR, EXCLUDED_LR = 0.5, 0.02
 STEPS = 8
@@ -367,5 +368,5 @@ def test_the_mixin_saves_the_rate_as_a_hyperparameter(tmp_path):
     fit_ = trainer(tmp_path)
     fit_.fit(module)
     fit_.save_checkpoint(tmp_path / "a.ckpt")
-    loaded = Boring.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    loaded = safely(Boring.load_from_checkpoint, tmp_path / "a.ckpt")
     assert loaded.configure_optimizers().param_groups[1]["lr"] == EXCLUDED_LR

@@ -252,14 +252,15 @@ def test_prefixes_of_wrappers_are_no_part_of_a_name():
             super().__init__()
             self._fsdp_wrapped_module = module
 
-    module = nn.Sequential(torch.compile(nn.Linear(2, 2)), FSDPLike(nn.LayerNorm(2)))
+    module = nn.Sequential(torch.compile(nn.Linear(2, 2), backend="eager"), FSDPLike(nn.LayerNorm(2)))
     assert names(module) == {"adapted": ["0.weight"], "excluded": ["0.bias", "1.weight", "1.bias"]}
 
 
 def test_the_module_of_ddp_is_no_part_of_a_name(process_group):
     module = nn.Sequential(nn.Linear(2, 2))
     module.module = nn.LayerNorm(2)
-    for wrapped in (DistributedDataParallel(module), torch.compile(DistributedDataParallel(module))):
+    wrapped_twice = torch.compile(DistributedDataParallel(module), backend="eager")
+    for wrapped in (DistributedDataParallel(module), wrapped_twice):
         groups = names(wrapped, exclude=[*DEFAULT_EXCLUDED, "0.*"])
         assert groups == {"excluded": ["0.weight", "0.bias", "module.weight", "module.bias"]}
     inside = nn.ModuleDict({"net": DistributedDataParallel(nn.Linear(2, 2))})

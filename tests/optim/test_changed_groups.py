@@ -10,6 +10,7 @@ import torch
 from torch.nn import Parameter
 
 from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit
+from tests.support.eight_bit import needs_torchao
 
 both = pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
 
@@ -268,6 +269,8 @@ def test_state_and_gradients_of_the_shape_that_a_parameter_had_are_refused(
     optimizer_class, fused, shape, stale
 ):
     """Layers grown or pruned by ``p.data = ...``: kernels would read and write past the end."""
+    if optimizer_class in (LARS8bit, LAMB8bit):
+        needs_torchao()
     first, second = Parameter(torch.ones(2, 2)), Parameter(torch.ones(3, 4))
     optimizer = optimizer_class([("first", first), ("second", second)], lr=0.1, fused=fused)
     first.grad, second.grad = torch.ones(2, 2), torch.ones(3, 4)

@@ -7,6 +7,7 @@ import torch
 from torch.nn import Parameter
 
 from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit
+from tests.support.eight_bit import needs_torchao
 from tests.support.layers import give_gradients
 
 LARGE, SMALL = (64, 128), (5,)  # of which the first is held in 8 bits
@@ -17,7 +18,7 @@ every = pytest.mark.parametrize("optimizer_class", [LARS, LAMB, LARS8bit, LAMB8b
 def started(optimizer_class, **options):
     """An optimizer after a step."""
     if optimizer_class in (LARS8bit, LAMB8bit):
-        pytest.importorskip("torchao")
+        needs_torchao()
     params = [Parameter(torch.full(shape, 2.0)) for shape in (LARGE, SMALL)]
     optimizer = optimizer_class(params, lr=0.1, **options)
     give_gradients(params, 0)

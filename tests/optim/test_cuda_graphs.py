@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit
+from tests.support.eight_bit import needs_torchao
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
@@ -25,7 +26,7 @@ cases = pytest.mark.parametrize(("optimizer_class", "options"), CASES, ids=str)
 
 def build(optimizer_class, params, options):
     if "8bit" in optimizer_class.__name__:
-        pytest.importorskip("torchao", reason="there is no torchao for this system")
+        needs_torchao()
         options = {**options, "min_8bit_size": 256}
     return optimizer_class(params, lr=torch.tensor(0.1, device="cuda"), **options)
 

@@ -16,8 +16,10 @@ from benchmarks.model_shapes import resnet50
 from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit
 from lightning_lars.optim.backends import choice
 from tests.support import reference
+from tests.support.eight_bit import needs_torchao
 from tests.support.layers import give_gradients
 
+needs_torchao()
 torchao = pytest.importorskip("torchao.optim.subclass_8bit", reason="there is no torchao for this system")
 
 CLASSES = [(LARS8bit, LARS), (LAMB8bit, LAMB)]
@@ -327,7 +329,7 @@ def test_weights_whose_rows_are_not_next_to_each_other(eight_bit_class, optimize
 @both
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")
 def test_kernels_in_triton_work_on_the_dequantized_state(eight_bit_class, optimizer_class, monkeypatch):
-    pytest.importorskip("triton", reason="there is no triton for this system")
+    pytest.importorskip("triton", minversion="3.3", reason="there is no triton for this system")
     monkeypatch.setattr(choice, "TRITON_DEVICES", {"cpu"})
     params, expected_params = layers(), layers()
     optimizer = build(eight_bit_class, params, fused=True)

@@ -80,7 +80,7 @@ def real_device(kernels, monkeypatch):
     """Where these kernels run."""
     if kernels == "torch":
         return "cpu"
-    pytest.importorskip("triton", reason="there is no triton for this system")
+    pytest.importorskip("triton", minversion="3.3", reason="there is no triton for this system")
     if torch.cuda.is_available():
         return "cuda"
     monkeypatch.setattr(choice, "TRITON_DEVICES", {"cpu"})

@@ -17,7 +17,7 @@ def device(path, monkeypatch, request):
     """Where a path is taken: that of Triton on a GPU, or in its interpreter where there is none."""
     if path != "triton":
         return "cpu"
-    pytest.importorskip("triton", reason="there is no triton for this system")
+    pytest.importorskip("triton", minversion="3.3", reason="there is no triton for this system")
     if torch.cuda.is_available():
         return "cuda"
     request.getfixturevalue("small_chunks")

@@ -88,7 +88,7 @@ def test_a_tensor_lr_is_the_papers_too(options):
     ids=str,
 )
 def test_the_kernel_in_triton_is_the_papers(options, dtype, tensor_lr, monkeypatch):
-    pytest.importorskip("triton", reason="there is no triton for this system")
+    pytest.importorskip("triton", minversion="3.3", reason="there is no triton for this system")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     monkeypatch.setattr(choice, "TRITON_DEVICES", {device})
     assert_paper(options, dtype, device, 3, tensor_lr, fused=True)

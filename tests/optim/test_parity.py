@@ -280,7 +280,7 @@ IN_TRITON = [
 def test_the_kernels_in_triton_follow_the_reference_with_each_option(
     optimizer_class, options, dtype, monkeypatch
 ):
-    pytest.importorskip("triton", reason="there is no triton for this system")
+    pytest.importorskip("triton", minversion="3.3", reason="there is no triton for this system")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     monkeypatch.setattr(choice, "TRITON_DEVICES", {device})
     cuts = dtype == torch.bfloat16

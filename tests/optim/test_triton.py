@@ -16,7 +16,7 @@ from lightning_lars.optim.backends import choice, triton_table
 from lightning_lars.optim.backends.triton_table import CHUNK, LayerTables
 from tests.support.layers import groups, layers, values, walk
 
-pytest.importorskip("triton", reason="there is no triton for this system")
+pytest.importorskip("triton", minversion="3.3", reason="there is no triton for this system")
 triton_trial = pytest.importorskip("lightning_lars.optim.backends.triton_trial")
 WORKERS = Path(__file__).parents[1] / "workers"
 

@@ -136,7 +136,7 @@ def test_norms_of_shards_would_have_been_noticed(setup):
 
 @over(IN_TRITON)
 def test_the_kernels_for_gpus_take_the_same_steps_of_shards(setup, case):
-    pytest.importorskip("triton", reason="there is no triton for this system")
+    pytest.importorskip("triton", minversion="3.3", reason="there is no triton for this system")
     for process in on_those_of(setup, equal_to_one_device.train_in_triton, case):
         steps = zip(process["values"], process["ratios"], expected(case)[:2], strict=True)
         for actual, ratios, (values, expected_ratios) in steps:

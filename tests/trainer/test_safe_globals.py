@@ -19,6 +19,7 @@ from lightning_lars import LAMB, LARS, LAMB8bit, LargeBatchMixin, LARS8bit, Warm
 from lightning_lars.cli import LargeBatchCLI
 from lightning_lars.mixin import LRSchedulerCallable, OptimizerCallable
 from tests.support.boring import Boring, Plain, boring, trainer
+from tests.support.checkpoints import safely
 
 
 class OwnLARS(LARS):
@@ -105,14 +106,14 @@ def flat(builders):
 def test_optimizers_that_hyperparameters_name_load(tmp_path, kind):
     for optimizer in KNOWN[kind]:
         path = saved(tmp_path / "a.ckpt", boring(optimizer))
-        loaded = Boring.load_from_checkpoint(path, weights_only=True)
+        loaded = safely(Boring.load_from_checkpoint, path)
         assert flat([loaded.hparams["optimizer"]]) == flat([optimizer])
 
 
 @pytest.mark.parametrize("lr_scheduler", SCHEDULERS)
 def test_schedulers_that_hyperparameters_name_load(tmp_path, lr_scheduler):
     path = saved(tmp_path / "a.ckpt", boring(lr_scheduler=lr_scheduler))
-    loaded = Boring.load_from_checkpoint(path, weights_only=True)
+    loaded = safely(Boring.load_from_checkpoint, path)
     assert flat([loaded.hparams["lr_scheduler"]]) == flat([lr_scheduler])
 
 
@@ -122,7 +123,7 @@ def test_a_scheduler_loads_from_where_it_was_in_the_first_release(tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(WarmupDecayLR, "__module__", "lightning_lars.schedules")
         path = saved(tmp_path / "a.ckpt", boring(lr_scheduler=scheduler))
-    loaded = Boring.load_from_checkpoint(path, weights_only=True)
+    loaded = safely(Boring.load_from_checkpoint, path)
     assert loaded.hparams["lr_scheduler"].func is WarmupDecayLR
     # From now on by `ckpt_path` of a Trainer too, as the module has been given it.
     assert torch.load(path, weights_only=True)["hyper_parameters"]["lr_scheduler"].func is WarmupDecayLR
@@ -130,15 +131,15 @@ def test_a_scheduler_loads_from_where_it_was_in_the_first_release(tmp_path, monk
 
 def test_recipes_a_subclass_of_a_subclass_and_the_other_root_load(tmp_path):
     path = saved(tmp_path / "recipe.ckpt", Boring(**recipes.lars(batch_size=256)))
-    assert Boring.load_from_checkpoint(path, weights_only=True).hparams["optimizer"].func is LARS
+    assert safely(Boring.load_from_checkpoint, path).hparams["optimizer"].func is LARS
     path = saved(tmp_path / "wider.ckpt", Wider(optimizer=partial(LAMB8bit, lr=0.1)))
-    assert Wider.load_from_checkpoint(path, weights_only=True).hparams["optimizer"].func is LAMB8bit
+    assert safely(Wider.load_from_checkpoint, path).hparams["optimizer"].func is LAMB8bit
     module = OfOtherRoot(optimizer=partial(LAMB, lr=0.1))
     fit = pytorch_lightning.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
     fit.strategy.connect(module)
     fit.save_checkpoint(tmp_path / "other.ckpt")
     clear_safe_globals()
-    loaded = OfOtherRoot.load_from_checkpoint(tmp_path / "other.ckpt", weights_only=True)
+    loaded = safely(OfOtherRoot.load_from_checkpoint, tmp_path / "other.ckpt")
     assert loaded.hparams["optimizer"].func is LAMB
 
 
@@ -163,7 +164,7 @@ def test_checkpoints_of_the_cli_load(tmp_path, cli_class):
     cli = cli_class(FromYAML, args=["fit", *arguments], **options)
     cli.trainer.save_checkpoint(tmp_path / "a.ckpt")
     clear_safe_globals()
-    loaded = FromYAML.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    loaded = safely(FromYAML.load_from_checkpoint, tmp_path / "a.ckpt")
     for p, q in zip(cli.model.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(p, q)
     loaded.trainer = cli.trainer
@@ -175,19 +176,19 @@ def test_checkpoints_of_the_cli_load(tmp_path, cli_class):
 def test_user_classes_are_refused_with_the_class_and_the_remedy_named(tmp_path, name):
     path = saved(tmp_path / "a.ckpt", Boring(**OWN[name]))
     with pytest.raises(pickle.UnpicklingError, match=rf"torch\.serialization\.safe_globals.*{name}"):
-        Boring.load_from_checkpoint(path, weights_only=True)
+        safely(Boring.load_from_checkpoint, path)
     assert get_safe_globals() == []
     with safe_globals([globals()[name]]):  # as the error says
-        Boring.load_from_checkpoint(path, weights_only=True)
+        safely(Boring.load_from_checkpoint, path)
 
 
 def test_a_load_leaves_what_was_allowed_before_and_what_the_module_was_given(tmp_path):
     path = saved(tmp_path / "a.ckpt", boring(partial(LAMB, lr=0.1)))
     add_safe_globals([partial, OwnLARS])
-    Boring.load_from_checkpoint(path, weights_only=True)
+    safely(Boring.load_from_checkpoint, path)
     assert set(get_safe_globals()) == {partial, OwnLARS, LAMB}
     with pytest.raises(FileNotFoundError):
-        Boring.load_from_checkpoint(tmp_path / "none.ckpt", weights_only=True)
+        safely(Boring.load_from_checkpoint, tmp_path / "none.ckpt")
     assert set(get_safe_globals()) == {partial, OwnLARS, LAMB}
 
 
@@ -199,7 +200,7 @@ def test_a_process_that_gave_a_module_its_classes_loads_them_by_ckpt_path(tmp_pa
     fit.save_checkpoint(tmp_path / "a.ckpt")
     clear_safe_globals()
     fresh = Boring(**OWN[name])
-    trainer(tmp_path, max_epochs=3).fit(fresh, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    safely(trainer(tmp_path, max_epochs=3).fit, fresh, ckpt_path=tmp_path / "a.ckpt")
     assert fresh.trainer.current_epoch == 3
 
 
@@ -214,9 +215,9 @@ def test_a_module_that_was_given_another_optimizer_loads_by_load_from_checkpoint
     with pytest.raises(
         pickle.UnpicklingError, match=r"torch\.serialization\.safe_globals.*functools\.partial"
     ):
-        resuming.fit(Boring(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
-    loaded = Boring.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
-    resuming.fit(loaded, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+        safely(resuming.fit, Boring(), ckpt_path=tmp_path / "a.ckpt")
+    loaded = safely(Boring.load_from_checkpoint, tmp_path / "a.ckpt")
+    safely(resuming.fit, loaded, ckpt_path=tmp_path / "a.ckpt")
     assert resuming.current_epoch == 3
 
 
@@ -254,10 +255,11 @@ import torch, lightning.pytorch, pytorch_lightning
 before = torch.serialization.get_safe_globals()
 import lightning_lars, lightning_lars.cli, lightning_lars.recipes
 from tests.support.boring import Boring
+from tests.support.checkpoints import safely
 assert set(torch.serialization.get_safe_globals()) == set(before)
 for name in ("a", "b", "c"):
     try:
-        module = Boring.load_from_checkpoint({str(tmp_path)!r} + f"/{{name}}.ckpt", weights_only=True)
+        module = safely(Boring.load_from_checkpoint, {str(tmp_path)!r} + f"/{{name}}.ckpt")
         optimizer = module.hparams["optimizer"]
         print(getattr(optimizer, "func", optimizer).__name__)
     except Exception as error:

@@ -21,6 +21,7 @@ from lightning_lars.trust_ratios.plot import (
     save_picture,
 )
 from lightning_lars.trust_ratios.step_statistics import OverSteps
+from tests.support.heatmap import cells
 
 RESNET = [f"layer{i}.{j}.conv{k}.weight" for i in range(1, 5) for j in range(5) for k in (1, 2, 3)]
 TRANSFORMER = [
@@ -54,7 +55,7 @@ def recorded(layers, ratio=0.01, lr=2.0, steps=(10, 20, 30)):
 def test_the_heat_map_shows_layers_from_the_top_over_steps_on_a_logarithmic_scale():
     _, ax = plot_trust_ratios(recorded(FEW))
     mesh, not_finite = ax.collections
-    assert mesh.get_array().tolist() == [[0.01] * 3, [0.02] * 3, [0.03] * 3]
+    assert cells(mesh).tolist() == [[0.01] * 3, [0.02] * 3, [0.03] * 3]
     assert isinstance(mesh.norm, LogNorm)
     assert not_finite.get_array().count() == 0
     assert [label.get_text() for label in ax.get_yticklabels()] == ["conv1", "conv2", "fc"]
@@ -68,12 +69,12 @@ def test_non_finite_cells_are_red_and_missing_values_empty():
     history.record(40, {"trust_ratio": {"fc.weight": OverSteps(1.0, 1.0, 1.0)}})
     _, ax = plot_trust_ratios(history)
     mesh, not_finite = ax.collections
-    assert mesh.get_array().mask.tolist() == [
+    assert cells(mesh).mask.tolist() == [
         [False, False, False, True],
         [False, True, True, True],
         [False] * 4,
     ]
-    assert (~not_finite.get_array().mask).tolist() == [
+    assert (~cells(not_finite).mask).tolist() == [
         [False] * 4,
         [False, True, True, False],
         [False] * 4,
@@ -103,7 +104,7 @@ def test_the_lines_are_the_effective_learning_rates_in_front_of_the_schedule():
 
 def overlaps(axes):
     """Pairs of labels beside the rows that are printed over each other."""
-    renderer = axes.get_figure(root=True).canvas.get_renderer()
+    renderer = axes.figure.canvas.get_renderer()
     boxes = sorted(
         (label.get_window_extent(renderer) for label in axes.get_yticklabels()), key=lambda box: box.y0
     )
@@ -155,12 +156,14 @@ def test_lines_that_are_many_do_not_hide_each_other(layers, alpha):
     assert len(layers) < 10 or len({i * 10 // len(layers) for i in from_top[:20]}) == 10
 
 
-def test_draws_in_axes_that_are_given():
+@pytest.mark.parametrize("is_inside", [False, True], ids=["figure", "subfigure"])
+def test_draws_in_axes_that_are_given(is_inside):
     figure = Figure()
     FigureCanvasAgg(figure)
-    given = figure.subplots()
+    part = figure.subfigures(1, 2)[0] if is_inside else figure
+    given = part.subplots()
     assert plot_trust_ratios(recorded(FEW), given) == (figure, given)
-    assert plot_effective_lr(recorded(FEW), figure.subplots())[0] is figure
+    assert plot_effective_lr(recorded(FEW), part.subplots())[0] is figure
 
 
 @pytest.mark.parametrize("plot", [plot_history, plot_trust_ratios, plot_effective_lr])

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit, build_optimizer
+from tests.support.checkpoints import UNSAFELY
 from tests.workers.eight_bit import RESUMED, STEPS, batches, in_eight_bits, network, values
 
 PAIRS = {"LARS": {8: LARS8bit, 32: LARS}, "LAMB": {8: LAMB8bit, 32: LAMB}}
@@ -72,7 +73,7 @@ def fit(strategy, optimizer_class, resume=None, save=None):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, ckpt_path=resume, weights_only=False)
+    trainer.fit(model, ckpt_path=resume, **UNSAFELY)
     return values(model), in_eight_bits(trainer.optimizers[0], model)
 
 

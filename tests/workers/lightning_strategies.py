@@ -22,6 +22,7 @@ from lightning_lars import (
     LearningRateWarmup,
     TrustRatioMonitor,
 )
+from tests.support.checkpoints import UNSAFELY
 from tests.support.setups import Setup, parallelize
 from tests.support.small_network import RESUMED, STEPS, Block, batches, floats, loss_of, network
 
@@ -175,7 +176,7 @@ def fit(folder, module_class, optimizer, strategy, options, checkpoint=None, **m
         **options,
         **more,
     )
-    trainer.fit(module_class(optimizer=optimizer), ckpt_path=checkpoint, weights_only=False)
+    trainer.fit(module_class(optimizer=optimizer), ckpt_path=checkpoint, **UNSAFELY)
     seen = {"values": witness.values, "rates": witness.rates, "scales": witness.scales}
     if monitored:
         seen["ratios"] = floats(trainer.optimizers[0].trust_ratios())
