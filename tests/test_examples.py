@@ -135,6 +135,12 @@ def test_plain_torch_lowers_the_loss(tmp_path):
     assert float(losses[-1]) < 0.1 * float(losses[0])
 
 
+def test_fabric_trains_resumes_and_reports_its_accuracy(tmp_path):
+    printed = run(tmp_path, "fabric.py", "--epochs", "4").stdout
+    assert printed.count("trust ratios") == 4
+    assert float(re.search(r"Test accuracy: ([\d.]+) %", printed)[1]) > 90
+
+
 @pytest.mark.parametrize("model", ["residual", "vit"])
 def test_a_layer_scale_grows_where_gains_are_excluded_and_not_where_they_are_adapted(
     monkeypatch, capsys, model
