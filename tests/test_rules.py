@@ -124,10 +124,10 @@ BAD_PARAMS = {
         [{"params": SHARED}, {"params": SHARED}],
         "once|more than one parameter group",
     ),
-    "a name twice in a group": ([("a", w()), ("a", w())], "a name of its own, got 'a' twice"),
+    "a name twice in a group": ([("a", w()), ("a", w())], "unique names, got 'a' twice"),
     "a name in two groups": (
         [{"params": [("a", w())]}, {"params": [("a", w())]}],
-        "a name of its own, got 'a' twice",
+        "unique names, got 'a' twice",
     ),
     "only one with a name": ([("a", w()), w()], "names"),
     "a result": ([("a", w() * 2)], "leaf tensors, got parameter 'a'"),

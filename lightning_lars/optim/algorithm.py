@@ -92,10 +92,11 @@ class Algorithm(ABC):
     @classmethod
     def hyperparameters(cls, group: Mapping[str, Any]) -> Hyperparameters:
         """Return the hyperparameters of a group, with ``weight_decay`` 0 if the decay is decoupled."""
-        values = {name: group[name] for name in cls.Hyperparameters._fields}
+        names = cls.Hyperparameters._fields
+        values = list(map(group.__getitem__, names))
         if group["decoupled_weight_decay"]:
-            values["weight_decay"] = 0.0
-        return cls.Hyperparameters(**values)
+            values[names.index("weight_decay")] = 0.0
+        return cls.Hyperparameters(*values)
 
     @staticmethod
     def check_combination(h: Hyperparameters) -> None:

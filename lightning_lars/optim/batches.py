@@ -1,4 +1,4 @@
-"""The layers of a step, sorted into batches that can move together."""
+"""Layers sorted into batches that a back end updates together."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -11,38 +11,41 @@ from lightning_lars.optim.algorithm import Hyperparameters
 from lightning_lars.optim.backends.choice import triton_supports, uses_triton
 from lightning_lars.sharding.shards import Shard, local, local_gradient
 
-# How many elements are worked on at once. Their updates exist at the same time, for weights of half precision
-# beside a float32 copy: 256 MiB of scratch for four tensors of this size.
-# On the CPU less, so that what was read for the norms is still in its cache.
+# The largest batch, in elements. The updates of a batch exist at the same time, beside float32 copies of its
+# half-precision weights: four tensors of this size are 256 MiB of scratch.
+# Smaller on the CPU, so that what the norms have read is still in the cache when the weights are updated.
 _MAX_BATCH_ELEMENTS, _MAX_BATCH_ELEMENTS_ON_CPU = 2**24, 2**20
 
 Shards = Mapping[Tensor, Shard | None]
-"""For each parameter, where the rest of it is; None for one that no strategy has laid out."""
+"""How each parameter is sharded; None for a plain tensor."""
 
 
 class Batch(NamedTuple):
-    """Layers of one group that share a device and a dtype: what of them, and of their gradients, is here."""
+    """Layers of one group with the same device and dtype: the local shards of their weights and gradients."""
 
     group: dict[str, Any]
     h: Hyperparameters
     params: list[Tensor]
     weights: list[Tensor]
     grads: list[Tensor]
+    shapes: list[torch.Size]
+    """Of the weights, which take longer to ask than to keep."""
+
     states: list[Any]
-    """The state dict of each layer, or None before it has one."""
+    """The state dict of each layer; None if it has none yet."""
 
     is_sharded: bool
     is_first: bool
     """Whether this is the first step of these layers."""
 
     adapts_direction: bool
-    """Whether the direction, and the moments with it, come before the trust ratio."""
+    """Whether the direction is computed, and the moments updated, before the trust ratio."""
 
     in_eight_bit: bool = False
     """Whether a kernel reads and writes the moments in 8 bits."""
 
 
-_Kind = tuple[torch.device, torch.dtype, bool, bool]
+_BatchKey = tuple[torch.device, torch.dtype, bool, bool]
 
 
 def sort_layers(
@@ -54,59 +57,73 @@ def sort_layers(
     is_first: Callable[[Tensor, Any], bool],
     name: Callable[[Tensor], str],
 ) -> Iterable[Batch]:
-    """Sort the layers of a group that have a gradient by their kind, and into batches of bounded size.
+    """Sort the layers of a group that have a gradient into batches of bounded size.
+
+    Args:
+        group: The parameter group.
+        h: Its hyperparameters.
+        adapts_direction: Whether the direction of its layers is computed before their trust ratios.
+        states: The state of the optimizer, by parameter.
+        shards: How the layers are sharded; empty if none is.
+        is_first: Returns whether the next step of a layer, given with its state, is its first.
+        name: Returns the name of a parameter, for errors.
 
     Raises:
-        RuntimeError: If a gradient is sparse, of another shape, or whole where its parameter is a DTensor.
+        RuntimeError: If a gradient is sparse, has another shape than its parameter, or is a plain tensor
+            where its parameter is a DTensor.
     """
     batches: list[Batch] = []
-    latest: dict[_Kind, Batch] = {}
-    room: dict[_Kind, float] = {}
+    # The batch that takes more layers of a kind, and how many elements it still takes.
+    open_batches: dict[_BatchKey, tuple[Batch, list[float]]] = {}
+    dense = torch.strided
     for p in group["params"]:
         grad = p.grad
         if grad is None:
             continue
-        if grad.layout != torch.strided:
+        if grad.layout is not dense:
             raise RuntimeError(
                 f"gradients must be dense, got a sparse one for parameter {name(p)!r}: "
                 "build its module with sparse=False or give it to SparseAdam"
             )
-        part, is_sharded, shard = p, False, shards[p]
+        w, is_sharded = p, False
+        shard = shards[p] if shards else None
         if shard is not None:
             if hasattr(p, "device_mesh") and not hasattr(grad, "device_mesh"):
                 raise RuntimeError(
-                    f"the gradient of a DTensor must be one, got a plain tensor for parameter {name(p)!r}: "
-                    "lay it out with torch.distributed.tensor.distribute_tensor()"
+                    f"the gradient of a DTensor must be a DTensor, got a plain tensor for parameter "
+                    f"{name(p)!r}: distribute it with torch.distributed.tensor.distribute_tensor()"
                 )
-            part, grad, is_sharded = local(p), local_gradient(p), len(shard.groups) > 0
-        if grad.shape != part.shape:
+            w, grad, is_sharded = local(p), local_gradient(p), len(shard.groups) > 0
+        shape = w.shape
+        if grad.shape != shape:
             raise RuntimeError(
                 f"the gradient of parameter {name(p)!r} must have the parameter's shape, "
-                f"{tuple(part.shape)}, got {tuple(grad.shape)}: set it to None where a parameter "
+                f"{tuple(shape)}, got {tuple(grad.shape)}: set it to None where a parameter "
                 "is given another shape"
             )
         state = states.get(p)
-        kind, elements = (part.device, part.dtype, is_sharded, is_first(p, state)), part.numel()
-        batch = latest.get(kind)
-        if batch is None or elements > room[kind]:
-            batch = Batch(group, h, [], [], [], [], is_sharded, kind[-1], adapts_direction)
-            latest[kind] = batch
-            room[kind] = _max_batch_elements(part, batch)
+        key, elements = (w.device, w.dtype, is_sharded, is_first(p, state)), w.numel()
+        batch, remaining = open_batches.get(key) or (None, [0.0])
+        if batch is None or elements > remaining[0]:
+            batch = Batch(group, h, [], [], [], [], [], is_sharded, key[-1], adapts_direction)
+            remaining = [_max_batch_elements(w, batch)]
+            open_batches[key] = batch, remaining
             batches.append(batch)
-        room[kind] -= elements
+        remaining[0] -= elements
         batch.params.append(p)
-        batch.weights.append(part)
+        batch.weights.append(w)
         batch.grads.append(grad)
+        batch.shapes.append(shape)
         batch.states.append(state)
     return batches
 
 
-def _max_batch_elements(part: Tensor, batch: Batch) -> float:
-    may_be_fused = uses_triton(part) and batch.group["fused"] is not False
-    # For state in float32; and for directions until they are applied, but that is the compiler's care in a
-    # step that is compiled, in which no kernel is tried.
+def _max_batch_elements(w: Tensor, batch: Batch) -> float:
+    # Batches bound the scratch memory for float32 copies of 8-bit state, and for directions that wait for
+    # their trust ratios. In a compiled step no kernel is launched, and the compiler manages directions.
     is_compiled = torch.compiler.is_compiling()
     needs_scratch = "min_8bit_size" in batch.group or (batch.adapts_direction and not is_compiled)
-    if may_be_fused and not needs_scratch and (is_compiled or triton_supports(part)):
+    may_be_fused = uses_triton(w) and batch.group["fused"] is not False and not needs_scratch
+    if may_be_fused and (is_compiled or triton_supports(w)):
         return math.inf
-    return _MAX_BATCH_ELEMENTS_ON_CPU if part.device.type == "cpu" else _MAX_BATCH_ELEMENTS
+    return _MAX_BATCH_ELEMENTS_ON_CPU if w.device.type == "cpu" else _MAX_BATCH_ELEMENTS

@@ -1,4 +1,4 @@
-"""Norms that need other processes: of sharded layers, and over all gradients."""
+"""Norms that need an all-reduce where layers are sharded: of whole layers, and of all gradients."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,15 +10,15 @@ from lightning_lars.sharding.norms import layer_norms, whole_norms
 from lightning_lars.sharding.shards import Shard, local
 
 Norms = tuple[Tensor, Tensor]
-"""Of the weights and of what they are measured against, each of shape ``(layers,)``."""
+"""The norms ``|w|`` and ``|d|``, each of shape ``(layers,)``."""
 
 
 def gradient_scale(
     batches: Sequence[Batch], max_grad_norm: float | None, params: Iterable[Tensor], shards: Shards
 ) -> Tensor | None:
-    """Return ``min(1, max_grad_norm / |all gradients|)``; None where there is nothing to bound.
+    """Return ``min(1, max_grad_norm / |all gradients|)``, or None if gradients are not clipped.
 
-    A gradient that is not finite is left out, so that it spoils no other layer.
+    Gradients that are not finite are left out, so that one layer does not spoil all others.
     """
     if max_grad_norm is None:
         return None
@@ -40,27 +40,26 @@ def gradient_scale(
 def all_reduce_norms(
     waiting: Iterable[tuple[Batch, Norms]], params: Iterable[Tensor], shards: Shards
 ) -> dict[Tensor, Norms]:
-    """Return the norms of whole layers that are sharded.
+    """Return the norms of whole layers, for all that are sharded.
 
-    One exchange for all of them, which all processes join: a layer without a gradient here may have one
-    elsewhere.
+    All ranks must call this, because a layer without a gradient on one rank may have one on another.
 
     Args:
-        waiting: Batches of sharded layers with a gradient, and the norms of what of them is here.
-        params: All layers that may be sharded, the same on every process.
-        shards: Where the rest of each layer is.
+        waiting: Batches of sharded layers with a gradient, and the norms of their local shards.
+        params: All parameters that may be sharded, in the same order on all ranks.
+        shards: How each parameter is sharded.
     """
     sharded = _sharded(params, shards)
     if not sharded:
         return {}
     weights: dict[Tensor, Tensor] = {}
     directions: dict[Tensor, Tensor] = {}
-    for batch, (of_weights, of_direction) in waiting:
-        weights.update(zip(batch.params, of_weights.unbind(), strict=True))
-        directions.update(zip(batch.params, of_direction.unbind(), strict=True))
+    for batch, (w_norms, d_norms) in waiting:
+        weights.update(zip(batch.params, w_norms.unbind(), strict=True))
+        directions.update(zip(batch.params, d_norms.unbind(), strict=True))
     for p in sharded:
         if p not in weights:
-            # It belongs to the layer, though it gets no gradient here and stays where it is.
+            # The shard is part of the layer, though it has no gradient and is not updated.
             weights[p] = layer_norms([local(p)])[0]
     here = [weights.get(p) for p in sharded] + [directions.get(p) for p in sharded]
     norms = whole_norms(here, [*sharded.values(), *sharded.values()])
@@ -69,13 +68,13 @@ def all_reduce_norms(
 
 
 def stack_norms(params: Sequence[Tensor], norms: dict[Tensor, Norms], device: torch.device) -> Norms:
-    """Return the norms of some layers on their device."""
+    """Stack the norms of layers on a device."""
     weight_norms, direction_norms = zip(*(norms[p] for p in params), strict=True)
     return torch.stack(weight_norms).to(device), torch.stack(direction_norms).to(device)
 
 
 def is_updated_elsewhere(p: Tensor, shards: Shards) -> bool:
-    """Tell whether a layer has a gradient, though nothing of it is here (FSDP1)."""
+    """Return whether a layer has a gradient, but no shard on this rank (FSDP1)."""
     shard = shards[p]
     return p.grad is None and shard is not None and shard.unit is not None and shard.unit.grad is not None
 

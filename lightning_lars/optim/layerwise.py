@@ -343,7 +343,7 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
             if shard is _MISSING or (shard is None and is_laid_out(p)):
                 return False
             count += 1
-        return len(self._shards) == count
+        return count == len(self._shards)
 
     def _adopt_changed_groups(self, named: list[tuple[str, Tensor]], shards: Mapping[Tensor, Shard]) -> None:
         """Go on with the layers of groups that have changed without ``add_param_group``."""
@@ -368,8 +368,7 @@ def _bump_versions(batches: Iterable[Batch]) -> None:
     """
     modified: list[Tensor] = []
     for batch in batches:
+        states = chain.from_iterable(state.values() for state in batch.states if state)
         modified += batch.params
-        for state in batch.states:
-            if state:
-                modified += [value for value in state.values() if isinstance(value, Tensor)]
+        modified += [value for value in states if isinstance(value, Tensor)]
     torch.autograd.graph.increment_version(modified)

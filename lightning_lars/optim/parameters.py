@@ -1,4 +1,4 @@
-"""What an optimizer takes as its parameters, and what it calls them."""
+"""Validates the parameters of an optimizer, and names them."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -12,7 +12,7 @@ def named_params(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, Tensor]
     pairs: list[tuple[str, Tensor]] = []
     for group in groups:
         names = group.get("param_names")
-        # As many as when they were given, unless something has put its own parameters into the group.
+        # A group whose parameters were replaced may have names left from before.
         if not names or len(names) != len(group["params"]):
             names = map(str, range(len(pairs), len(pairs) + len(group["params"])))
         pairs.extend(zip(names, group["params"], strict=True))
@@ -20,11 +20,11 @@ def named_params(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, Tensor]
 
 
 def check_params(params: list[Any], groups: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Return the parameters, named by their number if they are not where the other groups' are.
+    """Return the parameters of a new group; if only the other groups have names, name them by number.
 
     Raises:
-        TypeError: If there is anything but tensors and ``(name, tensor)`` pairs.
-        ValueError: If a parameter is complex, integer, not a leaf, given twice or named as another is.
+        TypeError: If an entry is not a tensor or a ``(name, tensor)`` pair.
+        ValueError: If a parameter is complex, integer, not a leaf, or given twice, or if a name is.
     """
     if any("param_names" in group for group in groups):
         before = sum(len(group["params"]) for group in groups)
@@ -40,15 +40,14 @@ def check_params(params: list[Any], groups: Sequence[Mapping[str, Any]]) -> list
         _check_param(p, label, seen)
         if name is not None and name in seen_names:
             raise ValueError(
-                f"params must give every parameter a name of its own, got {name!r} twice: "
-                "put the name of its module in front"
+                f"params must have unique names, got {name!r} twice: prefix each name with that of its module"
             )
         seen_names.add(name)
     return params
 
 
 def recheck_params(named: Sequence[tuple[str, Tensor]]) -> None:
-    """Raise ValueError if something has put into a group what no optimizer could have been given."""
+    """Raise ValueError if the groups were changed to hold parameters that construction would reject."""
     seen: set[Tensor] = set()
     for name, p in named:
         _check_param(p, f"parameter {name!r}", seen)
@@ -56,12 +55,12 @@ def recheck_params(named: Sequence[tuple[str, Tensor]]) -> None:
 
 def _check_param(p: Tensor, label: str, seen: set[Tensor]) -> None:
     if not p.is_floating_point():
-        way_out = "" if p.requires_grad else ". It is not trained: filter by requires_grad"
-        raise ValueError(f"params must be real floating-point tensors, got {label} of {p.dtype}{way_out}")
+        remedy = "" if p.requires_grad else ". It is not trained: filter by requires_grad"
+        raise ValueError(f"params must be real floating-point tensors, got {label} of {p.dtype}{remedy}")
     if not p.is_leaf:
         raise ValueError(
             f"params must be leaf tensors, got {label}, which is the result of an operation: "
-            "pass the parameter that it was computed from"
+            "pass the parameter that it is computed from"
         )
     if p in seen:
         raise ValueError(f"params must hold every parameter once, got {label} twice")

@@ -1,4 +1,4 @@
-"""The order of a step: measure every batch, exchange the norms of sharded layers, adapt, move."""
+"""The order of a step: measure each batch, all-reduce the norms of sharded layers, adapt, move."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,28 +22,28 @@ from lightning_lars.optim.distributed_norms import (
     stack_norms,
 )
 from lightning_lars.optim.plan import Plan, Unchanged
-from lightning_lars.optim.state.plain import PlainState, States, lay_out_state, number_of
+from lightning_lars.optim.state.plain import PlainState, States, checked_moments, number_of
 from lightning_lars.optim.trust_ratio import TrustRatios
 
 Ratios = tuple[Tensor, ...] | list[TrustRatios[float]]
-"""Trust ratios of some layers; a plain tuple where they are tensors, as torch 2.11 cannot compile a step that
-keeps a generic one."""
+"""The trust ratios of several layers; those in tensors are a plain tuple, because torch 2.11 cannot compile a
+step that stores a generic named tuple."""
 
 
 class Step:
     """One step of an optimizer.
 
     Args:
-        algorithm: Whose equations it takes.
-        groups: Of the optimizer.
-        states: Of its layers, by parameter.
-        state: How these are held.
-        shards: Where the rest of each layer is.
-        scratch: Memory that batches take after each other.
-        tables: Those of the last step.
-        name: Names a parameter, for errors.
-        plan: What a step before has found out, which still holds for ``found``; None if nothing does.
-        found: The layers.
+        algorithm: The algorithm whose equations it evaluates.
+        groups: The parameter groups of the optimizer.
+        states: The state of each layer, by parameter.
+        state: How the state is stored between steps.
+        shards: How each parameter is sharded.
+        scratch: Memory that the batches use one after the other.
+        tables: The address tables of the last step.
+        name: Returns the name of a parameter, for errors.
+        plan: What an earlier step found, which still holds for ``found``; None if nothing does.
+        found: The layers of the plan, unchanged since.
     """
 
     def __init__(
@@ -62,16 +62,17 @@ class Step:
         self.plan, self.found = plan, found
         self.algorithm, self.groups, self.states, self.state = algorithm, groups, states, state
         self.shards, self.scratch, self.tables, self.name = shards, scratch, tables, name
+        self.is_sharded = any(shards.values())
         self.batches: list[Batch] = []
         self._taken: list[Eager] = []
         self.ratios: list[tuple[list[Tensor], Ratios]] = []
-        """The layers that have been adapted, and their trust ratios."""
+        """The adapted layers of each batch, and their trust ratios."""
 
     def take(self) -> None:
-        """Move the layers that have a gradient.
+        """Update the layers that have a gradient.
 
         Raises:
-            RuntimeError: If layers cannot be moved as they are to be; nothing has moved then.
+            RuntimeError: If a layer cannot be updated; no layer has been updated then.
         """
         waiting = []
         for backend in self._begun():
@@ -90,7 +91,7 @@ class Step:
             waiting.append((backend, norms))
             self.scratch.release()
         self.scratch.recycle()
-        if any(self.shards.values()):
+        if self.is_sharded:
             self._move_sharded(waiting)
         if self.plan is None and self._can_repeat():
             self.plan = Plan(self.algorithm, self.groups, self.states, self._taken)
@@ -133,56 +134,57 @@ class Step:
         h = self.algorithm.hyperparameters(group)
         adapts_direction = group["layer_adaptation"] and self.algorithm.adapts_direction(h)
         is_first = self.state.first_step_test(self.algorithm.used_moments(h))
-        batches = sort_layers(group, h, adapts_direction, self.states, self.shards, is_first, self.name)
+        shards = self.shards if self.is_sharded else {}
+        batches = sort_layers(group, h, adapts_direction, self.states, shards, is_first, self.name)
         if group["fused"] is False:
             return batches
         moments = self.algorithm.used_moments(h)
         return chain.from_iterable(self.state.split(batch, moments) for batch in batches)
 
     def _choose_backend(self, batch: Batch) -> type[Eager]:
-        """Return a fused back end where one can take the step, else the one that takes any.
+        """Return a fused back end if one supports the step, else the unfused one.
 
         Raises:
-            RuntimeError: If no fused one can, and ``fused=True`` asks for it.
+            RuntimeError: If no fused back end supports the step and ``fused=True``.
         """
         part, fused = batch.weights[0], batch.group["fused"]
-        if not torch.compiler.is_compiling():
-            lay_out_state(batch, self.algorithm, self.name)
+        is_compiled = torch.compiler.is_compiling()
+        moments = [] if is_compiled else checked_moments(batch, self.algorithm, self.name)
         if fused is False:
             return Eager
-        moments = self.state.plain_moments(batch, self.algorithm.moments)
         on_gpu = uses_triton(part)
         if on_gpu:
             reason = self.state.why_not_in_triton(batch)
         elif self.algorithm.cpu is None:
-            reason = f"torch has no kernel on the CPU that does {self.algorithm.__name__}"
+            reason = f"torch has no fused CPU kernel for {self.algorithm.__name__}"
         else:
             reason = self.algorithm.cpu.why_not(batch.h)
+        moments = self.state.plain_moments(moments)
         reason = reason or why_not_fused(batch.weights, batch.grads, moments)
         if reason is not None and fused:
             names = ", ".join(repr(self.name(p)) for p in batch.params[:3])
             raise RuntimeError(
-                f"fused=True, but {reason} (parameters {names} ...): pass fused=None, which takes kernels "
-                "where they can be taken"
+                f"fused=True, but {reason} (parameters {names} ...): pass fused=None, which uses fused "
+                "kernels where they are supported"
             )
         if reason is not None:
-            if on_gpu and not torch.compiler.is_compiling():
+            if on_gpu and not is_compiled:
                 warn_of_triton_failure(part.device, part.dtype)
             return Eager
         if on_gpu:
             from lightning_lars.optim.backends.triton import Triton
 
             return Triton
-        shortcut: type[Eager] | None = self.algorithm.cpu
-        return shortcut or Eager
+        backend: type[Eager] | None = self.algorithm.cpu
+        return backend or Eager
 
     def _unpacked(self, backend: Eager, opens: bool) -> AbstractContextManager[None]:
-        """Hold the moments of a batch in float32 or wider, for the half of a step."""
+        """Hold the moments of a batch in float32 or wider during measure() or move(), if it uses them."""
         opens = opens and not backend.holds_moments
         return self.state.unpacked(self.states, backend.batch) if opens else nullcontext()
 
     def _move(self, backend: Eager, norms: Norms | TrustRatios[Tensor] | None) -> None:
-        """Move the layers of a batch, whose norms are whole."""
+        """Update the layers of a batch from the norms of whole layers, or from their trust ratios."""
         batch = backend.batch
         with self._unpacked(backend, not batch.adapts_direction):
             if norms is None:
@@ -196,7 +198,7 @@ class Step:
                 backend.move(self._ratios(batch.params, norms, backend.lr, batch.h))
 
     def _ratios(self, params: list[Tensor], norms: Norms, lr: float | Tensor, h: Hyperparameters) -> Tensor:
-        """Return the trust ratios of layers of one dtype, and remember them."""
+        """Return the trust ratios of layers of one dtype, and record them."""
         w_norm, d_norm = norms
         if self.algorithm.norm_moment is not None:
             d_norm = self._advance_norm_moment(params, d_norm, self.algorithm.norm_moment, h)
@@ -214,23 +216,24 @@ class Step:
         return averaged
 
     def _ratios_in_floats(self, batch: Batch, norms: Norms, lr: float) -> list[float]:
-        """Return the ratios in floats, for which the equations take a tenth of the time; remember them."""
+        """Return the trust ratios as floats, which take a tenth of the time of tensors, and record them."""
         ratio, h = self.algorithm.ratio, batch.h
-        pairs = zip(*(of_each.tolist() for of_each in norms), strict=True)
+        w_norms, d_norms = norms
+        pairs = zip(w_norms.tolist(), d_norms.tolist(), strict=True)
         ratios = [ratio(w_norm, d_norm, lr, h) for w_norm, d_norm in pairs]
         self.ratios.append((batch.params, ratios))
-        return [of_layer.ratio for of_layer in ratios]
+        return [each.ratio for each in ratios]
 
     def _move_sharded(self, waiting: Sequence[tuple[Eager, Norms]]) -> None:
-        """Move sharded layers, after one all-reduce of norms for all of them."""
+        """Update all sharded layers, after an all-reduce of their norms."""
         adapted = [group for group in self.groups if group["layer_adaptation"]]
-        of_batches = [(backend.batch, norms) for backend, norms in waiting]
-        norms = all_reduce_norms(of_batches, params_of(adapted), self.shards)
+        local_norms = [(backend.batch, norms) for backend, norms in waiting]
+        norms = all_reduce_norms(local_norms, params_of(adapted), self.shards)
         for backend, _ in waiting:
             batch = backend.batch
             self._move(backend, stack_norms(batch.params, norms, batch.weights[0].device))
         for group in adapted:
-            # This rank has no shard of these layers to move, but every rank knows their ratios.
+            # This rank has no shard of these layers to update, but all ranks report their trust ratios.
             elsewhere = [p for p in group["params"] if is_updated_elsewhere(p, self.shards)]
             if elsewhere:
                 own = stack_norms(elsewhere, norms, elsewhere[0].device)

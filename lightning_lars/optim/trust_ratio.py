@@ -98,12 +98,11 @@ def trust_ratio(
         >>> trust_ratio(2.0, 4.0)
         0.5
     """
-    if isinstance(weight_norm, Tensor):
-        ratio = trust_coefficient * weight_norm / (denominator + eps)
-        return ratio.masked_fill(_no_scale(weight_norm, denominator), 1.0)
-    if weight_norm == 0 or denominator == 0:
-        return 1.0
-    return trust_coefficient * weight_norm / (denominator + eps)
+    if isinstance(weight_norm, (float, int)):  # is faster than to ask for a tensor
+        has_no_scale = weight_norm == 0 or denominator == 0
+        return 1.0 if has_no_scale else trust_coefficient * weight_norm / (denominator + eps)
+    ratio = trust_coefficient * weight_norm / (denominator + eps)
+    return ratio.masked_fill(_no_scale(weight_norm, denominator), 1.0)
 
 
 def clip(ratio: Number, low: float, high: float) -> Number:

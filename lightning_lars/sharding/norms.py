@@ -46,7 +46,8 @@ def layer_norms(tensors: Tensors) -> Tensor:
 
 def _norms_on_cpu(tensors: Tensors) -> Tensor:
     """Return the norms in float64; long tensors are accumulated in float32 within each block."""
-    parts = [_norms_of_blocks(tensor) if tensor.numel() >= _LONG else tensor for tensor in tensors]
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    parts = [_norms_of_blocks(tensor, dtype) if tensor.numel() >= _LONG else tensor for tensor in tensors]
     norms = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float64))
     for i, norm in enumerate(norms.tolist()):
         if not _SQUARE_FITS[0] < norm < _SQUARE_FITS[1] and parts[i] is not tensors[i]:
@@ -55,12 +56,11 @@ def _norms_on_cpu(tensors: Tensors) -> Tensor:
     return norms
 
 
-def _norms_of_blocks(tensor: Tensor) -> Tensor:
-    """Return the norms of blocks of a long tensor, whose norm is that of the tensor."""
+def _norms_of_blocks(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the norms of the blocks of a long tensor, each accumulated in this dtype."""
     flat = _flat(tensor)
     rest = flat.numel() % _BLOCK
     blocks = flat[:-rest] if rest else flat
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
     norms: Tensor = torch.linalg.vector_norm(blocks.view(-1, _BLOCK), dim=1, dtype=dtype)
     if rest:
         norms = torch.cat([norms, torch.linalg.vector_norm(flat[-rest:], dtype=dtype)[None]])

@@ -145,5 +145,5 @@ def test_layers_that_finetuning_unfreezes_are_grouped_like_the_rest(tmp_path, op
 
 def test_parts_without_a_prefix_are_refused_where_names_would_collide():
     first, second = nn.Linear(2, 2), nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="name of its own, got 'weight' twice"):
+    with pytest.raises(ValueError, match="unique names, got 'weight' twice"):
         LARS([*param_groups(first), *param_groups(second)], lr=1.0)

@@ -137,7 +137,7 @@ def test_layers_that_were_put_into_one_flat_tensor_are_refused(optimizer_class, 
     for group in partitions:
         group["params"][0].grad = torch.ones(5)
     optimizer.param_groups = partitions[:groups_at_once]  # ZeRO steps one group after the other
-    with pytest.raises(RuntimeError, match=r"shape \(5,\) is no layer that.*ZeRO stage 0"):
+    with pytest.raises(RuntimeError, match=r"shape \(5,\) is not a layer that.*ZeRO stage 0"):
         optimizer.step()
     assert torch.equal(partitions[0]["params"][0], torch.ones(5))
     assert not optimizer.state
@@ -154,7 +154,9 @@ def test_a_flat_tensor_in_the_place_of_named_layers_is_refused_whatever_its_shap
     flat = Parameter(torch.ones(4))
     flat.grad = torch.ones(4)
     optimizer.param_groups[0]["params"] = [flat]
-    with pytest.raises(RuntimeError, match=r"parameter '0' of shape \(4,\) is no layer that.*ZeRO stage 0"):
+    with pytest.raises(
+        RuntimeError, match=r"parameter '0' of shape \(4,\) is not a layer that.*ZeRO stage 0"
+    ):
         optimizer.step()
 
 

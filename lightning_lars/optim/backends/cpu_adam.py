@@ -1,6 +1,7 @@
-"""A shortcut on the CPU for LAMB, by the fused kernel that torch has for Adam."""
+"""A back end for LAMB on the CPU, built on torch's fused Adam kernels."""
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,47 +11,30 @@ from lightning_lars.optim.backends.cpu_sgd import subtract_scaled
 from lightning_lars.optim.backends.eager import Eager
 from lightning_lars.optim.backends.tensor_list import TensorList
 
-# Elements of a layer from which on one pass over it takes longer than to begin another.
+# Layers of this many elements or more, on average, are multiplied one by one: a single pass over memory then
+# costs less than the two of foreach operations.
 _LONG = 16384
 
 
 class CpuAdam(Eager):
-    """The step of an algorithm whose direction is Adam's, with decay, and is what the trust ratio scales.
+    """The step of an algorithm with the direction of AdamW, which the trust ratio scales.
 
-    ``m_hat / (sqrt(v_hat) + eps) + weight_decay * w`` is where ``weight_decay * w`` ends after a step of Adam
-    with ``lr=-1``.
+    The direction ``m_hat / (sqrt(v_hat) + eps) + weight_decay * w`` is the result of a step of Adam with
+    ``lr=-1`` that starts at ``weight_decay * w``. Without ``layer_adaptation`` the step is AdamW's own.
     """
 
     in_floats: ClassVar[bool] = True
 
     @staticmethod
     def why_not(h: Hyperparameters) -> str | None:
-        """Return which hyperparameter it cannot do, None if it can do all."""
+        """Return which hyperparameters the kernels do not support, None if they support all."""
         if not (h.bias_correction and h.grad_averaging):
             return "torch's kernel on the CPU needs bias_correction=True and grad_averaging=True"
         return None
 
     def _direction_in_advance(self) -> TensorList:
-        m, v = self.state.moments()
-        assert m is not None
-        assert v is not None
-        beta1, beta2 = self.h.betas
         u = self._decay()
-        torch._fused_adam_(
-            u,
-            self.g,
-            m,
-            v,
-            [],
-            self.state.next_steps(),
-            lr=-1.0,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=0.0,
-            eps=self.h.eps,
-            amsgrad=False,
-            maximize=False,
-        )
+        self._fused_step(torch._fused_adam_, u, lr=-1.0, weight_decay=0.0)
         return TensorList(u)
 
     def _decay(self) -> list[Tensor]:
@@ -62,16 +46,37 @@ class CpuAdam(Eager):
             torch._foreach_copy_(u, self.w)
             torch._foreach_mul_(u, decay)
         else:
-            for w, of_layer in zip(self.w, u, strict=True):
-                torch.mul(w, decay, out=of_layer)
+            for w, decayed in zip(self.w, u, strict=True):
+                torch.mul(w, decay, out=decayed)
         return u
 
     def move(self, ratio: list[float] | None) -> None:
-        """Move the weights by the ratios, 1 for None, when they have advanced the moments."""
+        """Update the weights with the trust ratios, and the moments too if ``ratio`` is None."""
         lr = float(self.lr)
-        d = self._direction_in_advance() if self.stored_direction is None else self.stored_direction
-        if ratio is None:
-            torch._foreach_add_(self.w, list(d.value()), alpha=-lr)
+        if self.stored_direction is None:
+            self._fused_step(torch._fused_adamw_, self.w, lr=lr, weight_decay=self.h.weight_decay)
         else:
-            subtract_scaled(self.w, d.value(), [lr * of_layer for of_layer in ratio])
+            assert ratio is not None
+            subtract_scaled(self.w, self.stored_direction.value(), [lr * each for each in ratio])
         self._write()
+
+    def _fused_step(
+        self, kernel: Callable[..., Any], params: list[Tensor], *, lr: float, weight_decay: float
+    ) -> None:
+        m, v = self.state.moments()
+        beta1, beta2 = self.h.betas
+        kernel(
+            params,
+            self.g,
+            m,
+            v,
+            [],
+            self.state.next_steps(),
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=self.h.eps,
+            amsgrad=False,
+            maximize=False,
+        )

@@ -57,8 +57,9 @@ class CpuSGD(Eager):
             )
             self._write()
             return
-        factors = [self._factors(of_layer) for of_layer in ([1.0] if ratio is None else ratio)]
         h, (v,) = self.h, self.state.moments()
+        lr, is_first, factors_of = self.lr, self.batch.is_first, self.algorithm.factors
+        factors = [factors_of(each, lr, is_first, 0, h) for each in ([1.0] if ratio is None else ratio)]
         if ratio is None and factors[0][1] == 1:
             rate, _, input_scale = factors[0]
             _sgd(self.w, self.g, v, h, lr=rate, input_scale=input_scale, nesterov=h.nesterov)

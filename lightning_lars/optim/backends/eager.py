@@ -148,7 +148,7 @@ class Eager:
 
 def dtype_of_step(p: Tensor) -> torch.dtype:
     """Return the dtype of the arithmetic: half precision is only how a weight is stored."""
-    return torch.promote_types(p.dtype, torch.float32)
+    return p.dtype if p.dtype is torch.float32 else torch.promote_types(p.dtype, torch.float32)
 
 
 def in_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

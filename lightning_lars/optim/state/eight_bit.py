@@ -1,6 +1,6 @@
 """The state of layers, held in 8 bits between the steps."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,11 +92,10 @@ class EightBitState(PlainState):
         super().zero(states, groups)
         self.convert_loaded(states, groups)
 
-    def plain_moments(self, batch: Batch, keys: Iterable[str]) -> list[list[Tensor]]:
-        """Return the moments of each layer, as far as they are here, which are not opened for a step."""
-        # What is in 8 bits will be float32, laid out as its parameter, when a kernel sees it.
-        of_layers = super().plain_moments(batch, keys)
-        return [[value for value in of_layer if not is_eight_bit(value)] for of_layer in of_layers]
+    def plain_moments(self, moments: list[list[Tensor]]) -> list[list[Tensor]]:
+        """Return the moments of each layer that are held in plain tensors."""
+        # A kernel sees the others in float32, in the memory layout of their parameter.
+        return [[moment for moment in own if not is_eight_bit(moment)] for own in moments]
 
     @contextmanager
     def unpacked(self, states: States, batch: Batch) -> Iterator[None]:

@@ -18,6 +18,9 @@ States = MutableMapping[Any, dict[str, Any]]
 """The state of every layer, as ``torch.optim`` keeps it."""
 
 
+_NO_CONTEXT = nullcontext()
+
+
 class PlainState:
     """How state is held between steps: each moment in a tensor of float32 or wider."""
 
@@ -84,17 +87,13 @@ class PlainState:
                 value.zero_()
         self._dry_run.update(states)
 
-    def plain_moments(self, batch: Batch, keys: Iterable[str]) -> list[list[Tensor]]:
-        """Return for each layer the local shards of the moments that are held in plain tensors."""
-        keys = set(keys)
-        return [
-            [local(value) for key, value in (state or {}).items() if key in keys and value is not None]
-            for state in batch.states
-        ]
+    def plain_moments(self, moments: list[list[Tensor]]) -> list[list[Tensor]]:
+        """Return the moments of each layer that are held in plain tensors."""
+        return moments
 
     def unpacked(self, states: States, batch: Batch) -> AbstractContextManager[None]:
         """Hold moments in plain tensors of float32 or wider, for the length of a block."""
-        return nullcontext()
+        return _NO_CONTEXT
 
     def convert_loaded(self, states: States, groups: Sequence[Mapping[str, Any]]) -> None:
         """Hold state that has been loaded, in whatever form, as it is held here."""
@@ -171,33 +170,48 @@ def number_of(states: States, p: Tensor, key: str) -> Tensor:
     return number
 
 
-def lay_out_state(batch: Batch, algorithm: type[Algorithm], name: Callable[[Tensor], str]) -> None:
-    """Match the memory layout of the state to its layer's, which may have changed (``channels_last``).
+def checked_moments(
+    batch: Batch, algorithm: type[Algorithm], name: Callable[[Tensor], str]
+) -> list[list[Tensor]]:
+    """Return the local shards of the moments of each layer, in the memory layout of the layer.
+
+    That layout may have changed since the last step (``channels_last``): the state is then copied.
 
     Raises:
         RuntimeError: If the state has another device or shape than its layer.
     """
-    for p, w, state in zip(batch.params, batch.weights, batch.states, strict=True):
-        if state is None:
+    device = batch.weights[0].device
+    moments = []
+    layers = zip(batch.params, batch.weights, batch.shapes, batch.states, strict=True)
+    for p, w, shape, state in layers:
+        own: list[Tensor] = []
+        moments.append(own)
+        if not state:
             continue
-        shape = w.shape
-        for key, value in state.items():
-            if key not in algorithm.state_keys or value is None:
+        is_contiguous = w.is_contiguous()
+        for key in algorithm.state_keys:
+            value = state.get(key)
+            if value is None:
                 continue
-            here = local(value)
-            if here.device != w.device:
+            shard = value if type(value) is Tensor else local(value)
+            if shard.device != device:
                 raise RuntimeError(
                     f"Expected all tensors to be on the same device, but {key!r} in the state of parameter "
-                    f"{name(p)!r} is on {here.device}, and the parameter on {w.device}: move it there "
+                    f"{name(p)!r} is on {shard.device}, and the parameter on {device}: move it there "
                     "before the step"
                 )
-            if here.shape != shape and key in algorithm.moments:
+            if key not in algorithm.moments:
+                continue
+            if shard.shape != shape:
                 raise RuntimeError(
                     f"{key!r} in the state of parameter {name(p)!r} must have the parameter's shape, "
-                    f"{tuple(shape)}, got {tuple(here.shape)}: delete the state of parameters that are given "
-                    "another shape, or put new parameters into the groups"
+                    f"{tuple(shape)}, got {tuple(shard.shape)}: delete the state of parameters that are "
+                    "given another shape, or put new parameters into the groups"
                 )
-            if not (here.is_contiguous() and w.is_contiguous()):
-                laid_out = match_layout(w, here)
-                if laid_out is not here:
+            if not (is_contiguous and shard.is_contiguous()):
+                laid_out = match_layout(w, shard)
+                if laid_out is not shard:
                     state[key] = laid_out_as(p, laid_out)
+                    shard = laid_out
+            own.append(shard)
+    return moments
