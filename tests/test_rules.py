@@ -91,7 +91,7 @@ def test_an_lr_of_two_elements_is_refused(optimizer_class):
 )
 @pytest.mark.parametrize("denominator", ["gradient", "momentum"])
 def test_one_cycle_is_refused_without_momentum(argument, value, denominator):
-    with pytest.raises(ValueError, match=rf"^{argument} must be .*without momentum.*got {value}"):
+    with pytest.raises(ValueError, match=rf"^{argument} must be .*unless momentum is above 0.*got {value}"):
         LARS([Parameter(torch.ones(2))], momentum=0.0, denominator=denominator, **{argument: value})
 
 

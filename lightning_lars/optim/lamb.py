@@ -26,7 +26,7 @@ CLIP = Rule(
 
 
 class LAMB(LayerwiseOptimizer):
-    """Adam in which every layer moves by a share of its own weights.
+    """Adam in which the update of every layer is scaled to the norm of its weights.
 
     For each layer, with weights ``w``, gradient ``g`` and its step number ``t``::
 
@@ -40,33 +40,31 @@ class LAMB(LayerwiseOptimizer):
     You et al. 2019, Algorithm 2, with phi as ``min(|w|, max_weight_norm)``, which is ``|w|`` by default.
     Departure from the paper: where ``|w|`` or ``|u|`` is 0, the ratio is 1 before ``trust_clip``.
 
-    As in the paper, a layer whose gradients are 0, and not None, shrinks by ``lr`` a step, however small
-    ``weight_decay`` is above 0: ``decoupled_weight_decay=True`` makes that ``lr * weight_decay``. One that
-    starts at 0 takes a first step of Adam at ``lr``, which ``trust_clip`` bounds.
+    As in the paper, a layer whose gradients are 0 (not None) shrinks by the fraction ``lr`` a step, however
+    small its ``weight_decay``; with ``decoupled_weight_decay=True`` by ``lr * weight_decay``. The first step
+    of zero-initialized weights is one of Adam with ``lr``, which ``trust_clip`` bounds.
 
-    A group with ``layer_adaptation=False`` has ratio 1 throughout and is :class:`torch.optim.AdamW`.
+    A group with ``layer_adaptation=False`` has ratio 1 and is equivalent to :class:`torch.optim.AdamW`.
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups of either as dicts.
-        lr: Learning rate, at least 0; a number or a one-element tensor. The step of a layer relative to
-            its weights.
-        betas: Share of ``m`` and of ``v`` that is kept in a step, each in [0, 1).
+        lr: Learning rate, at least 0; a number or a one-element tensor. The length of a layer's step
+            relative to its weights.
+        betas: Decay rates of ``m`` and ``v``, each in [0, 1).
         eps: Added to ``sqrt(v_hat)``, at least 0.
         weight_decay: Decay of the weights, at least 0.
-        bias_correction: Whether ``m`` and ``v`` are corrected for their start at 0; without it
-            ``m_hat = m`` and ``v_hat = v``.
-        grad_averaging: Whether ``g`` enters ``m`` times ``1 - beta1``; without it, in full.
-        decoupled_weight_decay: Whether ``w = (1 - lr * weight_decay) * w`` comes first, and no decay
-            enters ``u``.
-        trust_clip: A number above 0 caps the trust ratio; a pair ``(low, high)`` keeps it between the
-            two; None leaves it.
-        max_weight_norm: Bound, above 0, on the weight norm in the trust ratio (10 in some versions).
+        bias_correction: Whether to correct the bias of ``m`` and ``v``; without it, ``m_hat = m`` and
+            ``v_hat = v``.
+        grad_averaging: Whether to multiply ``g`` by ``1 - beta1`` in ``m``.
+        decoupled_weight_decay: Whether to decay the weights first, ``w = (1 - lr * weight_decay) * w``, and
+            not in ``u``.
+        trust_clip: Upper bound of the trust ratio, above 0, or bounds ``(low, high)``; None for no bounds.
+        max_weight_norm: Bound, above 0, on the weight norm in the trust ratio (10 in some implementations).
         trust_eps: Added to ``|u|``, at least 0.
-        max_grad_norm: Bound, above 0, on the norm over all gradients of all groups. Gradients that are
-            not finite do not count.
-        maximize: Whether to climb instead of descend.
-        fused: None takes fused kernels where they can do the step, True raises RuntimeError in ``step()``
-            where they cannot (docs/performance.md says where), False takes none.
+        max_grad_norm: Bound, above 0, on the norm of all finite gradients of all groups.
+        maximize: Whether to maximize the objective.
+        fused: None uses fused kernels where they are supported (docs/performance.md), True raises
+            RuntimeError in ``step()`` where they are not, False never uses them.
 
     Raises:
         ValueError: If an argument, here or in a group, breaks its rule.

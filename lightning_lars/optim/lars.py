@@ -26,33 +26,33 @@ class LARS(LayerwiseOptimizer):
     the trust ratio. Departures from the paper: ``lr`` multiplies ``v`` when it is applied, as in
     :class:`torch.optim.SGD`, which differs while ``lr`` changes (the paper's: ``lr_in_momentum=True``); the
     first ``v`` is ``u`` without dampening; the ratio is 1, before ``trust_clip``, where ``|w|`` or the
-    denominator without ``eps`` is 0, so that a layer of zeros takes a first step of SGD. As in the paper, a
-    layer whose gradient is 0, and not None, shrinks by ``trust_coefficient * lr`` a step, however small
-    ``weight_decay`` is above 0: ``decoupled_weight_decay=True`` makes that ``lr * weight_decay``. A group
-    with ``layer_adaptation=False`` has ratio 1 throughout and is :class:`torch.optim.SGD`.
+    denominator without ``eps`` is 0, so that the first step of zero-initialized weights is one of SGD.
+    As in the paper, a layer whose gradient is 0 (not None) shrinks by the fraction ``trust_coefficient * lr``
+    a step, however small its ``weight_decay``; with ``decoupled_weight_decay=True`` by ``lr * weight_decay``.
+    A group with ``layer_adaptation=False`` has ratio 1 and is equivalent to :class:`torch.optim.SGD`.
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups of either as dicts.
         lr: Learning rate, at least 0; a number or a one-element tensor. With the default
             ``trust_coefficient``, good values are about a thousand times those of ``torch.optim.SGD``.
-        momentum: Share of ``v`` that is kept in a step, in [0, 1).
+        momentum: Momentum factor, in [0, 1).
         weight_decay: L2 penalty, at least 0.
-        dampening: Share of ``u`` that is kept out of ``v``, in [0, 1).
-        nesterov: Whether to look ahead along ``v``; needs momentum.
-        trust_coefficient: The ratio of a layer's step to its weights at ``lr=1``, above 0.
+        dampening: Dampening of the momentum, in [0, 1).
+        nesterov: Whether to use Nesterov momentum; requires momentum.
+        trust_coefficient: The length of a layer's step relative to its weights at ``lr=1``, above 0.
         eps: Added to the denominator, at least 0.
-        denominator: What ``|w|`` is divided by. ``"gradient"``: as above. ``"decayed_gradient"``:
+        denominator: The denominator of the trust ratio. ``"gradient"``: as above. ``"decayed_gradient"``:
             ``|g + weight_decay * w| + eps`` (SimCLR, BYOL, optax). ``"momentum"``: momentum runs first, on
             ``g + weight_decay * w``; its direction ``d``, Nesterov's included, is then applied as
             ``w = w - lr * trust_coefficient * |w| / (|d| + eps) * d``.
-        trust_clip: A number above 0 caps the trust ratio. ``"larc"`` makes it ``min(trust_ratio / lr, 1)``,
-            so that no layer moves faster than ``lr``. None: no clip.
+        trust_clip: Upper bound of the trust ratio, above 0; None for no bound. ``"larc"`` replaces the ratio
+            by ``min(trust_ratio / lr, 1)``, so that no layer has a higher rate than ``lr``.
         lr_in_momentum: Whether ``v = momentum * v + (1 - dampening) * lr * u`` and ``w = w - v``.
-        decoupled_weight_decay: Whether ``w = (1 - lr * weight_decay) * w`` comes first, instead of in ``g``.
-        max_grad_norm: Bound, above 0, on the norm over all finite gradients of all groups.
-        maximize: Whether to climb instead of descend.
-        fused: None takes fused kernels where they can do the step, True raises RuntimeError where they cannot
-            (docs/performance.md says where), False takes none.
+        decoupled_weight_decay: Whether to decay ``w = (1 - lr * weight_decay) * w`` first, and not in ``u``.
+        max_grad_norm: Bound, above 0, on the norm of all finite gradients of all groups.
+        maximize: Whether to maximize the objective.
+        fused: None uses fused kernels where they are supported (docs/performance.md), True raises
+            RuntimeError in ``step()`` where they are not, False never uses them.
 
     Raises:
         ValueError: If an argument, here or in a group, breaks its rule.
@@ -105,7 +105,7 @@ class LARS(LayerwiseOptimizer):
     @staticmethod
     def check_combination(h: Hyperparameters) -> None:
         for name in ("nesterov", "lr_in_momentum", "dampening"):
-            rule = f"{type(getattr(h, name))()} without momentum (set momentum above 0)"
+            rule = f"{type(getattr(h, name))()} unless momentum is above 0"
             require(name, rule, getattr(h, name), h.momentum > 0 or not getattr(h, name))
         rule = 'False with denominator="momentum", where lr would cancel out of the step'
         holds = not (h.lr_in_momentum and LARS.adapts_direction(h))
@@ -138,7 +138,7 @@ class LARS(LayerwiseOptimizer):
     @staticmethod
     def factors(ratio: PerLayer, lr: PerLayer, is_first: bool, t: PerLayer, h: Hyperparameters) -> Factors:
         input_scale = 1.0 if is_first else 1 - h.dampening  # the first v is u
-        if h.denominator == "momentum":
+        if LARS.adapts_direction(h):
             return lr * ratio, 1.0, input_scale
         if h.lr_in_momentum:
             return 1.0, lr * ratio, input_scale
@@ -153,7 +153,7 @@ class LARS(LayerwiseOptimizer):
 
     @staticmethod
     def decay_only_bounds(h: Hyperparameters) -> tuple[float, float]:
-        if not h.momentum or not LARS.adapts_direction(h):
+        if not (LARS.used_moments(h) and LARS.adapts_direction(h)):
             return LayerwiseOptimizer.decay_only_bounds(h)
-        # v grows from weight_decay * w to this, and a little more as w shrinks.
+        # v grows from weight_decay * w to this bound, which w may shrink below meanwhile.
         return 0.0, 1.25 * h.weight_decay * (1 - h.dampening) / (1 - h.momentum)

@@ -1,4 +1,4 @@
-"""What ``torch.optim`` asks of an optimizer, over any algorithm; and the trust ratios of its last step."""
+"""The interface of ``torch.optim`` for any algorithm: construction, groups, step and checkpoints."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_lars.optim.algorithm import Algorithm
-from lightning_lars.optim.backends.eager import dtype_of_step
 from lightning_lars.optim.backends.scratch import Scratch
 from lightning_lars.optim.backends.triton_table import LayerTables
 from lightning_lars.optim.batches import Batch
+from lightning_lars.optim.last_trust_ratios import LastTrustRatios
 from lightning_lars.optim.parameters import check_params, named_params, recheck_params
 from lightning_lars.optim.plan import Plan
 from lightning_lars.optim.repartition_checks import check_not_flattened, check_sees_all_gradients, dimensions
@@ -21,41 +21,30 @@ from lightning_lars.optim.state.absent import AbsentState
 from lightning_lars.optim.state.checkpoint import adapt_state_dict, is_checkpoint_dry_run, restore_dtypes
 from lightning_lars.optim.state.eight_bit import EightBitState
 from lightning_lars.optim.state.plain import PlainState
-from lightning_lars.optim.step import Ratios, Step, params_of
-from lightning_lars.optim.trust_ratio import (
-    TrustRatios,
-    at_clip,
-    at_zero_rule,
-    by_decay_alone,
-    from_zero,
-    stack_ratios,
-)
+from lightning_lars.optim.step import Step, params_of
 from lightning_lars.rules import check, require
 from lightning_lars.sharding.shards import Shard, find_shards, is_laid_out
 
 _MISSING: Any = object()
 
 
-class LayerwiseOptimizer(Algorithm, Optimizer):
+class LayerwiseOptimizer(LastTrustRatios, Algorithm, Optimizer):
     """An optimizer that scales the step of every layer by its trust ratio.
 
     A layer is one parameter tensor. A subclass is an ``Algorithm``.
     """
 
-    # The layers of the last step that moved together, and their ratios.
-    _last_trust_ratios: list[tuple[list[Tensor], Ratios]]
-
     _storage: PlainState
     _scratch: Scratch
     _tables: LayerTables
 
-    # Of the last step; None where it cannot be repeated.
+    # What the last step found out; None if it cannot be repeated.
     _plan: Plan | None
 
-    # The parameters that have been looked at; None for those that no strategy has laid out.
+    # How each parameter was sharded at the last step; None for plain tensors.
     _shards: dict[Tensor, Shard | None]
 
-    # How many dimensions the layers have that were given, or that the last step found in the groups.
+    # The number of dimensions of each parameter, at construction or at the last step.
     _param_ndims: dict[Tensor, int | None]
     _absent_state: AbsentState
 
@@ -77,13 +66,13 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
             if not params:
                 raise ValueError(
                     "params must hold at least one parameter, got none: "
-                    "has the module any with requires_grad=True?"
+                    "does the module have any with requires_grad=True?"
                 )
         super().__init__(params, {**defaults, "layer_adaptation": True, **self._storage.defaults})
 
     @classmethod
     def defaults_from(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of ``__init__`` that are hyperparameters, which is to say, have a rule."""
+        """Return those arguments of ``__init__`` that are hyperparameters."""
         return {name: arguments[name] for name in cls.RULES if name in arguments}
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
@@ -101,18 +90,18 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step. Nothing is read back to the host, and no gradient is written to.
+        """Make one step, without a device-to-host copy and without writing to gradients.
 
         Args:
             closure: Recomputes the loss and the gradients; runs with gradients enabled.
 
         Returns:
-            What the closure returned, or None without one.
+            The value of the closure, or None without one.
 
         Raises:
-            RuntimeError: If a gradient is sparse, a parameter is a part of a layer whose norm cannot be
-                known, state is on another device than its parameter, or no kernel can do what
-                ``fused=True`` asks for; nothing has moved then.
+            RuntimeError: If a gradient is sparse, a parameter is a shard of a layer whose norm cannot be
+                computed, state is on another device than its parameter, or ``fused=True`` is not supported.
+                No layer has been updated then.
         """
         loss = None
         if closure is not None:
@@ -138,11 +127,10 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
             found,
         )
         step.take()
-        # In place: torch.compile keeps no attribute that an optimizer is given.
+        # In place, because torch.compile does not keep attributes that are assigned to an optimizer.
         self._last_trust_ratios.clear()
         self._last_trust_ratios.extend(step.ratios)
-        moved = list(chain.from_iterable(batch.params for batch in step.batches))
-        self._storage.end_step(moved)
+        self._storage.end_step(chain.from_iterable(batch.params for batch in step.batches))
         if found is not None:
             torch.autograd.graph.increment_version(found.modified)
         elif not torch.compiler.is_compiling():
@@ -153,78 +141,12 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
             self._last_trust_ratios.clear()
         return loss
 
-    def trust_ratios(self) -> dict[str, Tensor]:
-        """Return the trust ratio that the last step used for each adapted layer.
-
-        Returns:
-            0-d tensors on the device of their layer, by parameter name, or by the parameter's number in
-            ``state_dict()`` where the optimizer was built without names. Empty before the first step
-            and after a state dict was loaded.
-        """
-        return self._by_name(lambda ratios, _: ratios.ratio)
-
-    def at_trust_clip(self) -> dict[str, Tensor]:
-        """Return for each adapted layer whether ``trust_clip`` changed its ratio in the last step.
-
-        Returns:
-            0-d bool tensors, as :meth:`trust_ratios` returns them.
-        """
-        return self._by_name(lambda ratios, _: at_clip(ratios))
-
-    def at_zero_rule(self) -> dict[str, Tensor]:
-        """Return for each adapted layer whether its ratio was 1 in the last step for want of a scale.
-
-        Returns:
-            0-d bool tensors, as :meth:`trust_ratios` returns them.
-        """
-        return self._by_name(lambda ratios, _: at_zero_rule(ratios))
-
-    def from_zero(self) -> dict[str, Tensor]:
-        """Return for each adapted layer whether its weights were all 0 before the last step, which moved it.
-
-        Such a step has no scale: with a ratio of 1 before clipping, it is that of SGD (LARS) or Adam (LAMB).
-
-        Returns:
-            0-d bool tensors, as :meth:`trust_ratios` returns them.
-        """
-        return self._by_name(lambda ratios, _: from_zero(ratios))
-
-    def by_decay_alone(self) -> dict[str, Tensor]:
-        """Return for each adapted layer whether weight decay alone made its last step.
-
-        So it is with a gradient of 0 where the decay is part of what is adapted. The trust ratio makes such a
-        step as long as any other, whatever ``weight_decay`` is.
-
-        Returns:
-            0-d bool tensors, as :meth:`trust_ratios` returns them.
-        """
-        group_of = {p: group for group in self.param_groups for p in group["params"]}
-
-        def value(ratios: TrustRatios[Tensor], params: list[Tensor]) -> Tensor:
-            # They are of one group, which someone may have taken them out of since.
-            group = next((group_of[p] for p in params if p in group_of), None)
-            if group is None:
-                return by_decay_alone(ratios, (0.0, 0.0))
-            return by_decay_alone(ratios, self.decay_only_bounds(self.hyperparameters(group)))
-
-        return self._by_name(value)
-
-    def _by_name(self, value: Callable[[TrustRatios[Tensor], list[Tensor]], Tensor]) -> dict[str, Tensor]:
-        values: dict[Tensor, Tensor] = {}
-        for params, ratios in self._last_trust_ratios:
-            if isinstance(ratios, list):
-                of_layers = stack_ratios(ratios, dtype_of_step(params[0]))
-            else:
-                of_layers = TrustRatios(*ratios)
-            values.update(zip(params, value(of_layers, params).unbind(), strict=True))
-        return {name: values[p] for name, p in named_params(self.param_groups) if p in values}
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as in ``torch.optim``; the caller's dict stays as it was.
+        """Add a group as in ``torch.optim``, without modifying the caller's dict.
 
         Raises:
             ValueError: If a hyperparameter breaks its rule, a parameter is complex, integer, not a leaf
-                or given twice, or a name stands for two parameters. No group has been added then.
+                or given twice, or two parameters have the same name. No group has been added then.
         """
         if not isinstance(param_group, Mapping) or "params" not in param_group:
             raise TypeError(f'param_group must be a dict with "params", got {param_group!r}')
@@ -234,18 +156,18 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
         if not isinstance(group["params"], set):
             group["params"] = check_params(list(group["params"]), self.param_groups)
         if any(group["lr"] is other["lr"] for other in self.param_groups if isinstance(other["lr"], Tensor)):
-            # Schedulers write into the tensor of each group: one that is shared would be scaled twice.
+            # Schedulers write to the tensor of each group, and would scale a shared one twice.
             group["lr"] = group["lr"].clone()
         self._check_groups([*self.param_groups, group])
         super().add_param_group(group)
         self._param_ndims.update(dimensions(self.param_groups[-1]["params"]))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state dict as in ``torch.optim``, of what is in the groups now."""
+        """Return the state dict as in ``torch.optim``, of the parameters that are in the groups now."""
         held = set(params_of(self.param_groups))
-        # Which torch.optim has no number for.
+        # torch.optim cannot number the others.
         absent = {p: self.state.pop(p) for p in list(self.state) if isinstance(p, Tensor) and p not in held}
-        # Ahead of the hooks of the caller, which have the last word.
+        # Before the hooks of the caller, which see the plain state dict.
         hook = self.register_state_dict_post_hook(lambda _, saved: self._storage.save(saved), prepend=True)
         try:
             return super().state_dict()
@@ -256,21 +178,21 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer, or of ``torch.optim.SGD`` (LARS) or ``AdamW`` (LAMB).
 
-        Where both sides have names, state and hyperparameters follow them, whatever the order, the groups and
-        the wrappers (``module.``); otherwise they are matched by position, as in ``torch.optim``. Names,
-        ``fused``, and hyperparameters that the state dict does not name, stay as they are here. The state of
-        half-precision parameters stays in float32.
+        If both sides have names, state and hyperparameters are matched by name, regardless of order, groups
+        and wrappers (``module.``); otherwise by position, as in ``torch.optim``. The optimizer keeps its
+        names, its ``fused``, and hyperparameters that the state dict does not have. The state of
+        half-precision parameters is in float32.
 
         Raises:
             ValueError: If parameters, hyperparameters or state do not fit. Nothing has been loaded then.
         """
         adapted: dict[str, Any] = {}
-        caveats: list[str] = []
+        messages: list[str] = []
 
         def adapt(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             groups, keys = self.param_groups, self.state_keys
             adapted.update(
-                adapt_state_dict(saved, groups, keys, self.moments, self._check_groups, caveats.append)
+                adapt_state_dict(saved, groups, keys, self.moments, self._check_groups, messages.append)
             )
             return adapted
 
@@ -278,8 +200,8 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
             restore_dtypes(self.state, adapted, self.param_groups)
             self._storage.convert_loaded(self.state, self.param_groups)
 
-        # Between the hooks of the caller: those before see the state dict as it was saved, those after see
-        # the state as it stays.
+        # The hooks of the caller run first before loading, on the state dict as it was saved, and last after
+        # it, on the final state.
         hooks = [
             self.register_load_state_dict_pre_hook(adapt),
             self.register_load_state_dict_post_hook(convert, prepend=True),
@@ -287,8 +209,8 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
         before = self.__dict__.copy()
         try:
             super().load_state_dict(state_dict)
-            for caveat in caveats:
-                warnings.warn(caveat, stacklevel=2)
+            for message in messages:
+                warnings.warn(message, stacklevel=2)
         except BaseException:
             self.__dict__.update(before)
             raise
@@ -317,12 +239,12 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
         for group in groups:
             self._check_group(group)
         first = groups[0]["max_grad_norm"]
-        rule = f"the same in every group ({first!r}), as it bounds the norm over all of them"
+        rule = f"the same in every group ({first!r}), because it bounds the norm over all of them"
         for group in groups:
             require("max_grad_norm", rule, group["max_grad_norm"], group["max_grad_norm"] == first)
 
     def _refresh_shards(self) -> None:
-        """Find out who holds the rest of each parameter, once: when the first step comes, all are wrapped."""
+        """Find how the parameters are sharded, at the first step, when all wrappers are in place."""
         if self._shards_are_current():
             return
         named = named_params(self.param_groups)
@@ -346,7 +268,7 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
         return count == len(self._shards)
 
     def _adopt_changed_groups(self, named: list[tuple[str, Tensor]], shards: Mapping[Tensor, Shard]) -> None:
-        """Go on with the layers of groups that have changed without ``add_param_group``."""
+        """Adopt the parameters of groups that were changed without ``add_param_group``."""
         check_not_flattened(named, shards, self._param_ndims)
         recheck_params(named)
         for group in self.param_groups:
@@ -354,7 +276,7 @@ class LayerwiseOptimizer(Algorithm, Optimizer):
                 group.setdefault(key, value)
         self._param_ndims = dimensions(p for _, p in named)
         self._storage.keep_only(self._param_ndims)
-        if not torch.compiler.is_compiling():  # no weak reference can be traced; state may stay behind
+        if not torch.compiler.is_compiling():  # which cannot trace weak references; the state then stays
             self._absent_state.follow(self.state, self._param_ndims)
 
     def _name_of(self, p: Tensor) -> str:

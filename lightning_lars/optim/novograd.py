@@ -13,7 +13,7 @@ from lightning_lars.rules import FLAG, NON_NEGATIVE, TWO_FRACTIONS
 
 
 class NovoGrad(LayerwiseOptimizer):
-    """SGD with momentum, on gradients that are divided by a moving average of the norm of their layer's.
+    """SGD with momentum on gradients that are normalized by a moving average of their layer's norm.
 
     For each layer, with weights ``w`` and gradient ``g``::
 
@@ -21,23 +21,24 @@ class NovoGrad(LayerwiseOptimizer):
         m = beta1 * m + (g / (sqrt(v) + eps) + weight_decay * w)
         w = w - lr * m
 
-    Ginsburg et al. 2019, Algorithm 1, with lambda for ``lr`` and d for ``weight_decay``. As there, the first
-    ``v`` is ``|g| ** 2``; here, the first that is not 0. What ``trust_ratios()`` returns is
-    ``1 / (sqrt(v) + eps)``, and 1 as long as ``v`` is 0. A group with ``layer_adaptation=False`` has 1 in its
-    place throughout and is :class:`torch.optim.SGD`, with ``beta1`` for its momentum.
+    Ginsburg et al. 2019, Algorithm 1, with lambda for ``lr`` and d for ``weight_decay``. ``v`` is initialized
+    to the first ``|g| ** 2`` that is not 0; in the paper, to the first. ``trust_ratios()`` returns
+    ``1 / (sqrt(v) + eps)``, or 1 while ``v`` is 0. A group with ``layer_adaptation=False`` has ratio 1 and is
+    equivalent to :class:`torch.optim.SGD` with momentum ``beta1``.
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups of either as dicts.
         lr: Learning rate, at least 0; a number or a one-element tensor.
-        betas: Share of ``m`` and of ``v`` that is kept in a step, each in [0, 1).
+        betas: Decay rates of ``m`` and ``v``, each in [0, 1).
         eps: Added to ``sqrt(v)``, at least 0.
         weight_decay: Decay of the weights, at least 0, which momentum accumulates.
-        grad_averaging: Whether what enters ``m`` is multiplied by ``1 - beta1``.
-        decoupled_weight_decay: Whether ``w = (1 - lr * weight_decay) * w`` comes first, instead of in ``m``.
-        max_grad_norm: Bound, above 0, on the norm over all finite gradients of all groups.
-        maximize: Whether to climb instead of descend.
-        fused: None takes the fused kernel where it can do the step (on a GPU), True raises RuntimeError where
-            it cannot, False does not take it.
+        grad_averaging: Whether to multiply the update of ``m`` by ``1 - beta1``.
+        decoupled_weight_decay: Whether to decay the weights first, ``w = (1 - lr * weight_decay) * w``, and
+            not in ``m``.
+        max_grad_norm: Bound, above 0, on the norm of all finite gradients of all groups.
+        maximize: Whether to maximize the objective.
+        fused: None uses the fused kernel where it is supported (on a GPU), True raises RuntimeError in
+            ``step()`` where it is not, False never uses it.
 
     Raises:
         ValueError: If an argument, here or in a group, breaks its rule.
@@ -102,4 +103,4 @@ class NovoGrad(LayerwiseOptimizer):
 
     @staticmethod
     def decay_only_bounds(h: Hyperparameters) -> tuple[float, float]:
-        return 0.0, 0.0  # no ratio measures weights
+        return 0.0, 0.0  # the ratio does not depend on the weights

@@ -1,4 +1,4 @@
-"""The one equation that LARS and LAMB share: for one layer in floats, or for many at once in tensors."""
+"""The trust ratio, for one layer as floats or for many layers as tensors."""
 
 import math
 from collections.abc import Sequence
@@ -13,44 +13,46 @@ Number = TypeVar("Number", float, Tensor)
 
 
 ROUNDING = 1e-3
-"""Relative error that a norm may have, and then some."""
+"""Relative tolerance for the rounding error of norms."""
 
 
 class TrustRatios(NamedTuple, Generic[Number]):
-    """The trust ratio of a layer and where it comes from, or those of some layers, of shape ``(layers,)``."""
+    """The trust ratio of one layer, or of several in shape ``(layers,)``, and the values it is made of."""
 
     weight_norm: Number
-    """Before the step, and before anything limits it."""
+    """The norm of the weights before the step, not limited by ``max_weight_norm``."""
     denominator: Number
-    """What the weights were measured against, before ``eps``."""
+    """What the weight norm is divided by, without ``eps``."""
 
     unclipped: Number
+    """The trust ratio before ``trust_clip``."""
+
     ratio: Number
-    """What the step used."""
+    """The trust ratio that the step uses."""
 
 
 def at_zero_rule(ratios: TrustRatios[Tensor]) -> Tensor:
-    """Tell which ratios are 1 as there was nothing to adapt to."""
+    """Return which ratios are 1 because the weight norm or the denominator is 0."""
     return _no_scale(ratios.weight_norm, ratios.denominator)
 
 
 def at_clip(ratios: TrustRatios[Tensor]) -> Tensor:
-    """Tell which ratios the clip changed."""
+    """Return which ratios were clipped."""
     ratio = ratios.ratio
     return (ratio != ratios.unclipped.to(ratio.dtype)) & ~ratio.isnan()
 
 
 def from_zero(ratios: TrustRatios[Tensor]) -> Tensor:
-    """Tell which layers had no weights yet to scale a step by that was not 0."""
+    """Return which layers had only weights of 0 and a denominator that was not 0."""
     return (ratios.weight_norm == 0) & (ratios.denominator > 0)
 
 
 def by_decay_alone(ratios: TrustRatios[Tensor], decay: tuple[float, float]) -> Tensor:
-    """Tell which weights were measured against no more than their own decay.
+    """Return which denominators are explained by weight decay alone.
 
     Args:
-        ratios: Of layers of one group.
-        decay: Least and most of ``denominator / weight_norm`` that weight decay makes by itself.
+        ratios: The trust ratios of layers of one group.
+        decay: Bounds of ``denominator / weight_norm`` where only weight decay contributes.
     """
     least, most = decay
     weight_norm, denominator = ratios.weight_norm, ratios.denominator
@@ -58,9 +60,9 @@ def by_decay_alone(ratios: TrustRatios[Tensor], decay: tuple[float, float]) -> T
     return is_no_more & (denominator > 0)
 
 
-def stack_ratios(of_each: Sequence[TrustRatios[float]], dtype: torch.dtype) -> TrustRatios[Tensor]:
-    """Return the ratios of some layers on the CPU as tensors, what the step used in this dtype."""
-    columns = torch.tensor(of_each, dtype=torch.float64, device="cpu").unbind(1)
+def stack_ratios(ratios_of_layers: Sequence[TrustRatios[float]], dtype: torch.dtype) -> TrustRatios[Tensor]:
+    """Return ratios of layers on the CPU as tensors; the one that the step uses has this dtype."""
+    columns = torch.tensor(ratios_of_layers, dtype=torch.float64, device="cpu").unbind(1)
     ratios: TrustRatios[Tensor] = TrustRatios(*columns)
     return ratios._replace(ratio=ratios.ratio.to(dtype))
 
@@ -72,23 +74,23 @@ def trust_ratio(
     trust_coefficient: float = 1.0,
     eps: float = 0.0,
 ) -> Number:
-    """Return how far each layer may move, relative to the size of its weights.
+    """Return the trust ratio, which scales the update of a layer.
 
     ::
 
         trust_ratio = trust_coefficient * weight_norm / (denominator + eps)
 
-    A layer whose ``weight_norm`` or ``denominator`` is 0 has no scale to adapt to: its ratio is 1,
-    so that zero-initialised layers move and layers without a gradient never turn into NaN.
+    Where ``weight_norm`` or ``denominator`` is 0, the ratio is 1, so that zero-initialized layers are
+    updated, and a gradient of 0 never makes NaN.
 
     Args:
-        weight_norm: L2 norm of a layer, or of every layer, shape ``(layers,)``.
-        denominator: What the weights are measured against, before ``eps``, likewise.
-        trust_coefficient: Factor on every ratio.
+        weight_norm: L2 norm of the weights of a layer, or of several layers, shape ``(layers,)``.
+        denominator: What the norm is divided by, without ``eps``, in the same shape.
+        trust_coefficient: Factor on the ratio.
         eps: Added to the denominator.
 
     Returns:
-        The ratio, or the ratios, shape ``(layers,)``, on the device of ``weight_norm``.
+        A float, or a tensor of shape ``(layers,)`` on the device of ``weight_norm``.
 
     Example:
         >>> import torch
@@ -98,7 +100,7 @@ def trust_ratio(
         >>> trust_ratio(2.0, 4.0)
         0.5
     """
-    if isinstance(weight_norm, (float, int)):  # is faster than to ask for a tensor
+    if isinstance(weight_norm, (float, int)):  # faster than isinstance(..., Tensor)
         has_no_scale = weight_norm == 0 or denominator == 0
         return 1.0 if has_no_scale else trust_coefficient * weight_norm / (denominator + eps)
     ratio = trust_coefficient * weight_norm / (denominator + eps)
@@ -106,7 +108,7 @@ def trust_ratio(
 
 
 def clip(ratio: Number, low: float, high: float) -> Number:
-    """Return the ratio, or the ratios, within bounds; NaN stays NaN."""
+    """Limit a ratio, or a tensor of ratios, to ``[low, high]``; NaN stays NaN."""
     if isinstance(ratio, Tensor):
         return ratio.clamp(low, high)
     return ratio if math.isnan(ratio) else min(max(ratio, low), high)
@@ -130,16 +132,16 @@ def over_lr(ratio: Number, lr: float | Tensor) -> Number:
 
 
 def one_minus_power(beta: float, t: Any) -> Any:
-    """Return ``1 - beta ** t``, with digits that the difference loses where ``beta`` is near 1.
+    """Return ``1 - beta ** t``, without cancellation where ``beta`` is near 1.
 
     Args:
         beta: Below 1.
-        t: A number for each layer, shape ``(layers,)``; or what stands for one in a kernel, and says itself.
+        t: The number of steps of each layer, shape ``(layers,)``; or, in a kernel, an object with this method.
     """
     if not isinstance(t, Tensor):
         return t.one_minus_power(beta)
     if torch.compiler.is_compiling():
-        # A schedule may change beta in every step: for the logarithm in Python there would be a graph each.
+        # A schedule may change beta in every step, and math.log would recompile the graph for each value.
         return -torch.expm1(t * torch.full_like(t[0], beta - 1).log1p())
     return -torch.expm1(t * (math.log(beta) if beta > 0 else -math.inf))
 

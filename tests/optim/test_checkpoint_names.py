@@ -159,22 +159,22 @@ REFUSED = {
     "united though it differs": (
         [ADAPTED, EXCLUDED],
         [["a.weight", "b.weight", "d.bias"]],
-        r"with \[3\] parameters, got groups of \[2, 1\]: .* unites \[0, 1\] .*'lr', 'layer_adaptation'",
+        r"with \[3\] parameters, got groups of \[2, 1\]: .* merges .*\[0, 1\] .*'lr', 'layer_adaptation'",
     ),
     "other layers": (
         [["a.weight", "b.weight"]],
         [["a.weight", "c.weight"]],
-        r"names of the optimizer's parameters, but it has none for 'c.weight', and has 'b.weight', which",
+        r"names of the optimizer's parameters, but it does not have 'c.weight', and has 'b.weight', which",
     ),
     "a layer more": (
         [["a.weight", "b.weight"]],
         [["a.weight"]],
-        r"with \[1\] parameters, got groups of \[2\]: it has 'b.weight', which the optimizer does not hold",
+        r"with \[1\] parameters, got groups of \[2\]: it has 'b.weight', which the optimizer does not have",
     ),
     "a layer less": (
         [["a.weight"]],
         [["a.weight", "b.weight"]],
-        r"with \[2\] parameters, got groups of \[1\]: it has none for 'b.weight'",
+        r"with \[2\] parameters, got groups of \[1\]: it does not have 'b.weight'",
     ),
 }
 

@@ -261,7 +261,7 @@ def test_a_checkpoint_of_sgd_loads():
     give_gradients(params.values(), 0)
     sgd.step()
     optimizer = build(LARS8bit, params)
-    with pytest.warns(UserWarning, match="The state dict is SGD's"):
+    with pytest.warns(UserWarning, match="The state dict is from SGD"):
         optimizer.load_state_dict(sgd.state_dict())
     assert is_eight_bit(optimizer.state[params["wide"]]["momentum_buffer"])
 

@@ -136,7 +136,7 @@ def large_layers(dtype=torch.float32):
 
 
 def channels_last_layers(dtype=torch.float32):
-    """Layers of which one has no gaps in memory, but another order of dimensions."""
+    """Layers of which one is dense, but in another order of dimensions."""
     params = layers(dtype)
     weight = params["conv.weight"].detach().to(memory_format=torch.channels_last)
     return {**params, "conv.weight": Parameter(weight)}
@@ -365,7 +365,7 @@ NOT_FUSED = [
         for kernels, optimizer_class in BOTH
         for dtype, own, reason in (
             (torch.float64, layers, "parameters are torch.float64"),
-            (torch.float32, with_gaps, "gaps in memory"),
+            (torch.float32, with_gaps, "dense in memory"),
         )
     ),
 ]
@@ -402,7 +402,7 @@ def test_a_gpu_without_triton_takes_single_operations(monkeypatch):
     monkeypatch.setattr(choice, "TRITON_DEVICES", {"cpu"})
     monkeypatch.setattr(choice, "is_triton_installed", lambda: False)
     reason = choice.why_not_fused([torch.ones(2)], [torch.ones(2)], [])
-    assert reason == "kernels for GPUs need triton, which is not installed (pip install triton)"
+    assert reason == "fused steps on a GPU need triton, which is not installed (pip install triton)"
 
 
 def test_other_devices_take_single_operations():

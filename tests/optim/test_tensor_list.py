@@ -45,7 +45,7 @@ def test_only_moments_that_a_sum_begins_with_and_results_are_overwritten():
 def test_an_equation_that_reads_what_it_has_overwritten_is_told():
     moment = TensorList(some(1.0), use="advance")
     _ = 0.5 * moment + TensorList(some(2.0))
-    with pytest.raises(RuntimeError, match="reads a moment or a value that an earlier sum has overwritten"):
+    with pytest.raises(RuntimeError, match="reads a moment or an intermediate result after it was"):
         _ = TensorList(some(2.0)) + moment
     with pytest.raises(TypeError, match=r"equations are written in \+ - \* / and sqrt"):
         torch.exp(TensorList(some(1.0)))

@@ -1,1 +1,1 @@
-"""How a step is computed: by foreach operations, torch's fused kernels on the CPU, or Triton's on a GPU."""
+"""Back ends, which compute a step: foreach operations, torch's fused CPU kernels, or a Triton kernel."""

@@ -1,6 +1,6 @@
-"""A shortcut on the CPU for algorithms whose direction is SGD's, by the fused kernel that torch has for it.
+"""A back end for LARS on the CPU, built on torch's fused SGD kernel.
 
-What the kernel does in one pass over memory takes five to ten passes of foreach operations.
+The kernel makes one pass over memory, where foreach operations make five to ten.
 """
 
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from lightning_lars.optim.algorithm import Hyperparameters
 from lightning_lars.optim.backends.eager import Eager
 from lightning_lars.optim.backends.tensor_list import TensorList
 
-# Below, 1 - (1 - scale) has lost more digits than float32 has.
+# The smallest scale whose dampening, 1 - scale, keeps it to float32 precision.
 _MIN_SCALE = 1e-8
 
-# Share of the weights that decays in a step, up to which g + weight_decay * w can be told after it.
+# The largest decay of the weights in a step after which g + weight_decay * w can still be recovered.
 _MAX_DECAY = 0.5
 
 
 class CpuSGD(Eager):
-    """The step of an algorithm whose direction is SGD's.
+    """The step of an algorithm with the direction of SGD.
 
-    Its factors are ``rate, scale, input_scale``, and its direction is::
+    The factors are ``rate, scale, input_scale``, and the direction is::
 
         u = scale * (g + weight_decay * w)
         v = momentum * v + input_scale * u
@@ -34,9 +34,9 @@ class CpuSGD(Eager):
 
     @staticmethod
     def why_not(h: Hyperparameters) -> str | None:
-        """Return which hyperparameter it cannot do, None if it can do all."""
+        """Return which hyperparameters the kernel does not support, None if it supports all."""
         if h.layer_adaptation and h.nesterov and h.denominator == "momentum":
-            return 'torch has no kernel on the CPU that does nesterov with denominator="momentum"'
+            return 'torch has no fused CPU kernel for nesterov with denominator="momentum"'
         return None
 
     def _direction_in_advance(self) -> TensorList:
@@ -44,17 +44,15 @@ class CpuSGD(Eager):
         if v is None:
             return super()._direction_in_advance()
         _, _, input_scale = self._factors(1.0)
-        _sgd(self.w, self.g, v, self.h, lr=0.0, input_scale=input_scale)  # which only advances v
+        _sgd(self.w, self.g, v, self.h, lr=0.0, input_scale=input_scale)  # only updates v
         return TensorList(v)
 
     def move(self, ratio: list[float] | None) -> None:
-        """Move the weights, and what :meth:`measure` has not moved, by the trust ratios, 1 for None."""
+        """Update the weights, and the moments unless :meth:`measure` has, by the trust ratios, None for 1."""
         self.lr = float(self.lr)
         if self.stored_direction is not None:
             assert ratio is not None
-            subtract_scaled(
-                self.w, self.stored_direction.value(), [self._factors(of_layer)[0] for of_layer in ratio]
-            )
+            subtract_scaled(self.w, self.stored_direction.value(), [self._factors(each)[0] for each in ratio])
             self._write()
             return
         h, (v,) = self.h, self.state.moments()
@@ -63,10 +61,10 @@ class CpuSGD(Eager):
         if ratio is None and factors[0][1] == 1:
             rate, _, input_scale = factors[0]
             _sgd(self.w, self.g, v, h, lr=rate, input_scale=input_scale, nesterov=h.nesterov)
-        elif all([_is_precise(h, *of_layer) for of_layer in factors]):  # noqa: C419, as it is faster
+        elif all([_is_precise(h, *each) for each in factors]):  # noqa: C419, because it is faster
             for i, (w, g) in enumerate(zip(self.w, self.g, strict=True)):
-                of_layer = factors[0] if ratio is None else factors[i]
-                adapted_sgd(h, w, g, None if v is None else v[i], *of_layer)
+                own = factors[0] if ratio is None else factors[i]
+                adapted_sgd(h, w, g, None if v is None else v[i], *own)
         else:
             super().move(1.0 if ratio is None else self.w[0].new_tensor(ratio))
             return
@@ -83,13 +81,13 @@ def adapted_sgd(
     ``(1 - rate * scale * weight_decay) * u``, and ``w = w - rate * momentum * v``.
 
     Args:
-        h: Hyperparameters.
+        h: The hyperparameters of the group.
         w: Weights.
         g: Gradient, only read.
-        v: Momentum; None without, and then ``w = w - rate * scale * u``.
+        v: Momentum buffer; None without momentum, and then ``w = w - rate * scale * u``.
         rate: Factor on the direction.
-        scale: The trust ratio, which scales the gradient.
-        input_scale: Factor on what enters ``v``.
+        scale: Factor on the gradient: the trust ratio.
+        input_scale: Factor on ``u`` in the update of ``v``: one minus the dampening.
     """
     if h.nesterov or v is None:
         _sgd([w], [g], None, h, lr=rate * scale)
@@ -100,7 +98,7 @@ def adapted_sgd(
 
 
 def _is_precise(h: Hyperparameters, rate: float, scale: float, input_scale: float) -> bool:
-    """Tell whether :func:`adapted_sgd` has the digits for these factors."""
+    """Return whether :func:`adapted_sgd` is exact to float32 precision with these factors."""
     return scale * input_scale > _MIN_SCALE and not (
         h.nesterov and not rate * scale * h.weight_decay < _MAX_DECAY
     )
@@ -132,5 +130,5 @@ def _sgd(
 
 def subtract_scaled(weights: Sequence[Tensor], d: Sequence[Tensor], rates: Sequence[float]) -> None:
     """Apply ``w = w - rate * d`` in place, in one pass over each layer."""
-    for w, of_layer, rate in zip(weights, d, rates, strict=True):
-        w.add_(of_layer, alpha=-rate)
+    for w, direction, rate in zip(weights, d, rates, strict=True):
+        w.add_(direction, alpha=-rate)

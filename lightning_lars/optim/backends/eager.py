@@ -1,4 +1,4 @@
-"""Any algorithm by torch's foreach operations: the back end that works everywhere."""
+"""The back end that runs any algorithm on any device, by torch's foreach operations."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -20,20 +20,20 @@ class Eager:
     """The step of one batch: first :meth:`measure`, then :meth:`move`.
 
     Args:
-        algorithm: Whose equations it runs.
+        algorithm: The algorithm whose equations are evaluated.
         batch: The layers.
-        state: Of them; open while :meth:`measure` runs if the batch adapts its direction, else while
-            :meth:`move` does.
+        state: The state of the layers, which is unpacked during :meth:`measure` if the batch adapts its
+            direction, otherwise during :meth:`move`.
         gradient_scale: Factor on all gradients, 0-d; None for 1.
-        scratch: Memory that batches take after each other.
-        tables: Those of this step.
+        scratch: Memory that the batches use one after the other.
+        tables: The address tables of this step.
     """
 
     holds_moments: ClassVar[bool] = False
-    """Whether the moments must be open from :meth:`measure` to :meth:`move`."""
+    """Whether the moments must stay unpacked from :meth:`measure` to :meth:`move`."""
 
     in_floats: ClassVar[bool] = False
-    """Whether :meth:`move` takes a list of ratios in floats, not a tensor."""
+    """Whether :meth:`move` takes the trust ratios as a list of floats, not as a tensor."""
 
     can_repeat: ClassVar[bool] = False
     """Whether it can take the next step of its layers too, by :meth:`begin`."""
@@ -73,14 +73,14 @@ class Eager:
 
     @staticmethod
     def why_not(h: Hyperparameters) -> str | None:
-        """Return which hyperparameter it cannot do, None if it can do all."""
+        """Return which hyperparameters are not supported, None if all are."""
         return None
 
     def measure(self) -> tuple[Tensor, Tensor] | TrustRatios[Tensor] | None:
-        """Return the norms of what of the layers is here, and of what it is measured against.
+        """Return the norms ``|w|`` and ``|d|`` of the local shards, or None for layers that are not adapted.
 
-        Each of shape ``(layers,)``; None where nothing is adapted; trust ratios where the back end has
-        computed them. Where the batch adapts its direction, its moments advance.
+        Each has shape ``(layers,)``. A back end that computes the trust ratios itself returns them instead.
+        This updates the moments if the batch adapts its direction.
         """
         self._read()
         if not self.batch.group["layer_adaptation"]:
@@ -93,7 +93,11 @@ class Eager:
         return norms[: len(self.w)], norms[len(self.w) :]
 
     def move(self, ratio: Any) -> None:
-        """Move the weights, and what :meth:`measure` has not moved, by the trust ratios, 1 for None."""
+        """Update the weights, and the moments unless :meth:`measure` has.
+
+        Args:
+            ratio: The trust ratios, shape ``(layers,)``; None for 1.
+        """
         ratio = 1.0 if ratio is None else ratio
         if self.stored_direction is None:
             rate, d = self._direction(ratio)
@@ -103,7 +107,7 @@ class Eager:
         self._write()
 
     def _read(self) -> None:
-        """Take weights and gradients in float32 or wider, where these are the gradients to descend."""
+        """Set ``w`` and ``g`` in float32 or wider, with all options applied that precede the equations."""
         batch = self.batch
         self.w, self.g = in_dtype(batch.weights, self.dtype), in_dtype(batch.grads, self.dtype)
         if self.h.maximize:
@@ -125,7 +129,7 @@ class Eager:
         return d.whole()
 
     def _direction(self, ratio: Any) -> tuple[Any, TensorList]:
-        """Return the rate and the direction, and advance the moments."""
+        """Return the rate and the direction, and update the moments."""
         moments = self.state.moments()
         self._count_step()
         rate, *factors = map(per_layer_scalars, self._factors(ratio))
@@ -147,10 +151,10 @@ class Eager:
 
 
 def dtype_of_step(p: Tensor) -> torch.dtype:
-    """Return the dtype of the arithmetic: half precision is only how a weight is stored."""
+    """Return the dtype of the arithmetic, which is float32 for weights stored in half precision."""
     return p.dtype if p.dtype is torch.float32 else torch.promote_types(p.dtype, torch.float32)
 
 
 def in_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return the tensors in a dtype, themselves where they have it."""
+    """Return the tensors cast to a dtype, without a copy where they have it."""
     return [tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]

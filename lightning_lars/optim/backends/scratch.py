@@ -1,4 +1,4 @@
-"""Memory in which some layers after others are worked on."""
+"""Scratch memory that the batches of a step share."""
 
 import threading
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 from lightning_lars.sharding.norms import Tensors
 
-# Elements up to which memory is kept for the next step: 16 MiB of float32.
+# The largest memory that is cached for the next step, in elements: 16 MiB of float32.
 _MAX_CACHED_ELEMENTS = 2**22
 
 
 class _ThreadCache(threading.local):
-    """The memory of this thread in which nobody works, which threads therefore need not lock.
+    """The unused memory of a thread, without a lock.
 
-    One for all optimizers, of which there may be one a layer, as where layers step in the backward pass.
+    All optimizers share it: there may be one for each layer, for updates during the backward pass.
     """
 
     def __init__(self) -> None:
@@ -25,10 +25,10 @@ _cache = _ThreadCache()
 
 
 class Scratch:
-    """Memory that is given out again and again, and belongs to one step at a time.
+    """Memory that is reused by batch after batch and step after step.
 
-    A large tensor that is new comes from the operating system page by page, which takes longer than to
-    fill it.
+    Reuse saves page faults: the operating system maps a large new tensor page by page, which takes longer
+    than to fill it.
 
     Example:
         >>> import torch
@@ -45,11 +45,12 @@ class Scratch:
         self._memory: Tensor | None = None
 
     def like(self, tensors: Tensors) -> list[Tensor]:
-        """Return for each of these a tensor that is laid out alike, with anything in it.
+        """Return uninitialized tensors with the shapes and strides of these.
+
+        This invalidates all tensors that were returned before, unless :meth:`release` was called.
 
         Args:
-            tensors: Of one dtype and device, without gaps in memory. What was given out before is no longer
-                the caller's.
+            tensors: Dense tensors of one dtype and device.
         """
         sizes = [tensor.numel() for tensor in tensors]
         if self._memory is None or _kind(self._memory) != _kind(tensors[0]):
@@ -57,7 +58,7 @@ class Scratch:
             self._memory = _cache.memory.pop(_kind(tensors[0]), None)
         memory = self._memory
         if memory is None or memory.numel() < sum(sizes):
-            self._memory = memory = None  # before there is more
+            self._memory = memory = None  # freed before more is allocated
             self._memory = memory = tensors[0].new_empty(sum(sizes))
         parts = memory[: sum(sizes)].split_with_sizes(sizes)
         return [
@@ -66,11 +67,11 @@ class Scratch:
         ]
 
     def release(self) -> None:
-        """Leave to the caller what was given out."""
+        """Leave the memory to the tensors that were returned last, which stay valid."""
         self._memory = None
 
     def recycle(self) -> None:
-        """Leave to the next step, of any optimizer, what is little, and keep nothing."""
+        """Give up the memory, and cache it for the next step of any optimizer if it is small."""
         memory, self._memory = self._memory, None
         if memory is None or memory.numel() > _MAX_CACHED_ELEMENTS or memory.is_inference():
             return

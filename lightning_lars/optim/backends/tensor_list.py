@@ -1,4 +1,4 @@
-"""Arithmetic on the tensors of several layers at once, by torch's foreach operations."""
+"""Arithmetic on lists of tensors, by torch's foreach operations."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -10,10 +10,11 @@ Use = Literal["read", "advance", "scratch", "spent"]
 
 
 class Buffers:
-    """The tensors of several layers, and what an operation may do with them.
+    """The tensors of several layers, and how operations may use them.
 
-    They may be read only; or, as the moments of layers, take the result of a sum that begins with them; or,
-    as what came out of another operation, take any result. Whoever reads what has been overwritten is told.
+    ``"read"``: only read. ``"advance"``: a sum that begins with them is computed in place, as for moments.
+    ``"scratch"``: any operation is computed in place, as for intermediate results. ``"spent"``: they were
+    overwritten, and reading them raises.
     """
 
     def __init__(self, tensors: Sequence[Tensor], use: Use) -> None:
@@ -22,15 +23,17 @@ class Buffers:
     def read(self) -> Sequence[Tensor]:
         """Return the tensors."""
         if self.use == "spent":
-            raise RuntimeError("an equation reads a moment or a value that an earlier sum has overwritten")
+            raise RuntimeError(
+                "an equation reads a moment or an intermediate result after it was overwritten"
+            )
         return self.tensors
 
 
 class TensorList:
-    """Tensors, one for each layer: what is done to it is done to each of them.
+    """One tensor for each layer; an operation on the list applies to each tensor.
 
-    ``a + s * b`` is one operation, ``torch.add(a, b, alpha=s)``, and ``a + s * b * c`` another, so that they
-    round as ``torch.optim`` does. A factor is a number, or what :func:`per_layer_scalars` makes of a tensor.
+    ``a + s * b`` is a single ``torch.add(a, b, alpha=s)``, and ``a + s * b * c`` a single ``torch.addcmul``:
+    results are rounded as in ``torch.optim``. A factor is a number or what :func:`per_layer_scalars` returns.
 
     Example:
         >>> import torch
@@ -52,7 +55,7 @@ class TensorList:
         self.scale, self.factor = scale, factor
 
     def value(self) -> Sequence[Tensor]:
-        """Return the tensors, which are not to be written to."""
+        """Return the tensors, which must not be written to."""
         return self.whole().buffers.read()
 
     def __mul__(self, other: Any) -> "TensorList":
@@ -97,7 +100,7 @@ class TensorList:
         return root
 
     def whole(self) -> "TensorList":
-        """Return itself without scale and factor, which stand in its tensors."""
+        """Return this list with its scale and factor multiplied into the tensors."""
         each = self._with_factor()
         return each if each.scale == 1 else TensorList(each.buffers)._apply("mul", each.scale)
 
@@ -110,7 +113,7 @@ class TensorList:
     def _apply(
         self, operation: str, *args: Any, advances: bool = False, ends: bool = True, **kwargs: Any
     ) -> "TensorList":
-        """Do an operation to the tensors, in place where they may take its result."""
+        """Apply a foreach operation, in place where the buffers allow it."""
         tensors, use = self.buffers.read(), self.buffers.use
         if use == "scratch" or (advances and use == "advance"):
             getattr(torch, f"_foreach_{operation}_")(tensors, *args, **kwargs)
@@ -121,7 +124,7 @@ class TensorList:
 
 
 def per_layer_scalars(value: Any) -> Any:
-    """Return what an equation takes for a number, a 0-d tensor, or a vector with a number for each layer."""
+    """Convert a number, or a tensor of shape ``()`` or ``(layers,)``, to what a :class:`TensorList` takes."""
     if not isinstance(value, Tensor):
         return value
     return tuple(value.unbind()) if value.ndim else (value,)

@@ -1,1 +1,1 @@
-"""What an optimizer keeps between two steps, in the step and in a checkpoint."""
+"""The state of an optimizer: how it is stored between steps, and how checkpoints are loaded into it."""

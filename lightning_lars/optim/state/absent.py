@@ -1,4 +1,4 @@
-"""The state of layers that have left the groups of an optimizer."""
+"""The state of parameters that have left the groups of an optimizer."""
 
 from collections.abc import Collection, MutableMapping
 from typing import Any
@@ -8,11 +8,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class AbsentState:
-    """Keeps the state of layers in no group apart: there again when they are, gone when they are gone.
+    """Sets aside the state of parameters that are in no group, until they return or are garbage-collected.
 
-    A group may change without ``add_param_group``: pruning and growing put other parameters into it, some
-    training loops step a part of the groups at a time. ``torch.optim`` leaves the state of what has gone in
-    ``optimizer.state``, where it stays in memory and makes ``state_dict()`` fail.
+    Groups may change without ``add_param_group``: pruning and growing replace parameters, and some training
+    loops step only some of the groups at a time. ``torch.optim`` leaves the state of removed parameters in
+    ``optimizer.state``, where it occupies memory and makes ``state_dict()`` fail.
 
     Example:
         >>> import torch
@@ -31,7 +31,7 @@ class AbsentState:
         self._states = WeakTensorKeyDictionary()
 
     def follow(self, state: MutableMapping[Any, Any], params: Collection[Tensor]) -> None:
-        """Move out of the state what is of no parameter, and back into it what is of one again."""
+        """Set aside the state of all parameters but these, and restore theirs if it was set aside."""
         present = set(params)
         for p in [key for key in state if isinstance(key, Tensor) and key not in present]:
             self._states[p] = state.pop(p)

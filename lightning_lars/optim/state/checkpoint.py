@@ -1,4 +1,4 @@
-"""State dicts, of these optimizers and of torch.optim's, made to fit."""
+"""Adapts state dicts of these optimizers, of ``torch.optim`` and of other packages for loading."""
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
@@ -23,17 +23,17 @@ def adapt_state_dict(
     check_groups: Callable[[Sequence[Mapping[str, Any]]], None],
     warn: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Return a state dict whose groups are those of the optimizer and have every key.
+    """Return a state dict that has the groups of the optimizer, with all keys.
 
-    Hyperparameters that it does not name, and ``fused``, get the value that they have in the optimizer.
+    Hyperparameters that the state dict does not have, and ``fused``, keep the optimizer's values.
 
     Args:
         saved: A state dict of LARS or LAMB, of ``torch.optim``, or of another package.
-        own_groups: Of the optimizer.
-        state_keys: What the optimizer keeps for each layer.
-        moments: What of that is of the size of the layer.
-        check_groups: Raises if the hyperparameters of groups break a rule.
-        warn: Called with what the user should know of.
+        own_groups: The groups of the optimizer.
+        state_keys: The keys of a layer's state.
+        moments: Those state keys whose tensors have the shape of the layer.
+        check_groups: Raises if a hyperparameter breaks its rule.
+        warn: Called with the text of each warning.
 
     Raises:
         ValueError: If groups, hyperparameters or state do not fit the optimizer.
@@ -41,8 +41,8 @@ def adapt_state_dict(
     if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
         got = list(saved) if isinstance(saved, Mapping) else saved
         raise ValueError(
-            f'state_dict must be that of an optimizer, with "state" and "param_groups", got {got!r}: in a '
-            'checkpoint of Lightning, it is one of checkpoint["optimizer_states"]'
+            f'state_dict must be an optimizer state dict, with "state" and "param_groups", got {got!r}: in a '
+            'Lightning checkpoint, use an element of checkpoint["optimizer_states"]'
         )
     saved, unscaled, without_counterpart = translate(
         eight_bit_state_dict(saved, in_floats="min_8bit_size" not in own_groups[0])
@@ -50,7 +50,7 @@ def adapt_state_dict(
     groups = match_groups(saved["param_groups"], own_groups, warn)
     _warn_of_unscaled(groups, own_groups, saved["state"], unscaled, warn)
     if without_counterpart:
-        warn(f"{without_counterpart[0]}=True in the state dict has no counterpart here, and ends with it")
+        warn(f"{without_counterpart[0]}=True in the state dict is not supported here and is ignored")
     groups = [_complete(group, own, saved["state"]) for group, own in zip(groups, own_groups, strict=True)]
     check_groups(groups)
     names = (name for name, _ in named_params(own_groups))
@@ -62,9 +62,9 @@ def adapt_state_dict(
 def restore_dtypes(
     state: dict[Tensor, Any], saved: Mapping[str, Any], own_groups: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Put the saved state back in float32 or wider, on the device of its parameter.
+    """Restore the saved state in float32 or wider, on the device of its parameter.
 
-    torch has cast it to the dtype of the parameter, and left ``step`` where it was.
+    torch casts it to the dtype of the parameter, and does not move ``step``.
     """
     for saved_id, p in pair_params(saved["param_groups"], own_groups):
         dtype = torch.promote_types(p.dtype, torch.float32)
@@ -76,19 +76,19 @@ def restore_dtypes(
 
 
 def is_checkpoint_dry_run() -> bool:
-    """Tell whether ``torch.distributed.checkpoint`` makes a step only to see what state there will be.
+    """Return whether ``torch.distributed.checkpoint`` makes a step only to initialize the state.
 
-    It does, with a learning rate and gradients of 0, to save an optimizer that has not begun, and to load
-    into one. The weights stay, but state would begin: a momentum of weight decay alone, and a count of one
-    step.
+    It does so, with a learning rate and gradients of 0, before it saves or loads an optimizer that has not
+    stepped yet. The weights do not change, but the state would: weight decay in the momentum, and a count of
+    one step.
     """
     module = sys.modules.get("torch.distributed.checkpoint.state_dict")
-    # It has no public name, and nothing else tells it from a first step with a learning rate of 0.
-    trial = getattr(module, "_init_optim_state", None)
-    if trial is None or torch.compiler.is_compiling():
+    # A private function, but nothing else distinguishes this from a first step with a learning rate of 0.
+    dry_run = getattr(module, "_init_optim_state", None)
+    if dry_run is None or torch.compiler.is_compiling():
         return False
     frame = sys._getframe()
-    while frame is not None and frame.f_code is not trial.__code__:
+    while frame is not None and frame.f_code is not dry_run.__code__:
         frame = frame.f_back  # type: ignore[assignment]
     return frame is not None
 
@@ -96,7 +96,7 @@ def is_checkpoint_dry_run() -> bool:
 def pair_params(
     saved_groups: Iterable[Mapping[str, Any]], own_groups: Iterable[Mapping[str, Any]]
 ) -> Iterable[tuple[Any, Tensor]]:
-    """Pair the parameters' numbers in a state dict with the parameters."""
+    """Pair each parameter with its number in a state dict."""
     saved_ids = chain.from_iterable(group["params"] for group in saved_groups)
     return zip(saved_ids, chain.from_iterable(group["params"] for group in own_groups), strict=True)
 
@@ -108,12 +108,11 @@ def _check_state(
         return
     if state.keys() != state_keys:
         unknown = sorted(state.keys() - state_keys)
-        way_out = "it was saved by another optimizer" if unknown else "it is incomplete"
+        remedy = "it was saved by a different optimizer" if unknown else "it is incomplete"
         if state.keys() > state_keys:
-            way_out += f". Delete {quote(unknown)} from its state to go on without"
+            remedy += f". Delete {quote(unknown)} from its state to load it without"
         raise ValueError(
-            f"state_dict must hold {sorted(state_keys)} for parameter {name!r}, got {sorted(state)}: "
-            f"{way_out}"
+            f"state_dict must hold {sorted(state_keys)} for parameter {name!r}, got {sorted(state)}: {remedy}"
         )
     for key, value in state.items():
         if key == "step" or value is None:
@@ -126,20 +125,20 @@ def _check_state(
             if value.numel() != 1:
                 raise ValueError(
                     f"state_dict must hold one number for {key!r} of parameter {name!r}, got a tensor of "
-                    f"shape {tuple(value.shape)}: it was saved by another optimizer"
+                    f"shape {tuple(value.shape)}: it was saved by a different optimizer"
                 )
             continue
         if value.shape != p.shape:
             raise ValueError(
                 f"state_dict must hold {key!r} of {name!r} in the shape of the parameter, {tuple(p.shape)}, "
-                f"got {tuple(value.shape)}. Without names on both sides, the order must be the same; what "
-                "FSDP saved is put in shape by FullyShardedDataParallel.optim_state_dict_to_load()"
+                f"got {tuple(value.shape)}. Without names on both sides, the order must be the same; convert "
+                "FSDP state dicts with FullyShardedDataParallel.optim_state_dict_to_load()"
             )
         if _layout(value) != _layout(p):
             raise ValueError(
                 f"state_dict must hold {key!r} of {name!r} in the layout of its parameter {_layout(p)}, got "
                 f"{_layout(value)}: torch.distributed.checkpoint.state_dict.set_optimizer_state_dict() "
-                "divides it among the processes"
+                "shards it"
             )
 
 
@@ -150,38 +149,41 @@ def _warn_of_unscaled(
     unscaled: Mapping[Any, str],
     warn: Callable[[str], None],
 ) -> None:
-    """Warn of the first group that was not adapted, and now is."""
+    """Warn of the first adapted group whose saved state was not adapted."""
     for group, own in zip(groups, own_groups, strict=True):
         reason = next((unscaled[number] for number in group["params"] if number in unscaled), None)
         if reason is None or not own["layer_adaptation"] or own.get("denominator") == "momentum":
             continue
         if "betas" in own:
             warn(
-                f"{reason}: it brings the learning rate of an optimizer without trust ratios, "
-                f"{float(group['lr']):g} in the place of {float(own['lr']):g}. A good one for LAMB is "
-                "another, often a larger one: set it after loading, in param_groups"
+                f"{reason}: it replaces the learning rate {float(own['lr']):g} with that of an optimizer "
+                f"without trust ratios, {float(group['lr']):g}. LAMB needs a different, often a larger one: "
+                "set it in param_groups after loading"
             )
             return
         buffers = [(state.get(number) or {}).get("momentum_buffer") for number in group["params"]]
         if any(buffer is not None for buffer in buffers):
             warn(
-                f"{reason}: it brings a learning rate, and a momentum that no trust ratio has scaled (unless "
-                "a wrapper did, as LARC). Under a rate for LARS it would throw the weights far off until it "
-                "has faded. Raise lr in small steps, or leave the momentum behind with "
+                f"{reason}: its learning rate and momentum belong to updates without trust ratios (unless a "
+                "wrapper such as LARC scaled them). At a learning rate for LARS, the momentum would move "
+                "the weights far away before it decays. Increase lr in small steps, or discard it with "
                 'state_dict["state"] = {}'
             )
             return
 
 
 def _complete(group: Mapping[str, Any], own: Mapping[str, Any], state: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return a group with the hyperparameters that it names, and the optimizer's others."""
+    """Return a saved group, completed with the optimizer's hyperparameters."""
     for key in {"momentum", "betas"} & own.keys():
         if key not in group:
             keys = {key for number in group["params"] for key in state.get(number) or {}}
-            takers = {"exp_avg": " LAMB takes its moments", "momentum_buffer": " LARS takes its momentum"}
+            takers = {
+                "exp_avg": " LAMB can load its moments",
+                "momentum_buffer": " LARS can load its momentum",
+            }
             raise ValueError(
-                f"state_dict must have {key!r} in its groups, got {sorted(group)}: was it saved by another "
-                f"optimizer?{''.join(takers[each] for each in takers if each in keys)}"
+                f"state_dict must have {key!r} in its groups, got {sorted(group)}: was it saved by a "
+                f"different optimizer?{''.join(takers[each] for each in takers if each in keys)}"
             )
     kept = {key: value for key, value in own.items() if key not in ("params", "param_names")}
     if not is_own(group):
@@ -192,5 +194,5 @@ def _complete(group: Mapping[str, Any], own: Mapping[str, Any], state: Mapping[A
 
 
 def _layout(tensor: Tensor) -> object:
-    """Return how a DTensor is divided, ``"plain"`` for a tensor that is not."""
+    """Return the placements of a DTensor, ``"plain"`` for other tensors."""
     return getattr(tensor, "placements", "plain")

@@ -1,4 +1,4 @@
-"""Which group of a state dict is which of the optimizer's, and what hyperparameters that gives."""
+"""Matches the parameter groups of a state dict to those of an optimizer, with their hyperparameters."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,26 +21,26 @@ _NOT_HYPERPARAMETERS = ("params", "param_names", "name", "fused")
 def match_groups(
     saved_groups: Groups, own_groups: Groups, warn: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Return the groups of a state dict divided and ordered as the optimizer's.
+    """Return the groups of a state dict, regrouped as those of the optimizer.
 
     Where both sides have names, parameters are matched by them
     (:func:`~lightning_lars.optim.state.name_matching.order_by_name`), otherwise by position, as in
     ``torch.optim``.
 
     Args:
-        saved_groups: Of the state dict.
-        own_groups: Of the optimizer.
-        warn: Called with what the user should know of.
+        saved_groups: The groups of the state dict.
+        own_groups: The groups of the optimizer.
+        warn: Called with the text of each warning.
 
     Returns:
-        For each group of the optimizer the hyperparameters that the state dict has for it and, in
-        ``"params"``, the numbers of its parameters there.
+        For each group of the optimizer, its hyperparameters in the state dict and, as ``"params"``, the
+        numbers of its parameters there.
 
     Raises:
-        ValueError: If parameters cannot be matched, or it is open which group has which hyperparameters.
+        ValueError: If parameters cannot be matched, or a group would have contradicting hyperparameters.
     """
     saved_names, own_names = names_of(saved_groups), names_of(own_groups)
-    # FSDP1 and torch.distributed.checkpoint have matched their names, and follow the order of the optimizer.
+    # FSDP1 and torch.distributed.checkpoint match names themselves, and use the order of the optimizer.
     is_fsdp1 = any(getattr(p, "_fsdp_flattened", False) for group in own_groups for p in group["params"])
     order = None if is_fsdp1 else order_by_name(saved_names, own_names)
     if order is not None:
@@ -55,7 +55,7 @@ def match_groups(
         options = [_options(group) for group in saved_groups]
     else:
         raise ValueError(_no_match(saved_groups, own_groups))
-    return [{**of_group, "params": numbers} for of_group, numbers in zip(options, params, strict=True)]
+    return [{**group, "params": numbers} for group, numbers in zip(options, params, strict=True)]
 
 
 def _sizes(groups: Groups) -> list[int]:
@@ -72,41 +72,46 @@ def _options_by_group(
     params: Sequence[Sequence[Any]],
     warn: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Return the hyperparameters of each group of the optimizer, as far as groups do not contradict."""
+    """Return the saved hyperparameters for each group of the optimizer.
+
+    Raises:
+        ValueError: If they contradict each other where saved groups are split or merged.
+    """
     source = {number: index for index, group in enumerate(saved_groups) for number in group["params"]}
     sources = [list(dict.fromkeys(source[number] for number in numbers)) for numbers in params]
     options = list(map(_options, saved_groups))
-    for index, of_saved in enumerate(options):
-        heirs = [number for number, of_group in enumerate(sources) if index in of_group]
-        differing = _differing([own_groups[number] for number in heirs], of_saved)
+    for index, saved in enumerate(options):
+        targets = [number for number, indices in enumerate(sources) if index in indices]
+        differing = _differing([own_groups[number] for number in targets], saved)
         if differing:
             raise ValueError(
-                f"{_misfit(saved_groups, own_groups)}: group {index} of the state dict is divided among "
-                f"{heirs} here, which differ in {quote(differing)}. {_REMEDY}"
+                f"{_misfit(saved_groups, own_groups)}: group {index} of the state dict is split among the "
+                f"groups {targets} here, which differ in {quote(differing)}. {_REMEDY}"
             )
-    divided: list[dict[str, Any]] = []
-    for number, of_group in enumerate(sources):
-        united = [options[index] for index in of_group]
-        differing = _differing(united, dict.fromkeys(key for each in united for key in each))
+    regrouped: list[dict[str, Any]] = []
+    for number, indices in enumerate(sources):
+        merged = [options[index] for index in indices]
+        differing = _differing(merged, dict.fromkeys(key for each in merged for key in each))
         if differing:
             raise ValueError(
-                f"{_misfit(saved_groups, own_groups)}: group {number} here unites {of_group} of the state "
-                f"dict, which differ in {quote(differing)}. {_REMEDY}"
+                f"{_misfit(saved_groups, own_groups)}: group {number} here merges groups {indices} of the "
+                f"state dict, which differ in {quote(differing)}. {_REMEDY}"
             )
-        divided.append(united[0] if united else {})
-    is_moved = any(of_group not in ([], [number]) for number, of_group in enumerate(sources))
-    if is_moved and any("initial_lr" in group for group in own_groups) and _differing(divided, ["lr"]):
+        regrouped.append(merged[0] if merged else {})
+    is_reordered = any(indices not in ([], [number]) for number, indices in enumerate(sources))
+    has_scheduler = any("initial_lr" in group for group in own_groups)
+    if is_reordered and has_scheduler and _differing(regrouped, ["lr"]):
         warn(
-            "The groups of the state dict are not in the order of the optimizer's. Hyperparameters follow "
-            "the names of the parameters, but a scheduler keeps its rates by position: before loading its "
-            "state too, build the optimizer with the groups in the order of the state dict"
+            "The groups of the state dict are in another order than those of the optimizer. Hyperparameters "
+            "are matched by parameter names, but a scheduler stores learning rates by position: before "
+            "loading its state too, build the optimizer with the groups in the order of the state dict"
         )
-    return divided
+    return regrouped
 
 
 _REMEDY = (
-    "Build both with the same groups; or take these keys out of the groups of the state dict, and they stay "
-    "as they are here"
+    "Build both with the same groups; or delete these keys from the groups of the state dict to keep the "
+    "optimizer's values"
 )
 
 

@@ -1,10 +1,10 @@
-"""Which parameter of a state dict is which of the optimizer's."""
+"""Matches the parameters of a state dict to those of an optimizer by name."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# What DDP, torch.compile, FSDP1, activation checkpointing and Fabric put into the names of what they wrap.
-# Models have parts called "module" too: these are left out only where names do not agree with them.
+# What DDP, torch.compile, FSDP1, activation checkpointing and Fabric insert into the names of parameters.
+# Submodules may be called "module" too: these parts are ignored only if the full names do not match.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 
 Groups = Sequence[Mapping[str, Any]]
@@ -12,17 +12,17 @@ Names = Sequence[str | None]
 
 
 def order_by_name(saved: Names, own: Names) -> list[int] | None:
-    """Return for each parameter of the optimizer its place in the state dict.
+    """Return for each parameter of the optimizer its position in the state dict.
 
-    Names are compared as they are, else without those of wrappers, else with one prefix in front of all on
-    one side.
+    Names are compared in full, then without the parts that wrappers insert, then with a common prefix added
+    on one side.
 
     Args:
-        saved: Names of the parameters in the state dict, None for one that has none.
-        own: Names of those of the optimizer.
+        saved: Names of the parameters in the state dict, None for a parameter without a name.
+        own: Names of the parameters of the optimizer.
 
     Returns:
-        The places, or None where names do not tell.
+        The positions, or None if the names do not match.
 
     Example:
         >>> from lightning_lars.optim.state.name_matching import order_by_name
@@ -51,20 +51,20 @@ def order_by_name(saved: Names, own: Names) -> list[int] | None:
 
 
 def may_be_one(saved: str | None, own: str | None) -> bool:
-    """Tell whether names allow two parameters to be one: a number stands for a name that was not given."""
+    """Return whether names allow two parameters to be the same; numbers stand for missing names."""
     if saved is None or own is None or saved.isdigit() or own.isdigit():
         return True
     return _bare(saved) == _bare(own)
 
 
 def names_of(groups: Groups) -> list[str | None]:
-    """Return the names of the parameters in groups, None for one that has none."""
+    """Return the names of the parameters in groups, None for a parameter without a name."""
     names: list[str | None] = []
     for group in groups:
         given = group.get("param_names")
         if are_names([group]):
-            given = group["params"]  # beside which param_names are in the order of the optimizer that saved
-        # As many as when they were given, unless something has put its own parameters into the group.
+            given = group["params"]  # param_names are in the order of the optimizer that was saved
+        # A group whose parameters were replaced may have names left from before.
         if given is None or len(given) != len(group["params"]):
             given = [None] * len(group["params"])
         names += given
@@ -72,23 +72,23 @@ def names_of(groups: Groups) -> list[str | None]:
 
 
 def are_names(groups: Groups) -> bool:
-    """Tell whether parameters are numbered by names, as ``torch.distributed.checkpoint`` numbers them."""
+    """Return whether parameters are identified by name, as in ``torch.distributed.checkpoint``."""
     return any(isinstance(number, str) for group in groups for number in group["params"])
 
 
 def how_names_differ(saved: Names, own: Names) -> str:
-    """Return, for a message, the names that only one side has, or an empty string."""
+    """Describe, for an error message, the names that only one side has."""
     if None in saved or None in own:
         return ""
     missing = [name for name in own if name not in saved]
     unknown = [name for name in saved if name not in own]
-    parts = [f"has none for {quote(missing)}"] if missing else []
-    parts += [f"has {quote(unknown)}, which the optimizer does not hold"] if unknown else []
+    parts = [f"does not have {quote(missing)}"] if missing else []
+    parts += [f"has {quote(unknown)}, which the optimizer does not have"] if unknown else []
     return "it " + ", and ".join(parts) if parts else ""
 
 
 def quote(names: Sequence[object]) -> str:
-    """Return names for a message, and of many the first few.
+    """Quote names for an error message, only the first few of many.
 
     Example:
         >>> from lightning_lars.optim.state.name_matching import quote
@@ -104,7 +104,7 @@ def _bare(name: str) -> str:
 
 
 def _prefix(longer: Sequence[str], shorter: Sequence[str]) -> str:
-    """Return what stands in front of the shorter names to make the longer ones, if something does."""
+    """Return the common prefix that turns the shorter names into the longer ones, if there is one."""
     if not shorter:
         return ""
     ending = f".{shorter[0]}"

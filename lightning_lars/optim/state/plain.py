@@ -1,4 +1,4 @@
-"""The state of layers, held in plain tensors."""
+"""State stored in plain tensors."""
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,31 +15,31 @@ from lightning_lars.rules import Rule
 from lightning_lars.sharding.shards import laid_out_as, local
 
 States = MutableMapping[Any, dict[str, Any]]
-"""The state of every layer, as ``torch.optim`` keeps it."""
+"""The state of the optimizer, by parameter, as in ``torch.optim``."""
 
 
 _NO_CONTEXT = nullcontext()
 
 
 class PlainState:
-    """How state is held between steps: each moment in a tensor of float32 or wider."""
+    """Stores each moment between steps in a tensor of float32 or wider."""
 
     rules: Mapping[str, Rule] = {}
-    """Of hyperparameters that are its own."""
+    """Rules for hyperparameters that only this kind of state has."""
 
     defaults: Mapping[str, Any] = {}
-    """Of these, in groups that do not name them."""
+    """Default values of these hyperparameters."""
 
     def __init__(self) -> None:
         # The layers whose state is left from a dry run, and whose first step is still to come.
         self._dry_run: set[Tensor] = set()
 
     def fresh(self) -> "PlainState":
-        """Return the same for state that has been loaded."""
+        """Return a new object for state that was loaded."""
         return PlainState()
 
     def check(self, shards: Mapping[str, Any]) -> None:
-        """Raise RuntimeError if it cannot be held for one of these shards, given by name."""
+        """Raise RuntimeError if one of these shards, given by name, is not supported."""
 
     def split(self, batch: Batch, moments: Sequence[str]) -> Iterable[Batch]:
         """Return a batch in parts whose moments in use are all read and written in 8 bits, or opened."""
@@ -50,7 +50,7 @@ class PlainState:
         return BatchState(states, batch, algorithm)
 
     def why_not_in_triton(self, batch: Batch) -> str | None:
-        """Return why no kernel in Triton can work on it, None if one can."""
+        """Return why the Triton kernel does not support this state, None if it does."""
         return None
 
     def can_repeat(self, states: States) -> bool:
@@ -58,7 +58,7 @@ class PlainState:
         return all(type(value) is Tensor for of_layer in states.values() for value in of_layer.values())
 
     def first_step_test(self, moments: Sequence[str]) -> Callable[[Tensor, Any], bool]:
-        """Return a function that tells, of a layer and its state, whether one of these moments is missing."""
+        """Return a function of a layer and its state: whether one of these moments is still missing."""
         dry_run = self._dry_run
 
         def is_first(p: Tensor, state: Mapping[str, Any] | None) -> bool:
@@ -72,18 +72,18 @@ class PlainState:
         return is_first
 
     def end_step(self, params: Iterable[Tensor]) -> None:
-        """Take note of the layers that have taken a step."""
+        """Record that these layers have been updated."""
         if self._dry_run:
             self._dry_run.difference_update(params)
 
     def keep_only(self, params: Iterable[Tensor]) -> None:
-        """Forget what has left the groups."""
+        """Forget all layers but these, which are in the groups now."""
         self._dry_run.intersection_update(params)
 
     def zero(self, states: States, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Leave of a step, which was a trial, only that there is state."""
-        for of_layer in states.values():
-            for value in of_layer.values():
+        """Zero the state after a dry run, keeping its structure."""
+        for state in states.values():
+            for value in state.values():
                 value.zero_()
         self._dry_run.update(states)
 
@@ -92,21 +92,21 @@ class PlainState:
         return moments
 
     def unpacked(self, states: States, batch: Batch) -> AbstractContextManager[None]:
-        """Hold moments in plain tensors of float32 or wider, for the length of a block."""
+        """Provide the moments in plain tensors of float32 or wider, within a ``with`` block."""
         return _NO_CONTEXT
 
     def convert_loaded(self, states: States, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Hold state that has been loaded, in whatever form, as it is held here."""
-        for p, of_layer in states.items():
-            to_float(of_layer, p)
+        """Convert state that was loaded, in any form, to the form in which it is stored here."""
+        for p, state in states.items():
+            to_float(state, p)
 
     def save(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return a state dict of it in which all tensors are plain."""
+        """Return a state dict in which all tensors are plain."""
         return state_dict
 
 
 class BatchState:
-    """The state of the layers of a batch, in the middle of a step."""
+    """The state of the layers of a batch, during a step."""
 
     def __init__(self, states: States, batch: Batch, algorithm: type[Algorithm]) -> None:
         self._states, self._batch, self._algorithm = states, batch, algorithm
@@ -138,7 +138,7 @@ class BatchState:
         return ()
 
     def next_steps(self) -> list[Tensor]:
-        """Count a step, and return the count of each layer; call :meth:`moments` first."""
+        """Increment the step of each layer and return it; :meth:`moments` must have been called."""
         steps = self.steps()
         torch._foreach_add_(steps, 1.0)
         return steps
@@ -161,12 +161,12 @@ class BatchState:
 
 
 def number_of(states: States, p: Tensor, key: str) -> Tensor:
-    """Return a number that is kept for a layer, 0 at first."""
-    of_layer = states[p]
-    if of_layer.get(key) is None:
+    """Return the 0-d state tensor of a layer under this key, 0 at first."""
+    state = states[p]
+    if state.get(key) is None:
         dtype = torch.promote_types(p.dtype, torch.float32)
-        of_layer[key] = torch.zeros((), dtype=dtype, device=p.device)
-    number: Tensor = of_layer[key]
+        state[key] = torch.zeros((), dtype=dtype, device=p.device)
+    number: Tensor = state[key]
     return number
 
 

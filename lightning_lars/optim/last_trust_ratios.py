@@ -1,0 +1,95 @@
+"""The trust ratios of the last step, and what determined them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from lightning_lars.optim.algorithm import Algorithm
+from lightning_lars.optim.backends.eager import dtype_of_step
+from lightning_lars.optim.parameters import named_params
+from lightning_lars.optim.step import Ratios
+from lightning_lars.optim.trust_ratio import (
+    TrustRatios,
+    at_clip,
+    at_zero_rule,
+    by_decay_alone,
+    from_zero,
+    stack_ratios,
+)
+
+
+class LastTrustRatios:
+    """The methods of an optimizer that report on the trust ratios of its last step."""
+
+    param_groups: list[dict[str, Any]]
+
+    # The adapted layers of each batch in the last step, and their trust ratios.
+    _last_trust_ratios: list[tuple[list[Tensor], Ratios]]
+
+    def trust_ratios(self) -> dict[str, Tensor]:
+        """Return the trust ratio that the last step used for each adapted layer.
+
+        Returns:
+            0-d tensors on the device of their layer, by parameter name, or by the parameter's number in
+            ``state_dict()`` where the optimizer was built without names. Empty before the first step
+            and after a state dict was loaded.
+        """
+        return self._by_name(lambda ratios, _: ratios.ratio)
+
+    def at_trust_clip(self) -> dict[str, Tensor]:
+        """Return for each adapted layer whether ``trust_clip`` changed its ratio in the last step.
+
+        Returns:
+            0-d bool tensors, as :meth:`trust_ratios` returns them.
+        """
+        return self._by_name(lambda ratios, _: at_clip(ratios))
+
+    def at_zero_rule(self) -> dict[str, Tensor]:
+        """Return for each adapted layer whether its ratio was 1 because a norm was 0 in the last step.
+
+        Returns:
+            0-d bool tensors, as :meth:`trust_ratios` returns them.
+        """
+        return self._by_name(lambda ratios, _: at_zero_rule(ratios))
+
+    def from_zero(self) -> dict[str, Tensor]:
+        """Return for each adapted layer whether the last step updated it from weights that were all 0.
+
+        The ratio of such a step is 1 before clipping: it is a step of SGD (LARS) or Adam (LAMB).
+
+        Returns:
+            0-d bool tensors, as :meth:`trust_ratios` returns them.
+        """
+        return self._by_name(lambda ratios, _: from_zero(ratios))
+
+    def by_decay_alone(self) -> dict[str, Tensor]:
+        """Return for each adapted layer whether only weight decay contributed to its last step.
+
+        This happens with a gradient of 0 if the decay is part of the adapted update. The trust ratio makes
+        such a step as long as any other, whatever ``weight_decay`` is.
+
+        Returns:
+            0-d bool tensors, as :meth:`trust_ratios` returns them.
+        """
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
+
+        def value(ratios: TrustRatios[Tensor], params: list[Tensor]) -> Tensor:
+            # The layers of a batch are in one group, unless they were removed from it since.
+            group = next((group_of[p] for p in params if p in group_of), None)
+            if group is None:
+                return by_decay_alone(ratios, (0.0, 0.0))
+            assert isinstance(self, Algorithm)
+            return by_decay_alone(ratios, self.decay_only_bounds(self.hyperparameters(group)))
+
+        return self._by_name(value)
+
+    def _by_name(self, value: Callable[[TrustRatios[Tensor], list[Tensor]], Tensor]) -> dict[str, Tensor]:
+        values: dict[Tensor, Tensor] = {}
+        for params, ratios in self._last_trust_ratios:
+            if isinstance(ratios, list):
+                stacked = stack_ratios(ratios, dtype_of_step(params[0]))
+            else:
+                stacked = TrustRatios(*ratios)
+            values.update(zip(params, value(stacked, params).unbind(), strict=True))
+        return {name: values[p] for name, p in named_params(self.param_groups) if p in values}
