@@ -136,7 +136,7 @@ def one_minus_power(beta: float, t: Any) -> Any:
 
     Args:
         beta: Below 1.
-        t: The number of steps of each layer, shape ``(layers,)``; or, in a kernel, an object with this method.
+        t: The number of steps of each layer, shape ``(layers,)``; or a kernel object with this method.
     """
     if not isinstance(t, Tensor):
         return t.one_minus_power(beta)

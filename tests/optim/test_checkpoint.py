@@ -97,7 +97,7 @@ def from_sgd(options):
     walk(sgd, range(3))
     params = {name: Parameter(value) for name, value in values(other).items()}
     lars = LARS(groups(params), trust_coefficient=0.02)
-    with pytest.warns(UserWarning, match="a momentum that no trust ratio has scaled"):
+    with pytest.warns(UserWarning, match="momentum belong to updates without trust ratios"):
         lars.load_state_dict(saved_and_read_again(sgd.state_dict()))
     return (params, lars), (other, sgd)
 
@@ -280,7 +280,7 @@ FOREIGN = [
             (with_a_parameter_less, r"with \[3, 1\] parameters, got groups of \[2, 1\]"),
             (with_another_shape, r"\(5, 7\), got \(2, 2\)"),
             (with_a_list_for_a_tensor, r"must hold a tensor for '\w+' of parameter 'conv.weight', got \[\["),
-            (with_other_names, "none for 'conv.weight', 'linear.weight', 'scale', and has 'x', 'y', 'z'"),
+            (with_other_names, "not have 'conv.weight', 'linear.weight', 'scale', and has 'x', 'y', 'z'"),
             (with_a_bad_option, "weight_decay must be at least 0.*, got -1.0"),
         )
     ),
