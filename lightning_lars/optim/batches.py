@@ -28,9 +28,6 @@ class Batch(NamedTuple):
     params: list[Tensor]
     weights: list[Tensor]
     grads: list[Tensor]
-    shapes: list[torch.Size]
-    """Of the weights, which take longer to ask than to keep."""
-
     states: list[Any]
     """The state dict of each layer; None if it has none yet."""
 
@@ -94,18 +91,17 @@ def sort_layers(
                     f"{name(p)!r}: distribute it with torch.distributed.tensor.distribute_tensor()"
                 )
             w, grad, is_sharded = local(p), local_gradient(p), len(shard.groups) > 0
-        shape = w.shape
-        if grad.shape != shape:
+        if grad.shape != w.shape:
             raise RuntimeError(
                 f"the gradient of parameter {name(p)!r} must have the parameter's shape, "
-                f"{tuple(shape)}, got {tuple(grad.shape)}: set it to None where a parameter "
+                f"{tuple(w.shape)}, got {tuple(grad.shape)}: set it to None where a parameter "
                 "is given another shape"
             )
         state = states.get(p)
         key, elements = (w.device, w.dtype, is_sharded, is_first(p, state)), w.numel()
         batch, remaining = open_batches.get(key) or (None, [0.0])
         if batch is None or elements > remaining[0]:
-            batch = Batch(group, h, [], [], [], [], [], is_sharded, key[-1], adapts_direction)
+            batch = Batch(group, h, [], [], [], [], is_sharded, key[-1], adapts_direction)
             remaining = [_max_batch_elements(w, batch)]
             open_batches[key] = batch, remaining
             batches.append(batch)
@@ -113,7 +109,6 @@ def sort_layers(
         batch.params.append(p)
         batch.weights.append(w)
         batch.grads.append(grad)
-        batch.shapes.append(shape)
         batch.states.append(state)
     return batches
 

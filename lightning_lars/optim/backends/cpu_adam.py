@@ -1,14 +1,13 @@
 """A back end for LAMB on the CPU, built on torch's fused Adam kernels."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_lars.optim.algorithm import Hyperparameters
-from lightning_lars.optim.backends.cpu_sgd import subtract_scaled
-from lightning_lars.optim.backends.eager import Eager
+from lightning_lars.optim.backends.cpu import Cpu, subtract_scaled
 from lightning_lars.optim.backends.tensor_list import TensorList
 
 # Layers of this many elements or more, on average, are multiplied one by one: a single pass over memory then
@@ -16,14 +15,12 @@ from lightning_lars.optim.backends.tensor_list import TensorList
 _LONG = 16384
 
 
-class CpuAdam(Eager):
+class CpuAdam(Cpu):
     """The step of an algorithm with the direction of AdamW, which the trust ratio scales.
 
     The direction ``m_hat / (sqrt(v_hat) + eps) + weight_decay * w`` is the result of a step of Adam with
     ``lr=-1`` that starts at ``weight_decay * w``. Without ``layer_adaptation`` the step is AdamW's own.
     """
-
-    in_floats: ClassVar[bool] = True
 
     @staticmethod
     def why_not(h: Hyperparameters) -> str | None:

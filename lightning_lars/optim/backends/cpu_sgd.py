@@ -3,14 +3,11 @@
 The kernel makes one pass over memory, where foreach operations make five to ten.
 """
 
-from collections.abc import Sequence
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
 from lightning_lars.optim.algorithm import Hyperparameters
-from lightning_lars.optim.backends.eager import Eager
+from lightning_lars.optim.backends.cpu import Cpu, subtract_scaled
 from lightning_lars.optim.backends.tensor_list import TensorList
 
 # The smallest scale whose dampening, 1 - scale, keeps it to float32 precision.
@@ -20,7 +17,7 @@ _MIN_SCALE = 1e-8
 _MAX_DECAY = 0.5
 
 
-class CpuSGD(Eager):
+class CpuSGD(Cpu):
     """The step of an algorithm with the direction of SGD.
 
     The factors are ``rate, scale, input_scale``, and the direction is::
@@ -29,8 +26,6 @@ class CpuSGD(Eager):
         v = momentum * v + input_scale * u
         d = u + momentum * v  if nesterov else  v
     """
-
-    in_floats: ClassVar[bool] = True
 
     @staticmethod
     def why_not(h: Hyperparameters) -> str | None:
@@ -126,9 +121,3 @@ def _sgd(
         maximize=False,
         is_first_step=False,
     )
-
-
-def subtract_scaled(weights: Sequence[Tensor], d: Sequence[Tensor], rates: Sequence[float]) -> None:
-    """Apply ``w = w - rate * d`` in place, in one pass over each layer."""
-    for w, direction, rate in zip(weights, d, rates, strict=True):
-        w.add_(direction, alpha=-rate)

@@ -1,6 +1,6 @@
 """The state of layers, held in 8 bits between the steps."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -161,7 +161,7 @@ class EightBitBatchState(BatchState):
 
     def maps(self) -> tuple[Tensor, ...]:
         """Return what codes stand for, for each moment in use, where it is held in 8 bits."""
-        device = self._batch.weights[0].device
+        device = self.batch.weights[0].device
         keys = (key for key in self._algorithm.moments if key in self._used)
         return tuple(self._maps.map(is_signed(key), device) for key in keys)
 

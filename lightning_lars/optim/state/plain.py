@@ -109,14 +109,15 @@ class BatchState:
     """The state of the layers of a batch, during a step."""
 
     def __init__(self, states: States, batch: Batch, algorithm: type[Algorithm]) -> None:
-        self._states, self._batch, self._algorithm = states, batch, algorithm
+        self.batch = batch
+        self._states, self._algorithm = states, algorithm
         self._used = algorithm.used_moments(batch.h)
 
     def moments(self) -> list[list[Tensor] | None]:
         """Return each moment of all layers, 0 before their first step; None for a moment not in use."""
         if not self._used:
             return [None] * len(self._algorithm.moments)
-        batch = self._batch
+        batch = self.batch
         if batch.is_first:
             batch.states[:] = [self._states[p] for p in batch.params]
             for p, w, state in zip(batch.params, batch.weights, batch.states, strict=True):
@@ -145,7 +146,7 @@ class BatchState:
 
     def steps(self) -> list[Tensor]:
         """Return how many steps each layer has taken; call :meth:`moments` first."""
-        return [state["step"] for state in self._batch.states]
+        return [state["step"] for state in self.batch.states]
 
     def _initialize(self, p: Tensor, w: Tensor, state: dict[str, Any]) -> None:
         if self._algorithm.counts_steps and "step" not in state:
@@ -182,13 +183,12 @@ def checked_moments(
     """
     device = batch.weights[0].device
     moments = []
-    layers = zip(batch.params, batch.weights, batch.shapes, batch.states, strict=True)
-    for p, w, shape, state in layers:
+    for p, w, state in zip(batch.params, batch.weights, batch.states, strict=True):
         own: list[Tensor] = []
         moments.append(own)
         if not state:
             continue
-        is_contiguous = w.is_contiguous()
+        shape, is_contiguous = w.shape, w.is_contiguous()
         for key in algorithm.state_keys:
             value = state.get(key)
             if value is None:

@@ -1,0 +1,32 @@
+"""What the back ends on torch's fused CPU kernels have in common."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from lightning_lars.optim.backends.eager import Eager
+from lightning_lars.optim.batches import Batch
+
+
+class Cpu(Eager):
+    """A back end that takes the trust ratios as floats."""
+
+    in_floats: ClassVar[bool] = True
+
+    def begin(self, batch: Batch, gradient_scale: Tensor | None) -> None:
+        """Begin a step, with these gradients, hyperparameters and learning rate."""
+        super().begin(batch, gradient_scale)
+        self.state.batch = batch
+
+    def end(self) -> None:
+        """Release the gradients and the scratch memory until the next step."""
+        self.batch = self.state.batch = self.batch._replace(grads=[])
+        self.w, self.g = [], []
+        self.stored_direction = self.gradient_scale = None
+
+
+def subtract_scaled(weights: Sequence[Tensor], d: Sequence[Tensor], rates: Sequence[float]) -> None:
+    """Apply ``w = w - rate * d`` in place, in one pass over each layer."""
+    for w, direction, rate in zip(weights, d, rates, strict=True):
+        w.add_(direction, alpha=-rate)
