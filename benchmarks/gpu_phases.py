@@ -30,10 +30,13 @@ TESTS = (
     "test_fused",
     "test_parity",
     "test_triton",
+    "test_plan",
+    "test_eight_bit_kernels",
     "test_compile",
     "test_memory_of_state",
     "test_cuda_graphs",
 )
+_OF_KERNELS = "triton or compiles or graph or test_plan or eight_bit_kernels"
 _CLIPPED = {"max_grad_norm": 1.0}
 _LARS = {"momentum": 0.9, "weight_decay": 1e-4}
 _LAMB = {"weight_decay": 0.01}
@@ -284,7 +287,7 @@ def _iterations_off(optimizer_class: type[LARS | LAMB], options: dict[str, Any],
 def tests(say: Say, dry: bool) -> None:
     """Run the tests of the kernels, compiled for the GPU instead of interpreted."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "-rfE"]
-    command += ["--tb=line", "-o", "addopts=--import-mode=importlib", "-k", "triton or compiles or graph"]
+    command += ["--tb=line", "-o", "addopts=--import-mode=importlib", "-k", _OF_KERNELS]
     command += ["-n", "8"] if importlib.util.find_spec("xdist") else []
     command += ["--version"] if dry else []
     run = subprocess.run(

@@ -66,6 +66,16 @@ def test_the_growth_of_a_step_is_printed_and_drawn(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_time_of_the_host_is_printed_beside_that_of_torchs_optimizers(monkeypatch):
+    pytest.importorskip("triton", reason="there is no triton for this system")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    printed = run("benchmarks.host_time", "--layers", 4, "--rounds", 3)
+    lines = [line.split("│")[1:-1] for line in printed.splitlines() if "│ LA" in line]
+    launches = {line[1].strip(): int(line[2]) for line in lines}
+    assert launches == {"LARS": 4, "LAMB": 5}
+    assert all(float(cell.replace(",", "")) > 0 for line in lines for cell in line[3:])
+
+
 @pytest.mark.slow
 def test_all_that_is_measured_on_a_gpu_can_be_tried_without_one(tmp_path):
     pytest.importorskip("triton", minversion="3.3", reason="there is no triton for this system")

@@ -15,7 +15,8 @@ from tests.support.slow import slow_unless
 triton = pytest.importorskip("triton", reason="there is no triton for this system")
 quantization = pytest.importorskip("torchao.optim.quant_utils", reason="there is no torchao for this system")
 
-tl = triton.language
+kernels = pytest.importorskip("lightning_lars.optim.backends.triton_eight_bit")
+tl, pointers_to, quantize = triton.language, kernels.pointers_to, kernels.quantize
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of several chunks, cut in the middle of one; of one block; and one whose state stays in 32 bits.
@@ -29,9 +30,6 @@ def requantize(x, columns, shares, size, block: tl.constexpr):
     at = tl.program_id(0) * block + tl.arange(0, block)
     mask = at < size
     quantize(from_triton, shares, at, mask, tl.load(x + at, mask=mask, other=0.0), block)
-
-
-from lightning_lars.optim.backends.triton_eight_bit import pointers_to, quantize  # noqa: E402
 
 
 def hard_to_round(shares):
