@@ -27,7 +27,7 @@ from study_report import (
     table_of_results,
     table_of_windows,
 )
-from study_runs import Settings, Trainings
+from study_runs import RunCache, Settings
 from study_training import Choice, Run
 
 from lightning_lars.learning_rate.batch_scaling import ScalingRule
@@ -59,7 +59,7 @@ FIRST_SEED = 11  # for the results: the exploration before this study used seeds
 
 
 def choose(
-    trainings: Trainings, models: list[str], batch_size: int, rates: int
+    run_cache: RunCache, models: list[str], batch_size: int, rates: int
 ) -> dict[str, dict[str, Choice]]:
     """Tune every optimizer at one batch size, on the validation images.
 
@@ -71,7 +71,7 @@ def choose(
         for name, start in STARTS.items()
     }
     every_rate = [each for grid in grids.values() for each in grid]
-    seen = _validate(trainings, dict.fromkeys(models, every_rate), "Rates")
+    seen = _validate(run_cache, dict.fromkeys(models, every_rate), "Rates")
     chosen = {
         model: {
             name: replace(grid[0], lr=middle_of_the_best({each.lr: seen[model][each] for each in grid}))
@@ -88,7 +88,7 @@ def choose(
         for key, of in (("excluded_lr", EXCLUDED_RATES), ("clip", CLIPS))
     )
     changes = [each for of in (of_rate, of_clip) for grid in of.values() for each in grid]
-    seen[first] |= _validate(trainings, {first: changes}, "Norms and biases, and clips,")[first]
+    seen[first] |= _validate(run_cache, {first: changes}, "Norms and biases, and clips,")[first]
     for name in STARTS:
         excluded_lr = first_of_the_best(of_rate[name], seen[first]).excluded_lr
         clip = first_of_the_best(of_clip[name], seen[first]).clip
@@ -100,13 +100,13 @@ def choose(
 
 
 def _validate(
-    trainings: Trainings, choices: dict[str, list[Choice]], description: str
+    run_cache: RunCache, choices: dict[str, list[Choice]], description: str
 ) -> dict[str, dict[Choice, float]]:
     runs = {
         model: {each: Run(model, each, each.batch_size, TUNING_SEED) for each in of_model}
         for model, of_model in choices.items()
     }
-    outcomes = trainings(
+    outcomes = run_cache(
         [run for of in runs.values() for run in of.values()], f"{description} at the small batch"
     )
     return {
@@ -248,10 +248,10 @@ def main() -> None:
     settings = Settings(arguments.epochs, data_dir, arguments.train_images, arguments.validation_images)
     folder, models = arguments.folder, arguments.models
     folder.mkdir(parents=True, exist_ok=True)
-    trainings = Trainings(settings, folder / "runs.csv", arguments.processes)
+    run_cache = RunCache(settings, folder / "runs.csv", arguments.processes)
     base, large = arguments.base_batch_size, arguments.batch_size
 
-    best = choose(trainings, models, base, arguments.rates)
+    best = choose(run_cache, models, base, arguments.rates)
     seeds = range(FIRST_SEED, FIRST_SEED + arguments.seeds)
     few = range(FIRST_SEED, FIRST_SEED + arguments.window_seeds)
     first, of_first = models[0], best[models[0]]
@@ -261,7 +261,7 @@ def main() -> None:
     of_rates = by_rate(first, of_first, large, few) if arguments.lr_window else []
     of_variants = variants(first, of_first, large, few) if arguments.variants else []
     planned = [*(row for rows in tables.values() for row in rows), *of_sizes, *of_rates, *of_variants]
-    outcomes = trainings([run for _, runs in planned for run in runs], "By rule")
+    outcomes = run_cache([run for _, runs in planned for run in runs], "By rule")
 
     def rows(of: Planned) -> list[Row]:
         return [Row(name, runs, [outcomes[run] for run in runs]) for name, runs in of]
@@ -276,7 +276,7 @@ def main() -> None:
         plot_windows(rows(of_rates), folder / "lr_window.png")
     if of_variants:
         rich.print(table_of_results(rows(of_variants), "One change at a time"))
-    rich.print(f"CPU seconds of these {trainings.number} runs: {trainings.cpu_seconds:.0f}")
+    rich.print(f"CPU seconds of these {run_cache.number} runs: {run_cache.cpu_seconds:.0f}")
 
 
 if __name__ == "__main__":

@@ -82,13 +82,13 @@ def table_of_choices(model: str, seen: Mapping[Choice, float], best: Mapping[str
     columns = ("Optimizer", "lr", "Norms and biases", "Clip", "Validation %")
     table = Table(*columns, title=f"{model} at batch {batch_size}")
     for choice, accuracy in seen.items():
-        table.add_row(*_in_words(choice), f"{accuracy:.2f}")
+        table.add_row(*_cells(choice), f"{accuracy:.2f}")
     for choice in best.values():
-        table.add_row(*_in_words(choice), "chosen", style="bold")
+        table.add_row(*_cells(choice), "chosen", style="bold")
     return table
 
 
-def _in_words(choice: Choice) -> tuple[str, str, str, str]:
+def _cells(choice: Choice) -> tuple[str, str, str, str]:
     excluded = "the same" if choice.excluded_lr is None else f"{choice.excluded_lr:g}"
     return choice.optimizer, f"{choice.lr:.4g}", excluded, "" if choice.clip is None else f"{choice.clip:g}"
 

@@ -23,7 +23,7 @@ class Settings:
     validation_images: int
 
 
-class Trainings:
+class RunCache:
     """Trains runs, in no particular order, unless the CSV file already contains them.
 
     An interrupted study resumes where it stopped, and the parts of a study share their runs.
@@ -74,7 +74,7 @@ class Trainings:
             )
             for run, outcome in self._train(missing):
                 self._keep(run, outcome)
-                progress.update(task, advance=1, last=f"{in_words(run)}: {outcome.validation:.1f} %")
+                progress.update(task, advance=1, last=f"{describe(run)}: {outcome.validation:.1f} %")
         self._asked.update(map(self._key, runs))
         return {run: self._known[self._key(run)] for run in runs}
 
@@ -125,7 +125,7 @@ class Trainings:
         return header[: header.index("seed") + 1]
 
 
-def in_words(run: Run) -> str:
+def describe(run: Run) -> str:
     """Return a short description of a run for the progress bar."""
     return f"{run.model}, {run.choice.optimizer} {run.choice.lr:.3g} at {run.batch_size}"
 

@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 ROOT = Path(__file__).parents[1]
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
-pytestmark = pytest.mark.timeout(300)  # whole trainings
+pytestmark = pytest.mark.timeout(300)  # whole runs
 
 
 def run(tmp_path, script, *arguments):
@@ -173,7 +173,7 @@ def test_simclr_learns_features_that_a_few_labels_suffice_for(tmp_path):
 def test_the_recipe_for_a_gpu_runs_at_toy_size(tmp_path, seeds):
     result = run(tmp_path, "gpu_recipe.py", "--toy", "--seeds", str(seeds), "--output-dir", "found")
     assert result.returncode == 0, result.stderr
-    for name, metric, best, trainings in (
+    for name, metric, best, per_seed in (
         ("images_by_a_resnet-20", "accuracy", max, 5),
         ("text_by_a_transformer", "bits", min, 4),
     ):
@@ -182,8 +182,8 @@ def test_the_recipe_for_a_gpu_runs_at_toy_size(tmp_path, seeds):
             rows = list(csv.DictReader(file))
         (column,) = (each for each in rows[0] if each.startswith(metric))
         results = [float(row[column]) for row in rows]
-        assert [row["seed"] for row in rows] == [str(seed) for seed in range(seeds) for _ in range(trainings)]
-        assert len(set(results)) > (seeds - 1) * trainings  # a seed is not the other one again
+        assert [row["seed"] for row in rows] == [str(seed) for seed in range(seeds) for _ in range(per_seed)]
+        assert len(set(results)) > (seeds - 1) * per_seed  # a seed is not the other one again
         # Better than a guess, and the many steps of the small batch better than the few of the large one.
         smallest = min(rows, key=lambda row: int(row["batch"]))["batch"]
         of_the_small = [float(row[column]) for row in rows if row["batch"] == smallest]

@@ -159,7 +159,7 @@ def test_lamb_continues_from_another(row):
 
 
 @pytest.mark.parametrize(("requirement", "module", "name"), [LIGHTLY, TORCH_OPTIMIZER, TIMM_LARS])
-def test_a_momentum_that_a_peer_did_not_adapt_for_want_of_decay_is_warned_of(requirement, module, name):
+def test_warns_of_a_momentum_that_a_peer_did_not_adapt_without_decay(requirement, module, name):
     build = getattr(peer(requirement, module), name)
     params = layers()
     theirs = build(list(params.values()), lr=0.1, momentum=0.9)
@@ -170,7 +170,7 @@ def test_a_momentum_that_a_peer_did_not_adapt_for_want_of_decay_is_warned_of(req
         LARS(layers().values()).load_state_dict(theirs.state_dict())
 
 
-def test_an_option_of_timm_that_has_no_counterpart_is_warned_of():
+def test_warns_of_an_unsupported_option_of_timm():
     params = layers()
     lamb = getattr(peer(*TIMM_LAMB[:2]), TIMM_LAMB[2])(list(params.values()), caution=True)
     walk(lamb, params, range(1))
@@ -258,7 +258,7 @@ def test_a_momentum_of_bitsandbytes_is_known_to_be_unscaled(bitsandbytes):
 
 
 @pytest.mark.parametrize("name", ["AdamW", "AdamW8bit"])
-def test_the_moments_of_adamw_in_bitsandbytes_load_with_a_word_on_the_rate(name, bitsandbytes):
+def test_the_moments_of_adamw_in_bitsandbytes_load_with_a_warning_about_the_rate(name, bitsandbytes):
     weights, saved, _ = bitsandbytes[name]
     lamb = LAMB([Parameter(w) for w in weights])
     with pytest.warns(UserWarning, match="has no option of LAMB: .* rate 0.001 .* 0.05"):
@@ -322,7 +322,7 @@ def test_other_optimizers_are_refused_by_the_missing_key(saved_by, loaded_by, ma
 
 
 @pytest.mark.parametrize("checkpoint", [{"optimizer_states": [], "state_dict": {}}, {"state": {}}, {}])
-def test_what_is_no_state_dict_of_an_optimizer_is_refused(checkpoint):
+def test_anything_but_an_optimizer_state_dict_is_refused(checkpoint):
     optimizer = LARS(list(layers().values()))
     with pytest.raises(ValueError, match=r"optimizer state dict, .* of checkpoint\[.optimizer_states.\]"):
         optimizer.load_state_dict(checkpoint)

@@ -27,7 +27,7 @@ def test_every_rank_returns_its_own_result(world_size):
     assert on_ranks(world_size, misbehaving.add_up, 10) == expected
 
 
-def test_calls_at_once_do_not_meet():
+def test_concurrent_calls_are_independent():
     with ThreadPoolExecutor(3) as threads:
         numbers = range(3)
         results = threads.map(lambda number: on_ranks(2, misbehaving.add_up, number), numbers)

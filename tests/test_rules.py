@@ -153,7 +153,7 @@ def test_bad_params_are_refused(optimizer_class, kind):
     [(torch.ones(2), "iterable"), ([1.0], r"got 1.0 at 0"), ([("a", None)], "got None at 0")],
     ids=["a tensor", "a number", "a name for None"],
 )
-def test_objects_that_are_no_parameter_are_refused(optimizer_class, params, match):
+def test_objects_that_are_not_parameters_are_refused(optimizer_class, params, match):
     with pytest.raises(TypeError, match=match):
         optimizer_class(params)
 

@@ -171,7 +171,7 @@ def test_names_under_fabric_have_no_prefix_of_ddp_either():
     assert rows(wrapped) == rows(Net())
 
 
-def test_what_the_groups_are():
+def test_the_table_shows_the_groups():
     groups = {group["name"]: [name for name, _ in group["params"]] for group in param_groups(Net())}
     blocks = [f"blocks.{number}.{layer}.weight" for number in (0, 1) for layer in ("up", "down")]
     assert groups["adapted"] == ["bias_table", "tokens.weight", *blocks]

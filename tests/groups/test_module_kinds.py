@@ -108,7 +108,7 @@ def test_the_groups_match_the_original(stand_in):
 
 
 @pytest.mark.parametrize("stand_in", STAND_INS)
-def test_layers_with_weight_normalization_are_those_of_the_original(stand_in):
+def test_layers_with_weight_normalization_are_grouped_like_the_original(stand_in):
     """Whose matrix has the shape of a token where there is one output."""
     layers = nn.Linear(1, 4), nn.Conv1d(3, 1, 1)
     module = nn.Sequential(*map(parametrizations.weight_norm, layers))
@@ -130,7 +130,7 @@ def test_a_scripted_module_that_was_loaded_is_grouped_as_the_original(tmp_path):
     }
 
 
-def test_a_scripted_module_whose_code_is_elsewhere_is_known_by_names(tmp_path, monkeypatch):
+def test_a_scripted_module_whose_code_is_elsewhere_is_recognized_by_names(tmp_path, monkeypatch):
     """As in a process that has never imported it: the base class of Activated is not known."""
     other = loaded(Model(), tmp_path)
     monkeypatch.delitem(sys.modules, Model.__module__)

@@ -176,7 +176,7 @@ def test_frozen_parameters_are_skipped():
     assert names(module) == {"adapted": ["1.weight"], "excluded": ["1.bias"]}
 
 
-def test_a_parametrized_layer_counts_as_what_it_is():
+def test_a_parametrized_layer_counts_as_its_original_type():
     module = nn.Sequential(
         parametrizations.weight_norm(nn.Linear(2, 2)),
         parametrizations.weight_norm(nn.LayerNorm(2), "bias"),

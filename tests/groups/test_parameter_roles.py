@@ -120,7 +120,7 @@ def test_weights_are_adapted_whatever_their_shape(module):
     ],
     ids=["gain", "quantizer", "magnitude", "magnitudes of rows", "scales of rows", "groups", "gate"],
 )
-def test_what_a_subclass_of_a_layer_scales_its_weight_by_is_a_gain(module, excluded):
+def test_a_weight_scale_in_a_subclass_of_a_layer_is_a_gain(module, excluded):
     assert names(module) == {"adapted": ["weight"], "excluded": excluded}
 
 
@@ -182,7 +182,7 @@ def test_a_layer_that_keeps_running_statistics_is_no_norm(called):
     own_parameters_are("adapted", type(called, (ActivatedNorm,), {})())
 
 
-def test_a_block_around_what_keeps_running_statistics_is_no_norm():
+def test_a_block_around_a_layer_with_running_statistics_is_not_a_norm():
     module = ActivatedNorm()
     module.linear = nn.Linear(4, 4, bias=False)
     own_parameters_are("adapted", module)
@@ -225,7 +225,7 @@ def test_the_lengths_of_weight_normalization_are_gains_and_the_directions_are_we
     assert len(lengths & set(groups)) == 1
 
 
-def test_what_a_list_holds_is_part_of_the_module_with_the_list():
+def test_the_contents_of_a_list_belong_to_the_module_with_the_list():
     norm, gated, layer = holding("StackedNorm"), holding("Gated"), holding("PackedLinear")
     norm.scales = nn.ParameterList([torch.ones(4, 4)])
     gated.gates = nn.ParameterDict({"a": torch.ones(4), "b": torch.ones(4, 4)})

@@ -102,7 +102,7 @@ def walk(optimizer, change):
 
 @pytest.mark.parametrize("change", [change for change in CHANGES if change.__name__ not in NOT_IN_TORCH])
 @pytest.mark.parametrize("named", [True, False])
-def test_layers_that_are_not_adapted_go_on_as_in_torch(change, named):
+def test_layers_that_are_not_adapted_continue_as_in_torch(change, named):
     options = {"momentum": 0.9, "dampening": 0.3}
     sgd = build(torch.optim.SGD, named, **options)
     lars = build(LARS, named, **options)
@@ -116,7 +116,7 @@ def test_layers_that_are_not_adapted_go_on_as_in_torch(change, named):
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("named", [True, False])
 @both
-def test_layers_that_stay_go_on_and_new_ones_begin(optimizer_class, change, named):
+def test_remaining_layers_continue_and_new_ones_start(optimizer_class, change, named):
     """Each layer as an optimizer of its own would move it, from where the layer comes."""
 
     class Each:
@@ -142,7 +142,7 @@ def test_layers_that_stay_go_on_and_new_ones_begin(optimizer_class, change, name
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("steps_first", [True, False])
 @both
-def test_a_checkpoint_holds_what_is_in_the_groups_and_loads(optimizer_class, change, steps_first):
+def test_a_checkpoint_contains_the_current_groups_and_loads(optimizer_class, change, steps_first):
     optimizer = build(optimizer_class, named=False)
     walks = walk(optimizer, change)
     next(walks)
@@ -157,7 +157,7 @@ def test_a_checkpoint_holds_what_is_in_the_groups_and_loads(optimizer_class, cha
 
 
 @both
-def test_what_is_gone_is_freed_with_its_state(optimizer_class):
+def test_removed_parameters_are_freed_with_their_state(optimizer_class):
     optimizer = build(optimizer_class, named=False)
     gone = weakref.ref(optimizer.param_groups[0]["params"][0])
     walks = walk(optimizer, replace)
@@ -217,7 +217,7 @@ def test_a_compiled_step_follows_the_groups():
     ],
     ids=["complex", "a result", "twice"],
 )
-def test_what_no_optimizer_could_be_given_is_refused_in_the_groups_too(optimizer_class, bad, match):
+def test_invalid_parameters_in_changed_groups_are_refused(optimizer_class, bad, match):
     optimizer = build(optimizer_class, named=False)
     (first, *_), before = (
         optimizer.param_groups[0]["params"],
@@ -232,7 +232,7 @@ def test_what_no_optimizer_could_be_given_is_refused_in_the_groups_too(optimizer
 
 
 @both
-def test_flat_tensors_for_all_layers_are_no_layers(optimizer_class):
+def test_flat_tensors_in_place_of_all_layers_are_refused(optimizer_class):
     """A shard for each layer, as others than DeepSpeed flatten."""
     optimizer = build(optimizer_class, named=False)
     for group in optimizer.param_groups:
@@ -251,7 +251,7 @@ def test_flat_tensors_for_all_layers_are_no_layers(optimizer_class):
 
 
 @both
-def test_vectors_in_the_place_of_matrices_may_be_added_as_layers(optimizer_class):
+def test_vectors_may_replace_matrices_as_new_layers(optimizer_class):
     optimizer = optimizer_class([layer(3, 4), layer(4)], lr=0.1)
     optimizer.param_groups.clear()
     vector = layer(12)
@@ -265,9 +265,7 @@ def test_vectors_in_the_place_of_matrices_may_be_added_as_layers(optimizer_class
 @pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("shape", [(9, 9), (2, 3), (3, 4, 1), (12,)], ids=str)
 @pytest.mark.parametrize("stale", ["state", "gradient"])
-def test_state_and_gradients_of_the_shape_that_a_parameter_had_are_refused(
-    optimizer_class, fused, shape, stale
-):
+def test_state_and_gradients_of_a_previous_shape_are_refused(optimizer_class, fused, shape, stale):
     """Layers grown or pruned by ``p.data = ...``: kernels would read and write past the end."""
     if optimizer_class in (LARS8bit, LAMB8bit):
         needs_torchao()

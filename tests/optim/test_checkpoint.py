@@ -72,7 +72,7 @@ def test_the_state_of_a_half_precision_parameter_is_loaded_in_float32(optimizer_
 
 
 @both
-def test_loading_leaves_the_state_dict_of_the_caller_alone(optimizer_class):
+def test_loading_does_not_modify_the_callers_state_dict(optimizer_class):
     optimizer = optimizer_class(groups(layers()))
     walk(optimizer, range(2))
     saved = copy.deepcopy(optimizer.state_dict())
@@ -103,7 +103,7 @@ def from_sgd(options):
 
 
 @pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"foreach": True}, {"dampening": 0.5}], ids=str)
-def test_excluded_layers_of_lars_go_on_from_sgd_as_sgd_would(options):
+def test_excluded_layers_of_lars_continue_from_sgd_as_sgd_would(options):
     (params, lars), (other, sgd) = from_sgd(options)
     assert_equal(list(lars.state.values()), [dict(state) for state in sgd.state.values()])
     walk(lars, range(3, 6))
@@ -112,7 +112,7 @@ def test_excluded_layers_of_lars_go_on_from_sgd_as_sgd_would(options):
         assert_equal(params[name], other[name])
 
 
-def test_adapted_layers_of_lars_go_on_from_the_momentum_of_sgd():
+def test_adapted_layers_of_lars_continue_from_the_momentum_of_sgd():
     (params, lars), (_, sgd) = from_sgd({})
     before = {name: p.detach().clone().numpy() for name, p in params.items()}
     buffers = {name: lars.state[p]["momentum_buffer"].clone().numpy() for name, p in params.items()}
@@ -127,7 +127,7 @@ def test_adapted_layers_of_lars_go_on_from_the_momentum_of_sgd():
         torch.testing.assert_close(ratio.item(), expected, rtol=1e-12, atol=0.0)
 
 
-def test_a_checkpoint_of_sgd_keeps_what_sgd_does_not_know():
+def test_hyperparameters_that_sgd_lacks_survive_its_checkpoint():
     (_, lars), _ = from_sgd({})
     assert [group["layer_adaptation"] for group in lars.param_groups] == [True, False]
     assert [group["trust_coefficient"] for group in lars.param_groups] == [0.02, 0.02]
@@ -163,7 +163,7 @@ def from_adamw(options):
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_excluded_layers_of_lamb_go_on_from_adamw_as_adamw_would(decoupled):
+def test_excluded_layers_of_lamb_continue_from_adamw_as_adamw_would(decoupled):
     (params, lamb), (other, adamw) = from_adamw({"decoupled_weight_decay": decoupled})
     assert_equal(list(lamb.state.values()), [dict(state) for state in adamw.state.values()])
     walk(lamb, range(3, 6))
@@ -173,7 +173,7 @@ def test_excluded_layers_of_lamb_go_on_from_adamw_as_adamw_would(decoupled):
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_a_checkpoint_of_adamw_keeps_what_adamw_does_not_know_or_means_otherwise(decoupled):
+def test_hyperparameters_that_adamw_lacks_or_defines_otherwise_survive_its_checkpoint(decoupled):
     (_, lamb), _ = from_adamw({"decoupled_weight_decay": decoupled, "trust_eps": 0.1})
     assert [group["layer_adaptation"] for group in lamb.param_groups] == [True, False]
     assert [group["decoupled_weight_decay"] for group in lamb.param_groups] == [decoupled, decoupled]
@@ -182,7 +182,7 @@ def test_a_checkpoint_of_adamw_keeps_what_adamw_does_not_know_or_means_otherwise
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_excluded_layers_of_lamb_go_on_from_adam_without_decay(amsgrad):
+def test_excluded_layers_of_lamb_continue_from_adam_without_decay(amsgrad):
     """From AMSGrad without its largest second moments, as Adam from there."""
     other = layers(torch.float64)
     undecayed = [{**group, "weight_decay": 0.0} for group in torch_groups(other)]
@@ -325,7 +325,7 @@ def shard(values, mesh, placement):
 
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_state_of_a_shard_is_laid_out_as_the_shard_and_loads_again(optimizer_class, dtype, mesh):
+def test_the_state_of_a_shard_has_its_layout_and_loads_again(optimizer_class, dtype, mesh):
     p = shard(torch.ones(4, 2, dtype=dtype), mesh, Shard(0))
     optimizer = optimizer_class([("w", p)], weight_decay=0.1)
     optimizer.step()

@@ -48,7 +48,7 @@ def test_a_hook_after_loading_may_clear_the_state(optimizer_class):
 
 
 @every
-def test_a_hook_after_loading_sees_and_changes_the_state_that_stays(optimizer_class):
+def test_a_hook_after_loading_sees_and_changes_the_final_state(optimizer_class):
     source, fresh = started(optimizer_class), started(optimizer_class)
     seen = []
 

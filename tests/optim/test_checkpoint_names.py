@@ -90,7 +90,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("rename", WRAPPERS.values(), ids=WRAPPERS)
 @pytest.mark.parametrize("wrapped", ["saved", "own"])
-def test_names_with_a_prefix_are_those_without(rename, wrapped):
+def test_names_match_with_and_without_a_prefix(rename, wrapped):
     def plain(name):
         return name
 
@@ -101,7 +101,7 @@ def test_names_with_a_prefix_are_those_without(rename, wrapped):
     assert_loads(source.state_dict(), state_of(source, layers), fresh, own_layers, names)
 
 
-def test_parts_that_are_called_as_wrappers_are_told_apart():
+def test_submodules_named_like_wrappers_are_distinguished():
     def with_module(name):
         return {"a.weight": "module.weight", "b.weight": "weight"}[name]
 
@@ -123,7 +123,7 @@ GROUPS = {
 
 @both
 @pytest.mark.parametrize(("saved", "own"), GROUPS.values(), ids=GROUPS)
-def test_groups_that_agree_may_be_divided_otherwise(optimizer_class, saved, own):
+def test_groups_with_equal_hyperparameters_may_be_split_differently(optimizer_class, saved, own):
     source, layers = moved(saved, optimizer_class, lr=0.7, weight_decay=0.2)
     fresh, own_layers = moved(own, optimizer_class, steps=0)
     assert_loads(source.state_dict(), state_of(source, layers), fresh, own_layers, own)
@@ -181,7 +181,7 @@ REFUSED = {
 
 @both
 @pytest.mark.parametrize(("saved", "own", "match"), REFUSED.values(), ids=REFUSED)
-def test_what_names_do_not_tell_is_refused_and_changes_nothing(optimizer_class, saved, own, match):
+def test_ambiguous_matches_are_refused_and_change_nothing(optimizer_class, saved, own, match):
     source, _ = moved(saved, optimizer_class)
     fresh, layers = moved(own, optimizer_class, steps=1)
     scheduler = torch.optim.lr_scheduler.StepLR(fresh, 1)
@@ -202,7 +202,7 @@ def test_what_names_do_not_tell_is_refused_and_changes_nothing(optimizer_class, 
     assert layers
 
 
-def test_a_key_that_is_taken_out_leaves_the_hyperparameter_as_it_is():
+def test_a_deleted_key_keeps_the_optimizers_hyperparameter():
     """The way out that the refusal of divided groups offers."""
     source, layers = moved([[*NAMES]], lr=0.7, weight_decay=0.2)
     own = [ADAPTED | {"params": ["a.weight", "b.weight", "c.weight"]}, EXCLUDED]
@@ -228,7 +228,7 @@ def test_without_names_on_one_side_the_position_counts(optimizer_class, saved_na
     assert fresh.param_groups[0].get("param_names") == (["a.weight", "b.weight"] if own_named else None)
 
 
-def test_a_number_is_no_name():
+def test_a_number_is_not_a_name():
     """It stands for a name where a group was added without any, as BackboneFinetuning adds it."""
     source, layers = moved(
         [["a.weight", "b.weight"], ["c.weight"]], rename=lambda n: {"c.weight": "2"}.get(n, n)
@@ -239,7 +239,7 @@ def test_a_number_is_no_name():
     )
 
 
-def test_names_in_the_place_of_numbers_count_before_those_of_the_group():
+def test_names_in_place_of_numbers_take_precedence_over_param_names():
     """torch.distributed.checkpoint puts them in the optimizer's order, and leaves the others as they were."""
     source, layers = moved([["b.weight", "a.weight"]])
     saved = source.state_dict()
@@ -251,7 +251,7 @@ def test_names_in_the_place_of_numbers_count_before_those_of_the_group():
     assert_same(state_of(fresh, own), state_of(source, layers))
 
 
-def test_a_scheduler_that_would_mix_up_the_groups_is_warned_of():
+def test_warns_of_a_scheduler_that_would_mix_up_the_groups():
     source, _ = moved([EXCLUDED, ADAPTED])
     fresh, _ = moved([ADAPTED, EXCLUDED], steps=0)
     torch.optim.lr_scheduler.StepLR(fresh, 1)

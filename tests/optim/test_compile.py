@@ -79,7 +79,7 @@ def test_a_step_keeps_its_trust_ratios_in_a_plain_tuple(optimizer_class):
     ],
     ids=["betas", "betas from 0", "momentum"],
 )
-def test_a_hyperparameter_that_moves_takes_two_graphs_of_a_kind(optimizer_class, key, value):
+def test_a_changing_hyperparameter_compiles_two_graphs(optimizer_class, key, value):
     counter = CompileCounter()
     ends = []
     for backend in (counter, None):

@@ -207,7 +207,7 @@ def test_the_state_of_a_resnet50_takes_a_quarter(eight_bit_class, optimizer_clas
 
 
 @both
-def test_a_checkpoint_goes_on_exactly(eight_bit_class, optimizer_class):
+def test_a_checkpoint_continues_exactly(eight_bit_class, optimizer_class):
     params = layers()
     optimizer = build(eight_bit_class, params)
     for step in range(3):

@@ -170,7 +170,7 @@ def compare(device, optimizer_class, options, dtype=torch.float32, steps=2, tens
 
 # With each option the kernels in Triton have steps of the reference to follow, in test_parity.py.
 @every_kernel
-def test_the_kernels_give_the_steps_of_single_operations(device, kernels, optimizer_class, options):
+def test_fused_steps_equal_unfused_steps(device, kernels, optimizer_class, options):
     with Calls(kernels) as calls:
         compare(device, optimizer_class, options)
     # A smaller ratio than torch's kernel has digits for is left to single operations.
@@ -179,7 +179,7 @@ def test_the_kernels_give_the_steps_of_single_operations(device, kernels, optimi
 
 @every_kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, slow_unless(False, torch.float16)], ids=str)
-def test_the_kernels_round_as_single_operations_do(device, kernels, optimizer_class, options, dtype):
+def test_fused_steps_round_like_unfused_steps(device, kernels, optimizer_class, options, dtype):
     with Calls(kernels) as calls:
         compare(device, optimizer_class, options, dtype)
     assert calls.count > 0
@@ -187,28 +187,26 @@ def test_the_kernels_round_as_single_operations_do(device, kernels, optimizer_cl
 
 @every_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, slow_unless(False, torch.bfloat16)], ids=str)
-def test_the_kernels_take_large_layers_in_their_own_chunks(
-    real_device, kernels, optimizer_class, options, dtype
-):
+def test_the_kernels_split_large_layers_into_chunks(real_device, kernels, optimizer_class, options, dtype):
     with Calls(kernels) as calls:
         compare(real_device, optimizer_class, options, dtype, layers=large_layers)
     assert calls.count > 0
 
 
 @every_kernel
-def test_the_kernels_take_a_tensor_lr(device, optimizer_class, options):
+def test_the_kernels_accept_a_tensor_lr(device, optimizer_class, options):
     compare(device, optimizer_class, options, tensor_lr=True)
 
 
 @both_kernels
-def test_the_kernels_take_layers_in_another_memory_format(device, kernels, optimizer_class):
+def test_the_kernels_accept_layers_in_another_memory_format(device, kernels, optimizer_class):
     with Calls(kernels) as calls:
         compare(device, optimizer_class, {"weight_decay": 0.1}, layers=channels_last_layers)
     assert calls.count > 0
 
 
 @both_kernels
-def test_the_kernels_take_layers_without_elements(device, optimizer_class):
+def test_the_kernels_accept_layers_without_elements(device, optimizer_class):
     def with_empty(dtype):
         empty = {name: Parameter(torch.zeros(0, 3, dtype=dtype)) for name in ("empty", "norm.bias")}
         return {**layers(dtype), **empty}
@@ -237,7 +235,7 @@ def test_layers_of_zeros_and_gradients_of_zeros_follow_the_zero_rule(device, opt
 
 
 @both_kernels
-def test_the_kernels_take_addresses_that_are_not_aligned(device, optimizer_class):
+def test_the_kernels_accept_unaligned_addresses(device, optimizer_class):
     def cut(dtype):
         return {
             name: Parameter(p.detach().new_empty(p.numel() + 1)[1:].view(p.shape).copy_(p.detach()))
@@ -257,7 +255,7 @@ def test_the_kernels_take_addresses_that_are_not_aligned(device, optimizer_class
 
 @both_kernels
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e25])
-def test_squares_beyond_float32_are_in_the_norms(device, kernels, optimizer_class, scale):
+def test_norms_include_squares_beyond_float32(device, kernels, optimizer_class, scale):
     if optimizer_class is LAMB and scale > 1:
         pytest.skip("the second moment is beyond float32 too")
     options = {"eps": 0.0} if optimizer_class is LARS else {"eps": scale, "weight_decay": 0.0}
@@ -276,7 +274,7 @@ def test_squares_beyond_float32_are_in_the_norms(device, kernels, optimizer_clas
 
 
 @both_kernels
-def test_one_layer_that_is_not_aligned_leaves_the_steps_of_all_as_they_are(real_device, optimizer_class):
+def test_one_unaligned_layer_does_not_change_the_steps_of_the_others(real_device, optimizer_class):
     ends = []
     for fused in (True, False):
         params = on(real_device, large_layers(torch.bfloat16))
@@ -291,7 +289,7 @@ def test_one_layer_that_is_not_aligned_leaves_the_steps_of_all_as_they_are(real_
 
 
 @both_kernels
-def test_the_gradients_stay_as_they_are(device, optimizer_class):
+def test_gradients_are_not_modified(device, optimizer_class):
     params = on(device, layers())
     give_gradients(params.values(), 0)
     before = [p.grad.clone() for p in params.values()]
@@ -302,7 +300,7 @@ def test_the_gradients_stay_as_they_are(device, optimizer_class):
 
 @both_kernels
 @pytest.mark.parametrize("first", [True, False])
-def test_a_checkpoint_goes_on_with_the_kernels_or_without(device, optimizer_class, first):
+def test_a_checkpoint_continues_fused_or_unfused(device, optimizer_class, first):
     params = on(device, layers())
     optimizer = optimizer_class(groups(params), fused=first, weight_decay=0.1)
     walk(optimizer, range(2))
@@ -374,9 +372,7 @@ NOT_FUSED = [
 @pytest.mark.parametrize(
     ("kernels", "optimizer_class", "options", "dtype", "own", "reason"), NOT_FUSED, ids=named
 )
-def test_what_no_kernel_does_is_done_by_single_operations(
-    device, kernels, optimizer_class, options, dtype, own, reason
-):
+def test_steps_without_a_kernel_are_unfused(device, kernels, optimizer_class, options, dtype, own, reason):
     with Calls(kernels) as calls:
         compare(device, optimizer_class, {**options, "fused": None}, dtype, layers=own)
     assert calls.count == 0
@@ -385,7 +381,7 @@ def test_what_no_kernel_does_is_done_by_single_operations(
 @pytest.mark.parametrize(
     ("kernels", "optimizer_class", "options", "dtype", "own", "reason"), NOT_FUSED, ids=named
 )
-def test_fused_is_refused_where_no_kernel_can_do_the_step(
+def test_fused_is_refused_where_no_kernel_supports_the_step(
     device, optimizer_class, options, dtype, own, reason
 ):
     params = on(device, own(dtype))
@@ -398,19 +394,19 @@ def test_fused_is_refused_where_no_kernel_can_do_the_step(
     assert not optimizer.state
 
 
-def test_a_gpu_without_triton_takes_single_operations(monkeypatch):
+def test_a_gpu_without_triton_takes_unfused_steps(monkeypatch):
     monkeypatch.setattr(choice, "TRITON_DEVICES", {"cpu"})
     monkeypatch.setattr(choice, "is_triton_installed", lambda: False)
     reason = choice.why_not_fused([torch.ones(2)], [torch.ones(2)], [])
     assert reason == "fused steps on a GPU need triton, which is not installed (pip install triton)"
 
 
-def test_other_devices_take_single_operations():
+def test_other_devices_take_unfused_steps():
     on_meta = [torch.ones(2, device="meta")]
     assert "the parameters are on meta" in choice.why_not_fused(on_meta, on_meta, [])
 
 
-def test_a_subclass_of_tensor_takes_single_operations():
+def test_a_subclass_of_tensor_takes_unfused_steps():
     class Own(torch.Tensor):
         pass
 
@@ -422,7 +418,7 @@ def test_a_subclass_of_tensor_takes_single_operations():
     assert "plain float32" in choice.why_not_fused([plain], [plain], [[plain.double()]])
 
 
-def test_a_layer_whose_decay_would_cancel_the_kernels_first_half_takes_single_operations():
+def test_a_layer_whose_decay_would_cancel_the_kernels_first_half_takes_an_unfused_step():
     # lr * ratio * weight_decay = 1: nesterov's two halves cannot be told apart.
     params = {"layer": Parameter(torch.tensor([3.0, 4.0]))}
     same = {"layer": Parameter(torch.tensor([3.0, 4.0]))}

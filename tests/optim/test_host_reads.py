@@ -32,7 +32,7 @@ def test_the_count_of_host_reads_sees_an_item_call():
 @pytest.mark.parametrize("tensor_lr", [False, True])
 @pytest.mark.parametrize("max_grad_norm", [pytest.param(None, marks=pytest.mark.slow), 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_step_reads_nothing_back(optimizer_class, options, tensor_lr, max_grad_norm, dtype):
+def test_a_step_makes_no_device_to_host_copy(optimizer_class, options, tensor_lr, max_grad_norm, dtype):
     params = layers(dtype)
     lr = torch.tensor(0.1) if tensor_lr else 0.1
     # Without the kernels for the CPU, where reading is free: this is the step that a GPU takes.
@@ -44,7 +44,7 @@ def test_a_step_reads_nothing_back(optimizer_class, options, tensor_lr, max_grad
 
 
 @pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
-def test_asking_for_the_trust_ratios_reads_nothing_back(optimizer_class):
+def test_reading_trust_ratios_makes_no_device_to_host_copy(optimizer_class):
     params = layers()
     optimizer = optimizer_class(groups(params))
     give_gradients(params.values(), 0)

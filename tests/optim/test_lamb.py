@@ -73,7 +73,7 @@ def test_decoupled_decay_shrinks_the_weights_whatever_their_trust_ratio():
     torch.testing.assert_close(values(params), {name: (1 - 0.5 * 0.1) * w for name, w in before.items()})
 
 
-def test_the_first_steps_with_bias_correction_hold_their_digits_at_betas_near_one():
+def test_the_first_steps_with_bias_correction_are_accurate_at_betas_near_one():
     """In float32, 1 - 0.9999 alone is off by 1e-4; the direction of the first step is the sign of g."""
     params = layers()
     before = values(params)

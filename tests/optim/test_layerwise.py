@@ -71,7 +71,7 @@ def test_zeroing_the_gradients_in_place_leaves_the_state_alone(optimizer_class):
 
 
 @both
-def test_construction_leaves_the_dicts_and_lists_of_the_caller_alone(optimizer_class):
+def test_construction_does_not_modify_the_callers_dicts_and_lists(optimizer_class):
     given = groups(layers())
     kept = [{key: list(x) if key == "params" else x for key, x in group.items()} for group in given]
     lists = [group["params"] for group in given]
@@ -82,7 +82,7 @@ def test_construction_leaves_the_dicts_and_lists_of_the_caller_alone(optimizer_c
 
 
 @both
-def test_add_param_group_leaves_the_dict_of_the_caller_alone(optimizer_class):
+def test_add_param_group_does_not_modify_the_callers_dict(optimizer_class):
     optimizer = optimizer_class([Parameter(torch.ones(2))])
     pairs = [Parameter(torch.ones(2)), Parameter(torch.ones(3))]
     given = {"params": pairs, "lr": 0.5}

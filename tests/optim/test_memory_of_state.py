@@ -125,9 +125,7 @@ def in_format(memory_format):
 @both
 @every_path
 @pytest.mark.parametrize("first", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_state_is_laid_out_as_a_layer_that_has_changed_its_memory_format(
-    optimizer_class, fused, device, first
-):
+def test_state_follows_a_change_of_memory_format(optimizer_class, fused, device, first):
     other = torch.channels_last if first is torch.contiguous_format else torch.contiguous_format
     params, same = on(device, in_format(first)), on(device, in_format(first))
     optimizer, expected = optimizer_class(groups(params), fused=fused), optimizer_class(groups(same))
@@ -144,9 +142,7 @@ def test_state_is_laid_out_as_a_layer_that_has_changed_its_memory_format(
 
 @both
 @every_path
-def test_state_of_a_checkpoint_in_another_memory_format_is_laid_out_as_its_layer(
-    optimizer_class, fused, device
-):
+def test_loaded_state_takes_the_memory_format_of_its_layer(optimizer_class, fused, device):
     params = on(device, in_format(torch.contiguous_format))
     optimizer = optimizer_class(groups(params), fused=fused)
     walk(optimizer, [0])

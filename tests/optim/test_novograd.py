@@ -72,12 +72,12 @@ def close(actual, expected, tolerance):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_novograd_is_the_papers(options, dtype):
+def test_novograd_follows_the_paper(options, dtype):
     assert_paper(options, dtype)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_tensor_lr_is_the_papers_too(options):
+def test_novograd_follows_the_paper_with_a_tensor_lr(options):
     assert_paper(options, torch.float64, tensor_lr=True)
 
 
@@ -87,7 +87,7 @@ def test_a_tensor_lr_is_the_papers_too(options):
     [*((options, torch.float32, False) for options in OPTIONS), (OPTIONS[1], torch.bfloat16, True)],
     ids=str,
 )
-def test_the_kernel_in_triton_is_the_papers(options, dtype, tensor_lr, monkeypatch):
+def test_the_triton_kernel_follows_the_paper(options, dtype, tensor_lr, monkeypatch):
     pytest.importorskip("triton", minversion="3.3", reason="there is no triton for this system")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     monkeypatch.setattr(choice, "TRITON_DEVICES", {device})
@@ -125,7 +125,7 @@ def test_layers_without_a_gradient_so_far_stay_finite_and_say_why():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_checkpoint_goes_on_exactly(dtype):
+def test_a_checkpoint_continues_exactly(dtype):
     params = layers(dtype)
     optimizer = NovoGrad(groups(params), weight_decay=0.1)
     walk(optimizer, range(3))
@@ -178,7 +178,7 @@ def test_a_compiled_step_is_one_graph_equal_to_the_eager_step():
     torch.testing.assert_close(*ends, rtol=0.0, atol=0.0)
 
 
-def test_a_kernel_is_asked_for_where_there_is_none():
+def test_fused_is_refused_where_there_is_no_kernel():
     optimizer = NovoGrad(layers().items(), fused=True)
     give_gradients(optimizer.param_groups[0]["params"], 0)
     with pytest.raises(RuntimeError, match=r"fused=True, but torch has no fused CPU kernel for NovoGrad"):

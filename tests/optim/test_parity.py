@@ -277,7 +277,7 @@ IN_TRITON = [
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(("optimizer_class", "options", "dtype"), IN_TRITON, ids=str)
-def test_the_kernels_in_triton_follow_the_reference_with_each_option(
+def test_the_triton_kernel_follows_the_reference_with_each_option(
     optimizer_class, options, dtype, monkeypatch
 ):
     pytest.importorskip("triton", minversion="3.3", reason="there is no triton for this system")

@@ -53,7 +53,7 @@ def test_a_sparse_gradient_of_an_unnamed_parameter_is_refused_by_its_number(opti
 
 @both
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.bool])
-def test_quantized_weights_that_are_frozen_are_refused_with_the_way_out(optimizer_class, dtype):
+def test_quantized_weights_that_are_frozen_are_refused_with_a_remedy(optimizer_class, dtype):
     frozen = Parameter(torch.ones(4, dtype=dtype), requires_grad=False)
     trained = Parameter(torch.ones(4))
     with pytest.raises(ValueError, match=rf"parameter 1 of {dtype}.* filter by requires_grad"):
@@ -119,7 +119,7 @@ def test_a_shard_whose_module_cannot_be_found_is_refused(optimizer_class, mesh):
     optimizer.step()
 
 
-def test_fsdp_that_could_not_be_made_does_not_hide_what_could(mesh):
+def test_a_failed_fsdp_wrapper_does_not_hide_the_others(mesh):
     failed = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
     torch.nn.Module.__init__(failed)
     module = in_fsdp(use_orig_params=True)
@@ -130,7 +130,7 @@ def test_fsdp_that_could_not_be_made_does_not_hide_what_could(mesh):
 
 @both
 @pytest.mark.parametrize("groups_at_once", [1, 2])
-def test_layers_that_were_put_into_one_flat_tensor_are_refused(optimizer_class, groups_at_once):
+def test_layers_flattened_into_one_tensor_are_refused(optimizer_class, groups_at_once):
     params = [Parameter(torch.ones(2, 3)), Parameter(torch.ones(4))]
     optimizer = optimizer_class([{"params": [p]} for p in params])
     partitions = [{**group, "params": [Parameter(torch.ones(5))]} for group in optimizer.param_groups]
@@ -144,7 +144,7 @@ def test_layers_that_were_put_into_one_flat_tensor_are_refused(optimizer_class, 
 
 
 @both
-def test_a_flat_tensor_in_the_place_of_named_layers_is_refused_whatever_its_shape(optimizer_class):
+def test_a_flat_tensor_in_place_of_named_layers_is_refused_whatever_its_shape(optimizer_class):
     params = [
         ("one", Parameter(torch.ones(2))),
         ("two", Parameter(torch.ones(2))),
@@ -179,7 +179,7 @@ def test_a_lazy_layer_may_get_its_shape_after_the_optimizer_was_built(optimizer_
     assert not torch.equal(module.weight, before)
 
 
-def test_max_grad_norm_is_refused_where_each_process_has_some_of_the_layers(mesh):
+def test_max_grad_norm_is_refused_where_layers_are_partitioned_among_ranks(mesh):
     params = [Parameter(torch.ones(3))]
     params[0].grad = torch.ones(3)
     optimizer = ZeroRedundancyOptimizer(params, LARS, max_grad_norm=1.0)

@@ -35,7 +35,7 @@ def steps_in_backward(model):
     return optimizers
 
 
-def test_an_optimizer_a_layer_needs_the_scratch_of_one_layer():
+def test_one_optimizer_per_layer_needs_the_scratch_of_one_layer():
     model = nn.Sequential(*[nn.Linear(SIZE, SIZE, bias=False) for _ in range(DEPTH)])
     before = bytes_alive()
     optimizers = steps_in_backward(model)
@@ -47,7 +47,7 @@ def test_an_optimizer_a_layer_needs_the_scratch_of_one_layer():
     assert scratch < 3 * SIZE**2 * 4  # a model of it would be 20
 
 
-def test_what_is_in_use_is_given_to_nobody_else():
+def test_memory_in_use_is_not_shared():
     layer = torch.zeros(100)
     first, second = Scratch(), Scratch()
     (of_first,), (of_second,) = first.like([layer]), second.like([layer])
@@ -72,7 +72,7 @@ def test_memory_is_of_one_dtype_and_device(other):
     assert scratch.like([layer])[0].data_ptr() == pointer
 
 
-def test_memory_of_inference_mode_is_not_kept_for_steps_outside_of_it():
+def test_memory_of_inference_mode_is_not_cached_for_steps_outside_it():
     with torch.inference_mode():
         scratch = Scratch()
         scratch.like([torch.zeros(10)])
@@ -94,7 +94,7 @@ def train(seed, steps=30, meet=None):
     return [w.detach() for w in weights]
 
 
-def test_threads_that_step_at_once_do_not_work_in_one_memory():
+def test_concurrent_threads_do_not_share_memory():
     meet = threading.Barrier(4)
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda seed: train(seed, meet=meet), range(4)))

@@ -15,7 +15,7 @@ def numbers(each):
     return [tensor.flatten()[0].item() for tensor in each.value()]
 
 
-def test_equations_give_what_they_say_for_each_layer():
+def test_equations_apply_to_each_layer():
     a, b, scales = TensorList(some(3.0)), TensorList(some(2.0)), per_layer_scalars(torch.tensor([10.0, 20.0]))
     assert numbers(a + 0.5 * b) == [4.0, 4.0]
     assert numbers(a - b) == [1.0, 1.0]
@@ -29,7 +29,7 @@ def test_equations_give_what_they_say_for_each_layer():
     assert numbers(0.0 * 0.0 + a) == numbers(a) == [3.0, 3.0]
 
 
-def test_only_moments_that_a_sum_begins_with_and_results_are_overwritten():
+def test_only_moments_at_the_start_of_a_sum_and_intermediate_results_are_overwritten():
     w, g, moment = some(3.0), some(2.0), some(1.0)
     v = 0.5 * TensorList(moment, use="advance") + 2.0 * (TensorList(g) + 0.5 * TensorList(w))
     assert v.value() is moment
@@ -42,7 +42,7 @@ def test_only_moments_that_a_sum_begins_with_and_results_are_overwritten():
     )
 
 
-def test_an_equation_that_reads_what_it_has_overwritten_is_told():
+def test_reading_an_overwritten_moment_raises():
     moment = TensorList(some(1.0), use="advance")
     _ = 0.5 * moment + TensorList(some(2.0))
     with pytest.raises(RuntimeError, match="reads a moment or an intermediate result after it was"):

@@ -41,7 +41,7 @@ NUMBERS = [0.0, 1e-300, 0.3, 1.0, 1e300, math.inf, math.nan]
         lambda a, b: over_lr(a, 0),
     ],
 )
-def test_one_layer_in_floats_is_as_many_in_tensors(equation):
+def test_floats_and_tensors_give_the_same_ratio(equation):
     a, b = zip(*itertools.product(NUMBERS, NUMBERS), strict=True)
     one_by_one = torch.tensor([equation(*norms) for norms in zip(a, b, strict=True)], dtype=torch.float64)
     at_once = equation(torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64))
@@ -110,7 +110,7 @@ def test_ratios_stay_as_they_were_when_the_next_step_is_taken(optimizer_class):
     assert {name: ratio.item() for name, ratio in optimizer.trust_ratios().items()} != before
 
 
-def test_a_lars_step_is_the_coefficient_of_the_weights_long():
+def test_the_length_of_a_lars_step_is_the_coefficient_times_the_weights():
     params = layers(torch.float64)
     before = {name: p.detach().clone() for name, p in params.items()}
     optimizer = LARS(params.items(), lr=0.7, momentum=0.0, trust_coefficient=0.02, eps=0.0)
@@ -121,7 +121,7 @@ def test_a_lars_step_is_the_coefficient_of_the_weights_long():
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_a_lamb_step_is_lr_of_the_weights_long(weight_decay):
+def test_the_length_of_a_lamb_step_is_lr_times_the_weights(weight_decay):
     params = layers(torch.float64)
     before = {name: p.detach().clone() for name, p in params.items()}
     optimizer = LAMB(params.items(), lr=0.7, weight_decay=weight_decay)

@@ -27,12 +27,12 @@ def names(flags):
 
 
 @pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
-def test_the_zero_rule_is_told_of_layers_without_weights_or_gradient(optimizer_class):
+def test_reports_the_zero_rule_for_layers_without_weights_or_gradient(optimizer_class):
     assert names(step(optimizer_class).at_zero_rule()) == ["empty", "resting"]
 
 
 @pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
-def test_a_step_from_zero_is_told_of_layers_that_had_no_weights_but_a_gradient(optimizer_class):
+def test_reports_a_step_from_zero_for_layers_of_zeros_with_a_gradient(optimizer_class):
     assert names(step(optimizer_class).from_zero()) == ["empty"]
 
 
@@ -93,7 +93,7 @@ def test_a_layer_that_has_left_the_groups_since_the_step_is_left_out():
 
 
 @pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
-def test_before_the_first_step_nothing_is_told(optimizer_class):
+def test_before_the_first_step_nothing_is_reported(optimizer_class):
     optimizer = optimizer_class([Parameter(torch.ones(2))])
     assert optimizer.at_zero_rule() == optimizer.at_trust_clip() == {}
     assert optimizer.from_zero() == optimizer.by_decay_alone() == {}
@@ -110,7 +110,7 @@ def test_before_the_first_step_nothing_is_told(optimizer_class):
     ],
     ids=str,
 )
-def test_the_clip_of_lars_is_told_of_layers_whose_ratio_it_changed(options, clipped):
+def test_reports_the_clip_of_lars_for_layers_whose_ratio_it_changed(options, clipped):
     # The ratios are 1, 8, 1 and 1 times the trust coefficient, the last two by the zero rule without it; larc
     # divides them by the learning rate of 0.5 and cuts at 1.
     assert names(step(LARS, **{"trust_coefficient": 1.0, "eps": 0.0, **options}).at_trust_clip()) == clipped
@@ -120,11 +120,11 @@ def test_the_clip_of_lars_is_told_of_layers_whose_ratio_it_changed(options, clip
     ("trust_clip", "clipped"),
     [(None, []), (4.0, ["large"]), ((2.0, 4.0), ["even", "large", "empty", "resting"])],
 )
-def test_the_clip_of_lamb_is_told_at_both_ends(trust_clip, clipped):
+def test_reports_the_clip_of_lamb_at_both_ends(trust_clip, clipped):
     assert names(step(LAMB, trust_clip=trust_clip).at_trust_clip()) == clipped
 
 
-def test_a_ratio_that_is_not_a_number_is_not_called_clipped():
+def test_a_ratio_that_is_not_a_number_is_not_reported_as_clipped():
     p = Parameter(torch.ones(2))
     p.grad = torch.tensor([torch.nan, 1.0])
     optimizer = LARS([("w", p)], trust_clip=1.0)

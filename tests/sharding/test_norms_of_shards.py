@@ -97,7 +97,7 @@ def test_every_placement_has_the_norm_of_the_whole_layer_in_three_collectives(me
 
 
 @pytest.mark.parametrize("shape", [(8, 4), (5, 4), (3, 2)])
-def test_a_layer_that_tensor_parallelism_and_then_fsdp2_divide_has_the_norm_of_the_whole(mesh, shape):
+def test_a_layer_sharded_by_tensor_parallelism_and_fsdp2_has_the_norm_of_the_whole(mesh, shape):
     torch.manual_seed(0)
     layer = torch.randn(shape)
     placements = [_StridedShard(0, split_factor=2), Shard(0), Replicate()]

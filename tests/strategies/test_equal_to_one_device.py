@@ -124,7 +124,7 @@ def test_a_step_all_reduces_as_often_as_documented(setup, case):
 
 
 @pytest.mark.parametrize("setup", ALL)
-def test_norms_of_shards_would_have_been_noticed(setup):
+def test_the_comparison_fails_with_norms_of_local_shards(setup):
     case = CASES_OF_ALL[0]
     ends = on_those_of(setup, equal_to_one_device.train_with_local_norms, case)
     wrong = max(deviation(end, expected(case)[1][0]) for end in ends)
@@ -135,7 +135,7 @@ def test_norms_of_shards_would_have_been_noticed(setup):
 
 
 @over(IN_TRITON)
-def test_the_kernels_for_gpus_take_the_same_steps_of_shards(setup, case):
+def test_the_triton_kernel_takes_the_same_steps_of_shards(setup, case):
     pytest.importorskip("triton", minversion="3.3", reason="there is no triton for this system")
     for process in on_those_of(setup, equal_to_one_device.train_in_triton, case):
         steps = zip(process["values"], process["ratios"], expected(case)[:2], strict=True)
@@ -172,7 +172,7 @@ def test_full_checkpoint_resumes_on_one_device(setup, case):
 
 
 @pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
-def test_a_layer_has_its_whole_weight_where_one_process_alone_has_a_gradient(optimizer_class):
+def test_a_layer_has_its_whole_weight_where_only_one_rank_has_a_gradient(optimizer_class):
     with_gradient, without = on_ranks(2, edges.gradient_on_one_process, optimizer_class)
     assert with_gradient == pytest.approx(edges.gradient_of_one_half(optimizer_class), rel=1e-6)
     assert without == {}
