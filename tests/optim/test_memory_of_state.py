@@ -1,5 +1,7 @@
 """Where weights and state are in memory: on which device, laid out how, and modified when."""
 
+import weakref
+
 import pytest
 import torch
 from torch.nn import Parameter
@@ -68,6 +70,18 @@ def test_a_step_counts_as_a_modification_of_weights_and_state_and_of_nothing_els
     unmoved = {still, *optimizer.state[still].values()}
     assert all((tensor._version > version) == (tensor not in unmoved) for tensor, version in before.items())
     assert [p.grad._version for p in params.values() if p.grad is not None] == grads
+
+
+@both
+@every_path
+def test_gradients_are_freed_when_they_are_set_to_none(optimizer_class, fused, device):
+    params = on(device, layers())
+    optimizer = optimizer_class(groups(params), fused=fused)
+    walk(optimizer, [0, 1, 2])
+    gradients = [weakref.ref(p.grad) for p in params.values()]
+    assert all(gradient() is not None for gradient in gradients)
+    optimizer.zero_grad()
+    assert all(gradient() is None for gradient in gradients)
 
 
 @both

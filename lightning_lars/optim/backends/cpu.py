@@ -10,9 +10,10 @@ from lightning_lars.optim.batches import Batch
 
 
 class Cpu(Eager):
-    """A back end that takes the trust ratios as floats."""
+    """A back end that takes trust ratios as floats, and can repeat a step on unchanged layers."""
 
     in_floats: ClassVar[bool] = True
+    can_repeat: ClassVar[bool] = True
 
     def begin(self, batch: Batch, gradient_scale: Tensor | None) -> None:
         """Begin a step, with these gradients, hyperparameters and learning rate."""
