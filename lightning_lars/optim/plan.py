@@ -1,4 +1,4 @@
-"""What a step has found out of its layers, for the steps after it in which nothing of them has changed."""
+"""What a step has determined about its layers, for later steps in which they are unchanged."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, compress, islice
@@ -17,29 +17,29 @@ _values = methodcaller("values")
 
 
 class Unchanged(NamedTuple):
-    """Layers of which nothing has changed but the numbers in their tensors, and where their gradients are."""
+    """Layers of which only the values and the addresses of the gradients have changed."""
 
     grads: list[Tensor]
-    """Of each layer."""
+    """The gradient of each layer."""
 
     addresses: list[int]
-    """Of each gradient."""
+    """The address of each gradient."""
 
     modified: list[Tensor]
     """The tensors that a step writes to."""
 
 
 class Plan:
-    """The back ends of a step, which know where their layers are, and all that this depends on.
+    """The back ends of a step, set up for their layers, and everything that this setup depends on.
 
-    To look at a layer takes a microsecond where nothing has changed, and ten to find everything out again.
+    To check that a layer is unchanged takes a microsecond, to set it up again ten.
 
     Args:
-        algorithm: Of the optimizer.
-        groups: Of the optimizer.
-        states: Of all layers.
-        backends: In their order; each :attr:`~lightning_lars.optim.backends.eager.Eager.can_repeat`, on
-            layers that are whole and have taken a step before.
+        algorithm: The algorithm of the optimizer.
+        groups: The parameter groups of the optimizer.
+        states: The state of each layer, by parameter.
+        backends: Back ends that can repeat a step, in the order of their batches, on layers that are not
+            sharded and not in their first step.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class Plan:
         self._addresses = list(map(Tensor.data_ptr, modified))
         self._gradient_addresses = list(map(Tensor.data_ptr, grads))
         self._streams = {p.device: current_stream(p.device) for p in self._moving}
-        # What torch.compile checks its inputs with: class, device, dtype, shape and strides of a tensor, in a
-        # third of the time that Python takes. It has no public name.
+        # The guards of torch.compile check class, device, dtype, shape and strides of a tensor in a third of
+        # the time of Python code. They are private.
         from torch._C._dynamo.guards import TensorGuards
 
         shapes: Any = [list(tensor.shape) for tensor in (*modified, *grads)]
@@ -73,7 +73,7 @@ class Plan:
         self._kinds = TensorGuards(*modified, *grads, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
 
     def look(self, groups: Sequence[dict[str, Any]], states: States) -> Unchanged | None:
-        """Return the layers of a step if nothing but their gradients' addresses has changed, else None."""
+        """Return the layers of a step if nothing but values and gradient addresses has changed, else None."""
         if len(groups) != len(self._groups):
             return None
         for group, (known, params, rules) in zip(groups, self._groups, strict=True):
@@ -98,7 +98,7 @@ class Plan:
         return Unchanged(grads, list(map(Tensor.data_ptr, grads)), modified)
 
     def batches(self, found: Unchanged) -> list[Batch]:
-        """Return the batches of a step, with the hyperparameters that their groups have now."""
+        """Return the batches of a step, with the current hyperparameters of their groups."""
         rest = iter(found.grads)
         return [
             backend.batch._replace(
@@ -111,7 +111,7 @@ class Plan:
     def begun(
         self, batches: Sequence[Batch], found: Unchanged, gradient_scale: Tensor | None
     ) -> Iterable[Eager]:
-        """Return the back ends, which have begun the step of these batches."""
+        """Begin the step of these batches, and return the back ends."""
         start = 0
         for backend, batch in zip(self.backends, batches, strict=True):
             own = slice(start, start + len(batch.params))
@@ -123,7 +123,7 @@ class Plan:
         return self.backends
 
     def _rules_of(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Return what of a group chooses batches and back ends: no number but whether it is 0."""
+        """Return the options of a group that determine batches and back ends, with numbers as 0 or not 0."""
         return (*map(_sort_of, self._algorithm.hyperparameters(group)), group.get("min_8bit_size"))
 
 

@@ -87,7 +87,7 @@ class Step:
                     if backend.can_repeat:
                         self._taken.append(backend)
                     continue
-            assert not isinstance(norms, TrustRatios)  # which no back end has of shards
+            assert not isinstance(norms, TrustRatios)  # no back end returns them for shards
             waiting.append((backend, norms))
             self.scratch.release()
         self.scratch.recycle()
@@ -99,7 +99,7 @@ class Step:
             backend.end()
 
     def _begun(self) -> Iterator[Eager]:
-        """Return a back end for each batch, as soon as it is its turn."""
+        """Yield the back end of each batch in turn."""
         if self.plan is not None and self.found is not None:
             self.batches = self.plan.batches(self.found)
             yield from self.plan.begun(self.batches, self.found, self._gradient_scale())
@@ -121,7 +121,7 @@ class Step:
         return gradient_scale(self.batches, bound, params_of(self.groups), self.shards)
 
     def _can_repeat(self) -> bool:
-        """Tell whether the next step can be taken by the back ends of this one."""
+        """Return whether the back ends of this step can repeat it."""
         is_whole = len(self._taken) == len(self.batches) > 0 and not any(self.shards.values())
         return (
             is_whole

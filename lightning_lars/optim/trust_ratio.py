@@ -115,7 +115,7 @@ def clip(ratio: Number, low: float, high: float) -> Number:
 
 
 def bounds(h: Any) -> tuple[float, float]:
-    """Return least and most of the trust ratio, by the hyperparameter ``trust_clip``."""
+    """Return the lower and upper bound of the trust ratio that ``trust_clip`` sets."""
     if h.trust_clip is None:
         return 0.0, math.inf
     if h.trust_clip == "larc":

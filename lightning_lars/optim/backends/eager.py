@@ -36,7 +36,7 @@ class Eager:
     """Whether :meth:`move` takes the trust ratios as a list of floats, not as a tensor."""
 
     can_repeat: ClassVar[bool] = False
-    """Whether it can take the next step of its layers too, by :meth:`begin`."""
+    """Whether :meth:`begin` can start another step of the same layers."""
 
     def __init__(
         self,
@@ -66,10 +66,10 @@ class Eager:
         self.stored_direction: Any = None
 
     def find_gradients(self, addresses: Sequence[int]) -> None:
-        """Take the gradients of the next step from these addresses; called if it can repeat a step."""
+        """Use the gradients at these addresses in the next step, if the back end can repeat a step."""
 
     def end(self) -> None:
-        """Hold on to no gradients, and to no memory, until the next step; called if it can repeat a step."""
+        """Release gradients and scratch memory until the next step, if the back end can repeat a step."""
 
     @staticmethod
     def why_not(h: Hyperparameters) -> str | None:

@@ -42,7 +42,7 @@ class PlainState:
         """Raise RuntimeError if one of these shards, given by name, is not supported."""
 
     def split(self, batch: Batch, moments: Sequence[str]) -> Iterable[Batch]:
-        """Return a batch in parts whose moments in use are all read and written in 8 bits, or opened."""
+        """Split a batch into layers whose moments a kernel reads in 8 bits, and those to unpack."""
         return [batch]
 
     def of_batch(self, states: States, batch: Batch, algorithm: type[Algorithm]) -> "BatchState":
@@ -54,8 +54,8 @@ class PlainState:
         return None
 
     def can_repeat(self, states: States) -> bool:
-        """Tell whether the next step finds it as a step has left it, unless someone else has changed it."""
-        return all(type(value) is Tensor for of_layer in states.values() for value in of_layer.values())
+        """Return whether a step leaves the state in the form in which the next step needs it."""
+        return all(type(value) is Tensor for state in states.values() for value in state.values())
 
     def first_step_test(self, moments: Sequence[str]) -> Callable[[Tensor, Any], bool]:
         """Return a function of a layer and its state: whether one of these moments is still missing."""
@@ -128,14 +128,14 @@ class BatchState:
         ]
 
     def columns(self) -> list[list[Tensor]]:
-        """Return all that a kernel reads of the moments in use: tensors of all layers, list by list."""
+        """Return the tensors of the moments in use that a kernel reads, one list of all layers for each."""
         return [moment for moment in self.moments() if moment is not None]
 
     def end_step(self) -> None:
-        """Take note that a kernel has written the moments in 8 bits."""
+        """Record that a kernel has written the moments in 8 bits."""
 
     def maps(self) -> tuple[Tensor, ...]:
-        """Return what codes stand for, for each moment in use, where it is held in 8 bits."""
+        """Return the quantization map of each moment in use that is stored in 8 bits."""
         return ()
 
     def next_steps(self) -> list[Tensor]:
