@@ -61,7 +61,8 @@ def installed(name: str) -> Path:
     FOLDER.mkdir(exist_ok=True)
     constraints = FOLDER / f"{name}.txt"
     constraints.write_text("".join(f"{each}=={version}\n" for each, version in chosen.versions().items()))
-    install = [python, "-m", "pip", "install", "--quiet", "-c", constraints, "-e", ".[test]"]
+    # What is imported is compiled then: most is not.
+    install = [python, "-m", "pip", "install", "--quiet", "--no-compile", "-c", constraints, "-e", ".[test]"]
     try:
         subprocess.run([f"python{chosen.python}", "-m", "venv", folder], check=True)
         subprocess.run(install, cwd=ROOT, check=True)

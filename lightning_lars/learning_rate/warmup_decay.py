@@ -168,7 +168,8 @@ class WarmupDecayLR(LRScheduler):
         """
         steps = observed_steps(self.optimizer) - self._steps_seen
         super().step(epoch)
-        if steps > 1 and not self._has_warned:
+        # With torch 2.6, SequentialLR resets a scheduler to its start by step(0).
+        if steps > 1 and epoch is None and not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 f"WarmupDecayLR counts optimizer steps, and {type(self.optimizer).__name__} took {steps} "

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_lars import explain_param_groups, param_groups
+from tests.support.releases import has
 
 fake_pg = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
 RANKS = 4
@@ -112,7 +113,9 @@ def fsdp2_of_tensor_parallel(module):
 
 
 def ddp(module):
-    return DistributedDataParallel(module, init_sync=False)
+    # With torch 2.6 it cannot be left out.
+    options = {"init_sync": False} if has("torch>=2.7") else {}
+    return DistributedDataParallel(module, **options)
 
 
 def checkpointed(module):

@@ -103,7 +103,7 @@ class LayerTables:
 
     def start_step(self) -> None:
         """Expect the first table of a step."""
-        self._made = self._made[: self._next]  # torch 2.6 cannot compile a `del` of it
+        del self._made[self._next :]
         self._next = 0
 
     def table(self, tensors: Sequence[Sequence[Tensor]], numbers: Sequence[Sequence[int]] = ()) -> LayerTable:
