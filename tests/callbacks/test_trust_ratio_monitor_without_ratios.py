@@ -19,6 +19,7 @@ from lightning_lars import (
     TrustRatioMonitor,
 )
 from tests.support.boring import Boring, Plain, boring, trainer
+from tests.support.heatmap import cells
 from tests.support.ranks import on_ranks
 from tests.support.setups import alone, ddp, fsdp2, full_shard
 from tests.workers.edges import updates_of_plain_optimizer
@@ -203,7 +204,7 @@ def test_plot_and_table_are_those_of_updates(tmp_path, capsys):
     assert "net.2.weight" in printed
     _, (heatmap, lines) = monitor.plot()
     assert heatmap.get_title(loc="left") == "Update-to-weight ratio"
-    assert heatmap.collections[0].get_array().shape == (6, 8)
+    assert cells(heatmap.collections[0]).shape == (6, 8)
     assert "|change of w| / |g|" in lines.get_title(loc="left")
 
 
