@@ -62,7 +62,7 @@ def test_the_device_of_these_tests_refuses_float64():
 def test_statistics_of_steps(optimizer_class, devices, max_grad_norm):
     named = list(zip("ab", layers(*devices), strict=True))
     optimizer = optimizer_class(named, lr=1.0, fused=False, max_grad_norm=max_grad_norm)
-    statistics = StepStatistics(optimizer, measures_updates=lambda: True)
+    statistics = StepStatistics(optimizer, lambda: True)
     optimizer.step()
     assert len(statistics._quantities) == 8
     assert {each.total.device for each in statistics._quantities.values()} == {DEVICE}
