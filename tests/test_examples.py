@@ -135,6 +135,7 @@ def test_plain_torch_lowers_the_loss(tmp_path):
     assert float(losses[-1]) < 0.1 * float(losses[0])
 
 
+@pytest.mark.slow
 def test_fabric_trains_resumes_and_reports_its_accuracy(tmp_path):
     printed = run(tmp_path, "fabric.py", "--epochs", "4").stdout
     assert printed.count("trust ratios") == 4

@@ -21,7 +21,7 @@ from lightning_lars import (
 from tests.support.boring import Boring, Plain, boring, trainer
 from tests.support.heatmap import cells
 from tests.support.ranks import on_ranks
-from tests.support.setups import alone, ddp, fsdp2, full_shard
+from tests.support.setups import alone, fsdp2, full_shard
 from tests.workers.edges import updates_of_plain_optimizer
 
 MATRICES = ["net.0.weight", "net.2.weight"]
@@ -234,7 +234,7 @@ def test_gradient_norm_must_be_none_or_a_flag(value):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("setup", [ddp, full_shard, fsdp2])
+@pytest.mark.parametrize("setup", [full_shard, fsdp2])
 def test_sharded_layers_are_measured_whole(setup):
     expected = updates_of_plain_optimizer(alone)
     assert expected["gradient_norm"]["unused.widen.weight"] == 0
