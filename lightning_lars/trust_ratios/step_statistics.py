@@ -215,18 +215,21 @@ class StepStatistics:
     def _after_step(self, *_: Any) -> None:
         before, self._before = self._before, {}
         measured, self._measured = self._measured, []
-        named = dict(named_params(self._optimizer.param_groups))
-        self._by_number = names_by_number(named, self._names)
-        if not isinstance(self._optimizer, HasTrustRatios):
-            self.has_stepped = True
-            # The same on all ranks, which may have no gradient of an empty shard.
-            trained = {name: p for name, p in named.items() if p in set(measured) and p.requires_grad}
-            self._add_norms(list(trained), list(trained.values()), before, has_ratios=False)
-            return
-        ratios = self._optimizer.trust_ratios()
-        if not ratios:
+        optimizer = self._optimizer
+        ratios = optimizer.trust_ratios() if isinstance(optimizer, HasTrustRatios) else None
+        if ratios is not None and not ratios:
             return
         self.has_stepped = True
+        if ratios is None and not measured:
+            return
+        named = dict(named_params(self._optimizer.param_groups))
+        self._by_number = names_by_number(named, self._names)
+        if ratios is None:
+            # The same on all ranks, which may have no gradient of an empty shard.
+            trained = {p for p in measured if p.requires_grad}
+            layers = [name for name, p in named.items() if p in trained]
+            self._add_norms(layers, [named[layer] for layer in layers], before, has_ratios=False)
+            return
         layers = list(ratios)
         ratio = _stack(ratios)
         self._add("trust_ratio", layers, ratio)
