@@ -1,7 +1,9 @@
 """Fixes random seeds and the console for every test, and reports the number of skipped slow tests."""
 
 import atexit
+import functools
 import gc
+import importlib.metadata
 import logging
 import os
 import random
@@ -20,6 +22,10 @@ import pytest
 import rich
 import torch
 import torch.distributed as dist
+
+# Every Trainer looks for callbacks in the metadata of all installed packages, which stay the same. Before
+# Lightning is imported.
+importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
 if not torch.cuda.is_available():
     # Before anything imports triton: its kernels then run on the CPU.

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, CosineAnneali
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lars import LAMB, LARS, WarmupDecayLR
-from tests.support.boring import Boring, trainer
+from tests.support.boring import Boring, LogsLoss, trainer
 
 SCHEDULE = partial(WarmupDecayLR, warmup_steps=2)
 
@@ -104,8 +104,11 @@ def test_other_schedulers_step_per_epoch_by_default(tmp_path, interval, steps):
 
 
 def test_a_plateau_names_its_metric(tmp_path):
+    class Plateau(LogsLoss, Rated):
+        pass
+
     fit = trainer(tmp_path)
-    fit.fit(Rated(lr_scheduler=partial(ReduceLROnPlateau, monitor="loss")))
+    fit.fit(Plateau(lr_scheduler=partial(ReduceLROnPlateau, monitor="loss")))
     assert fit.lr_scheduler_configs[0].monitor == "loss"
 
 

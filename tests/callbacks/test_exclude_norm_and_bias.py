@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from lightning_lars import LAMB, LARS, ExcludeNormAndBias, build_optimizer
-from tests.support.boring import Boring, trainer
+from tests.support.boring import Boring, LogsLoss, trainer
 from tests.support.peers import peer
 
 LARS_WITH_DECAY = partial(LARS, lr=0.5, weight_decay=0.1)
@@ -119,7 +119,7 @@ def test_leaves_the_trajectory_of_every_scheduler_as_it_was(tmp_path, scheduler,
 
 
 def test_leaves_the_trajectory_of_a_plateau_as_it_was(tmp_path):
-    class Plateau(Bare):
+    class Plateau(LogsLoss, Bare):
         def configure_optimizers(self):
             optimizer = self.build(self.parameters())
             scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1.0, min_lr=[0.01])

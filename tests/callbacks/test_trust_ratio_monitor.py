@@ -28,7 +28,7 @@ from lightning_lars import (
     WarmupDecayLR,
     build_optimizer,
 )
-from tests.support.boring import Boring, WithoutOptimizer, boring, trainer
+from tests.support.boring import LARS_WITH_DECAY, Boring, LogsLoss, WithoutOptimizer, boring, trainer
 from tests.support.heatmap import cells
 
 LAYERS = ["net.0.bias", "net.0.weight", "net.2.bias", "net.2.weight"]
@@ -119,8 +119,12 @@ def test_logs_the_factors_of_novograd(tmp_path):
 
 
 def test_logs_on_the_steps_on_which_lightning_logs(tmp_path):
+    class Both(LogsLoss, Boring):
+        pass
+
     logger = CSVLogger(tmp_path)
-    trainer(tmp_path, logger=logger, log_every_n_steps=3, callbacks=[TrustRatioMonitor()]).fit(boring())
+    fit = trainer(tmp_path, logger=logger, log_every_n_steps=3, callbacks=[TrustRatioMonitor()])
+    fit.fit(Both(optimizer=LARS_WITH_DECAY))
     with open(f"{logger.log_dir}/metrics.csv") as file:
         losses = {int(row["step"]) for row in csv.DictReader(file) if row["loss"]}
     assert sorted(logged(logger)) == sorted(losses) == [2, 5]
