@@ -1,28 +1,38 @@
-"""LARS and LAMB whose state is held in 8 bits between the steps."""
+"""LARS and LAMB with their moments in 8 bits."""
 
 from collections.abc import Iterable
 from typing import Any
 
 from lightning_lars.optim.lamb import LAMB
 from lightning_lars.optim.lars import LARS
+from lightning_lars.optim.layerwise import LayerwiseOptimizer
 from lightning_lars.optim.state.eight_bit import EightBitState
 from lightning_lars.optim.state.torchao import import_eight_bit_tensor
 
 
-class LARS8bit(LARS):
-    """:class:`LARS` with its momentum in 8 bits: a quarter of the memory.
+class _EightBitOptimizer(LayerwiseOptimizer):
+    """A layer-wise optimizer that stores its moments in 8 bits."""
 
-    Momentum is held in blocks of 256 elements that share a scale (Dettmers et al. 2021, arXiv:2110.02861), by
-    torchao's tensors of optimizer state. A step dequantizes it, is :class:`LARS`, and quantizes it again.
-    Momentum stays in 32 bits where a layer, or what of it is on this process, has fewer than
-    ``min_8bit_size`` elements or a number that is no multiple of 256.
+    def __init__(self, params: Iterable[Any], *args: Any, min_8bit_size: int = 4096, **kwargs: Any) -> None:
+        import_eight_bit_tensor()
+        self._storage = EightBitState(min_8bit_size)
+        super().__init__(params, *args, **kwargs)
+
+
+class LARS8bit(_EightBitOptimizer, LARS):
+    """:class:`LARS` with its momentum in 8 bits, a quarter of the memory.
+
+    Momentum is quantized block-wise (Dettmers et al. 2021, arXiv:2110.02861), 256 elements to a scale, and
+    stored in torchao's tensors. Each step dequantizes it, computes as :class:`LARS` does, and quantizes it
+    again. Momentum stays in 32 bits where the layer, or its local shard, has fewer than ``min_8bit_size``
+    elements or a number of elements that is not a multiple of 256.
 
     Args:
-        params: As in :class:`LARS`, and so are all arguments but the last.
-        *args: Those of :class:`LARS`, by position.
-        min_8bit_size: Elements from which on the momentum of a layer is in 8 bits, at least 0; a key of
-            groups too.
-        **kwargs: Those of :class:`LARS`, by name.
+        params: Parameters, as in :class:`LARS`.
+        *args: Positional arguments of :class:`LARS`.
+        min_8bit_size: The smallest layer, in elements and at least 0, whose momentum is in 8 bits. It can
+            be set for each group.
+        **kwargs: Keyword arguments of :class:`LARS`.
 
     Raises:
         ImportError: Without torchao (``pip install 'lightning-lars[8bit]'``).
@@ -40,23 +50,17 @@ class LARS8bit(LARS):
         ('OptimState8bit', torch.uint8)
     """
 
-    def __init__(self, params: Iterable[Any], *args: Any, min_8bit_size: int = 4096, **kwargs: Any) -> None:
-        import_eight_bit_tensor()
-        self._storage = EightBitState(min_8bit_size)
-        super().__init__(params, *args, **kwargs)
 
+class LAMB8bit(_EightBitOptimizer, LAMB):
+    """:class:`LAMB` with both moments in 8 bits, a quarter of the memory.
 
-class LAMB8bit(LAMB):
-    """:class:`LAMB` with its moments in 8 bits: a quarter of the memory.
-
-    As in :class:`LARS8bit`; the second moment is held without a sign, in steps half as wide.
+    They are quantized as in :class:`LARS8bit`; the codes of the second moment are unsigned.
 
     Args:
-        params: As in :class:`LAMB`, and so are all arguments but the last.
-        *args: Those of :class:`LAMB`, by position.
-        min_8bit_size: Elements from which on the moments of a layer are in 8 bits, at least 0; a key of
-            groups too.
-        **kwargs: Those of :class:`LAMB`, by name.
+        params: Parameters, as in :class:`LAMB`.
+        *args: Positional arguments of :class:`LAMB`.
+        min_8bit_size: As in :class:`LARS8bit`, for both moments.
+        **kwargs: Keyword arguments of :class:`LAMB`.
 
     Raises:
         ImportError: Without torchao (``pip install 'lightning-lars[8bit]'``).
@@ -72,8 +76,3 @@ class LAMB8bit(LAMB):
         >>> sorted(key for key, v in optimizer.state[w].items() if hasattr(v, "codes"))
         ['exp_avg', 'exp_avg_sq']
     """
-
-    def __init__(self, params: Iterable[Any], *args: Any, min_8bit_size: int = 4096, **kwargs: Any) -> None:
-        import_eight_bit_tensor()
-        self._storage = EightBitState(min_8bit_size)
-        super().__init__(params, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Any algorithm on a GPU: one launch over all layers of a batch before their norms, and one after."""
+"""The back end that runs any algorithm on a GPU, with one launch before the norms and one after."""
 
 from collections import namedtuple
 from collections.abc import Callable, Sequence
@@ -28,10 +28,10 @@ _CHUNKS_AT_ONCE = 256
 
 
 class Triton(Eager):
-    """The step of one batch by :func:`~lightning_lars.optim.backends.triton_walk.walk`.
+    """The step of one batch, as launches of :func:`~lightning_lars.optim.backends.triton_walk.walk`.
 
-    The launch that measures keeps a direction that the ratio scales, in memory of the size of the batch: to
-    apply it moves less than to compute it again.
+    Where the trust ratio scales the direction, the first launch stores the direction in scratch memory. The
+    second then reads and writes fewer bytes than if it computed the direction again.
     """
 
     holds_moments: ClassVar[bool] = True
@@ -50,18 +50,18 @@ class Triton(Eager):
         super().begin(batch, gradient_scale)
 
     def find_gradients(self, addresses: Sequence[int]) -> None:
-        """Take the gradients of the next step from these addresses; called if it can repeat a step."""
+        """Use the gradients at these addresses in the next step."""
         self._table = self.table.with_gradients(addresses)
 
     def end(self) -> None:
-        """Hold on to no gradients, and to no memory, until the next step; called if it can repeat a step."""
+        """Release gradients and scratch memory until the next step."""
         self.batch = self.batch._replace(grads=[], states=[])
         self.stored_direction = self.gradient_scale = None
-        vars(self).pop("state", None)  # the table says where it is
+        vars(self).pop("state", None)  # the table holds the addresses
 
     @property
     def table(self) -> LayerTable:
-        """Where the layers are."""
+        """The addresses of the tensors of the batch."""
         if self._table is None:
             columns = self.state.columns()
             self.moments = len(self.algorithm.used_moments(self.h))
@@ -72,10 +72,11 @@ class Triton(Eager):
         return self._table
 
     def measure(self) -> tuple[Tensor, Tensor] | TrustRatios[Tensor] | None:
-        """Return the norms of what of the layers is here, and of what it is measured against, in float32.
+        """Return the norms ``|w|`` and ``|d|`` of the local shards, or None for layers that are not adapted.
 
-        Each of shape ``(layers,)``; None where nothing is adapted; the trust ratios where layers are whole,
-        unless the algorithm averages norms. Where the batch adapts its direction, its moments advance.
+        Each has shape ``(layers,)``, in float32. Unsharded layers get their trust ratios instead, except with
+        an algorithm that averages norms over steps. This updates the moments if the batch adapts its
+        direction, unless they are in 8 bits.
         """
         table = self.table
         if not self.batch.group["layer_adaptation"]:
@@ -88,7 +89,7 @@ class Triton(Eager):
             return self._adapt(sums)
 
     def move(self, ratio: Any) -> None:
-        """Move the weights, and what :meth:`measure` has not moved, by the trust ratios, 1 for None."""
+        """Update the weights, and the moments unless :meth:`measure` has; a ratio of None is 1."""
         table = self.table
         with device_of(table):
             self._walk("move" if self.stored_direction is None else "apply", None, ratio)
@@ -99,7 +100,7 @@ class Triton(Eager):
 
     @property
     def _counts_before(self) -> bool:
-        """Whether the step has been counted when the layers move, as nothing reads the number any more."""
+        """Whether ``adapt`` increments the step, because :meth:`move` does not read it."""
         return self.batch.group["layer_adaptation"] and not self.batch.in_eight_bit
 
     def _walk(self, does: str, sums: Tensor | None, ratio: Tensor | None) -> None:
@@ -174,7 +175,7 @@ class Triton(Eager):
         return of_layers[0], of_layers[1]
 
     def _arguments_of(self, does: str, has_ratio: bool) -> "_Arguments":
-        """Return what a kernel takes of the hyperparameters, which stays until they change."""
+        """Return the arguments of a kernel that depend on the hyperparameters, cached until these change."""
         known = self._arguments.get((does, has_ratio))
         if known is None:
             h, is_first = self.h, self.batch.is_first
@@ -189,27 +190,27 @@ class Triton(Eager):
 
 
 class _Arguments(NamedTuple):
-    """What a kernel takes of the hyperparameters."""
+    """The arguments of a kernel that depend on the hyperparameters."""
 
     numbers: tuple[float, ...]
-    """Of each factor."""
+    """The number of each factor."""
 
     kinds: tuple[Any, ...]
-    """Of each factor."""
+    """The kind of each factor, a compile-time constant."""
 
     h: Any
 
 
 def device_of(table: LayerTable) -> AbstractContextManager[object]:
-    """Make the device of the layers the current one, to which Triton launches."""
+    """Return a context in which the device of the layers is the current one, as Triton requires."""
     device = table.device
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache
 def compiled(equation: Callable[..., Any]) -> Any:
-    """Return an equation of an algorithm for a kernel, with what it calls as it is called there."""
-    # Triton looks up annotations too, which are all Any or Number.
+    """Return an equation of an algorithm as a Triton function, with its calls bound to Triton's versions."""
+    # Triton resolves the annotations too; all of them are Any or Number.
     names = {
         name: tl.float32 if value is Any or value is Number else value
         for name, value in equation.__globals__.items()
@@ -220,9 +221,10 @@ def compiled(equation: Callable[..., Any]) -> Any:
 
 
 def arguments(h: Any) -> Any:
-    """Return hyperparameters for a kernel: numbers, which a schedule may move, and what chooses its code.
+    """Return the hyperparameters as arguments of a kernel: numbers, and flags as compile-time constants.
 
-    The numbers of ``trust_clip`` are the bounds of the trust ratio, ``low`` and ``high``.
+    A schedule can change the numbers without a new compilation. ``trust_clip`` becomes the bounds of the
+    trust ratio, ``low`` and ``high``.
     """
     values = h._asdict()
     if values.get("trust_clip") is not None:
@@ -240,5 +242,5 @@ def _argument(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(map(_argument, value))
     if value is None:
-        return None  # which equations compare by ``is``
+        return None  # equations test it by ``is None``
     return tl.constexpr(value) if isinstance(value, bool | str) else float(value)

@@ -1,6 +1,6 @@
-"""State in 8 bits, as a kernel reads and writes it: block-wise quantized to the nearest number of a map.
+"""Block-wise quantization of 8-bit state in Triton.
 
-Codes and scales are equal to the bit to those of :mod:`lightning_lars.optim.state.torchao`.
+Codes and scales equal torchao's (:mod:`lightning_lars.optim.state.torchao`) bit for bit.
 """
 
 import triton
@@ -8,62 +8,68 @@ import triton.language as tl
 
 from lightning_lars.optim.backends.triton_scalars import address_in
 
-SHARED = tl.constexpr(256)
-"""Elements that share a scale."""
+BLOCK_SIZE = tl.constexpr(256)
+"""The number of elements that share a scale."""
 
-_SMALLEST = tl.constexpr(1e-12)
+_MIN_SCALE = tl.constexpr(1e-12)
 
 
 @triton.jit
 def pointers_to(columns, column, layer, layers):
-    """Return pointers to the codes of a layer, to the scales of its blocks, and to what codes stand for."""
+    """Return pointers to the codes, the scales and the quantization map of a moment of a layer."""
     codes = tl.multiple_of(address_in(columns, column, layer, layers).to(tl.pointer_type(tl.uint8)), 16)
     scales = address_in(columns, column + 1, layer, layers).to(tl.pointer_type(tl.float32))
-    shares = address_in(columns, column + 2, layer, layers).to(tl.pointer_type(tl.float32))
-    return codes, scales, shares
+    qmap = address_in(columns, column + 2, layer, layers).to(tl.pointer_type(tl.float32))
+    return codes, scales, qmap
 
 
 @triton.jit
 def dequantize(pointers, at, mask):
-    """Return elements in float32."""
+    """Load elements of a moment, in float32.
+
+    Args:
+        pointers: Pointers to codes, scales and quantization map.
+        at: Offsets of the elements in the layer.
+        mask: Which of them exist.
+    """
     code = tl.load(pointers[0] + at, mask=mask, other=0).to(tl.int32)
-    scale = tl.load(pointers[1] + at // SHARED, mask=mask, other=0.0)
+    scale = tl.load(pointers[1] + at // BLOCK_SIZE, mask=mask, other=0.0)
     return tl.load(pointers[2] + code, mask=mask, other=0.0) * scale
 
 
 @triton.jit
-def quantize(pointers, shares, at, mask, x, block: tl.constexpr):
-    """Store elements of whole blocks, as codes of the nearest numbers among some shares of their largest.
+def quantize(pointers, qmap, at, mask, x, block: tl.constexpr):
+    """Store elements of a moment: the absolute maximum of each block as its scale, and the nearest codes.
 
     Args:
-        pointers: To codes and scales.
-        shares: Pointer to 256 numbers in ascending order.
-        at: Where the elements are, shape ``(block,)``.
-        mask: Which of them there are.
+        pointers: Pointers to codes and scales.
+        qmap: Pointer to the quantization map, 256 values in ascending order.
+        at: Offsets of the elements in the layer, shape ``(block,)``, from a multiple of :data:`BLOCK_SIZE`.
+        mask: Which of them exist.
         x: The elements.
-        block: How many.
+        block: The number of elements, a multiple of :data:`BLOCK_SIZE`.
     """
-    rows: tl.constexpr = block // SHARED
-    x = tl.reshape(x, (rows, SHARED))
-    largest = tl.maximum(tl.max(tl.abs(x), axis=1), _SMALLEST)
-    not_a_number = tl.max((x != x).to(tl.int32), axis=1) != 0
-    scale = tl.where(not_a_number, float("nan"), largest)
+    rows: tl.constexpr = block // BLOCK_SIZE
+    x = tl.reshape(x, (rows, BLOCK_SIZE))
+    absmax = tl.maximum(tl.max(tl.abs(x), axis=1), _MIN_SCALE)
+    has_nan = tl.max((x != x).to(tl.int32), axis=1) != 0
+    scale = tl.where(has_nan, float("nan"), absmax)
     code = tl.reshape(
-        _nearest(tl.div_rn(x, tl.broadcast_to(scale[:, None], (rows, SHARED))), shares), (block,)
+        _nearest(tl.div_rn(x, tl.broadcast_to(scale[:, None], (rows, BLOCK_SIZE))), qmap), (block,)
     )
     tl.store(pointers[0] + at, code.to(tl.uint8), mask=mask)
-    first = tl.min(tl.reshape(at, (rows, SHARED)), axis=1)
-    exists = tl.max(tl.reshape(mask.to(tl.int32), (rows, SHARED)), axis=1) != 0
-    tl.store(pointers[1] + first // SHARED, scale, mask=exists)
+    first = tl.min(tl.reshape(at, (rows, BLOCK_SIZE)), axis=1)
+    exists = tl.max(tl.reshape(mask.to(tl.int32), (rows, BLOCK_SIZE)), axis=1) != 0
+    tl.store(pointers[1] + first // BLOCK_SIZE, scale, mask=exists)
 
 
 @triton.jit
-def _nearest(x, shares):
-    """Return the number of the share that is nearest, of two the larger."""
+def _nearest(x, qmap):
+    """Return the code of the nearest value, the higher one of two that are equally near."""
     below = tl.zeros_like(x).to(tl.int32)
     for bit in tl.static_range(8):
         next_one = below + (128 >> bit)
-        below = tl.where(x >= tl.load(shares + next_one), next_one, below)
+        below = tl.where(x >= tl.load(qmap + next_one), next_one, below)
     above = tl.minimum(below + 1, 255)
-    share = tl.load(shares + below)
-    return tl.where(x - share >= (tl.load(shares + above) - share) * 0.5, above, below)
+    value = tl.load(qmap + below)
+    return tl.where(x - value >= (tl.load(qmap + above) - value) * 0.5, above, below)

@@ -1,4 +1,4 @@
-"""The factors of an algorithm as what a kernel computes for each layer, found out by its own equation."""
+"""The factors of an algorithm in symbolic form, for a kernel to evaluate for each layer."""
 
 import math
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from lightning_lars.optim.algorithm import Algorithm, Hyperparameters
 
 @dataclass(frozen=True)
 class Factor:
-    """A number, times the learning rate, times the trust ratio; or ``1 - exp(number * t)``.
+    """A symbolic factor: a number, times the learning rate or the trust ratio; or ``1 - exp(number * t)``.
 
-    It stands in :meth:`~lightning_lars.optim.algorithm.Algorithm.factors` for a number that only the kernel
-    knows.
+    :meth:`~lightning_lars.optim.algorithm.Algorithm.factors` computes with it in place of values that are
+    only known on the device.
     """
 
     kind: str
@@ -28,7 +28,7 @@ class Factor:
     __rmul__ = __mul__
 
     def one_minus_power(self, beta: float) -> "Factor":
-        """Return ``1 - beta ** t``, where this is ``t``."""
+        """Return ``1 - beta ** t``, where this factor is ``t``."""
         return Factor("1 - exp(t)", math.log(beta) if beta > 0 else -math.inf)
 
 
@@ -38,10 +38,10 @@ def factors_in_kernel(
     """Return the factors of an algorithm.
 
     Args:
-        algorithm: Whose.
-        has_ratio: Whether there are trust ratios; 1 without.
-        is_first: Whether it is the first step of these layers.
-        h: Hyperparameters.
+        algorithm: The algorithm.
+        has_ratio: Whether there are trust ratios; otherwise the ratio is 1.
+        is_first: Whether this is the first step of these layers.
+        h: The hyperparameters of the group.
     """
     ratio = Factor("ratio") if has_ratio else 1.0
     factors = algorithm.factors(ratio, Factor("lr"), is_first, Factor("t"), h)

@@ -1,14 +1,14 @@
-"""Launches of kernels that have been launched before with other numbers and addresses."""
+"""Fast launches of kernels that Triton has compiled before."""
 
 from collections.abc import Callable, Hashable
 from typing import Any
 
 
 class Launches:
-    """Launches kernels; from the second time on, what Triton compiled the first time.
+    """Launches kernels, and caches the compiled kernel of each variant.
 
-    To find out which of its compiled kernels some arguments need takes Triton tens of microseconds, ten times
-    as long as the launch.
+    Triton's own lookup of the compiled kernel from the arguments takes tens of microseconds, ten times as
+    long as the launch.
     """
 
     def __init__(self) -> None:
@@ -18,10 +18,10 @@ class Launches:
         """Launch a kernel.
 
         Args:
-            kernel: Any that Triton has compiled or will.
-            variant: What says which of its compiled kernels it is; arguments that differ between launches of
-                one variant are numbers, or tensors of one dtype and alignment.
-            programs: How many, the same for all launches of one variant.
+            kernel: A function decorated with ``triton.jit``.
+            variant: A key of the compiled kernel. Launches of one variant may only differ in numbers, and in
+                the addresses of tensors of the same dtype and alignment.
+            programs: The size of the grid, the same for all launches of one variant.
             *args: All arguments of the kernel.
         """
         launch = self._known.get(variant)
@@ -29,5 +29,5 @@ class Launches:
             launch(*args)
             return
         compiled = kernel[(programs,)](*args)
-        if compiled is not None:  # Triton's interpreter compiles nothing
+        if compiled is not None:  # None from Triton's interpreter, which compiles nothing
             self._known[variant] = compiled[(programs, 1, 1)]

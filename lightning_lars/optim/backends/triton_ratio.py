@@ -1,4 +1,4 @@
-"""The norms of layers, added up from their chunks, and the trust ratios, by the equation of the algorithm."""
+"""The kernel that reduces the sums of chunks to norms, and computes the trust ratios from them."""
 
 import triton
 import triton.language as tl
@@ -8,14 +8,14 @@ from lightning_lars.optim.backends.triton_scalars import ADDRESS, count_step, le
 
 @triton.jit
 def trust_ratio(weight_norm, denominator, trust_coefficient=1.0, eps=0.0):
-    """Return the trust ratio of a layer, 1 where there is no scale to adapt to."""
+    """Return the trust ratio of a layer, 1 where a norm is 0."""
     ratio = tl.div_rn(trust_coefficient * weight_norm, denominator + eps)
     return tl.where((weight_norm == 0) | (denominator == 0), 1.0, ratio)
 
 
 @triton.jit
 def clip(x, low, high):
-    """Return a number within bounds; NaN stays NaN."""
+    """Clip a number to bounds; NaN stays NaN."""
     return tl.where(x == x, tl.minimum(tl.maximum(x, low), high), x)
 
 
@@ -27,19 +27,19 @@ def over_lr(ratio, lr):
 
 @triton.jit
 def bounds(h):
-    """Return least and most of the trust ratio."""
+    """Return the lower and the upper bound of the trust ratio."""
     return h.low, h.high
 
 
 @triton.jit
 def trust_ratios(weight_norm, denominator, unclipped, ratio):
-    """Return what is remembered of a layer, in this order."""
+    """Return the fields of ``TrustRatios`` as a tuple."""
     return weight_norm, denominator, unclipped, ratio
 
 
 @triton.jit
 def _norm(sums, begin, end, rounds: tl.constexpr, chunks_at_once: tl.constexpr):
-    """Return the root of some sums of squares, in float32."""
+    """Return the square root of the total of some sums of squares, in float32."""
     total = tl.zeros([chunks_at_once], tl.float64)
     for number in range(0, rounds):
         chunk = begin + number * chunks_at_once + tl.arange(0, chunks_at_once)
@@ -63,11 +63,11 @@ def adapt(
     rounds: tl.constexpr,
     chunks_at_once: tl.constexpr,
 ):
-    """Add up the squares of the chunks of each layer, and compute its trust ratio where layers are whole.
+    """Reduce the sums of the chunks to the norms of each layer, and compute its trust ratio.
 
-    Fills a row of ``of_layers`` with the norms of the weights and one with those of what they are measured
-    against, or four with :class:`~lightning_lars.optim.trust_ratio.TrustRatios`. Where layers count their
-    steps, which is in column ``steps_in``, counts one: what measured them has read the number.
+    Without ``ratio``, it stores ``|w|`` and ``|d|`` in the two rows of ``of_layers``; with it, the four
+    fields of :class:`~lightning_lars.optim.trust_ratio.TrustRatios`. If ``steps_in`` is given, it also
+    increments the step of each layer, whose address is in that column: the previous launch has read it.
     """
     layer = tl.program_id(0)
     begin = tl.load(first_chunk + layer)

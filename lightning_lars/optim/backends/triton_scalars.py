@@ -1,21 +1,21 @@
-"""What a kernel finds out once for a layer: its learning rate, the number of its step, and its factors."""
+"""The scalars that a program computes once for its layer: learning rate, step number and factors."""
 
 import triton
 import triton.language as tl
 
 ADDRESS = ("lr", "ratios", "gradient_scale")
-"""Arguments of kernels that may be at any address."""
+"""Pointer arguments of kernels for whose alignment Triton must not specialize."""
 
 
 @triton.jit
 def address_in(columns, column, layer, layers):
-    """Return where the tensor of a layer begins."""
+    """Return the address of a tensor of a layer."""
     return tl.load(columns + column * layers + layer)
 
 
 @triton.jit
 def learning_rate(lr, is_tensor: tl.constexpr):
-    """Return a learning rate that is a number, or in a tensor."""
+    """Return the learning rate, which is a number or a pointer to a 0-d tensor."""
     if is_tensor:
         rate = tl.load(lr)
     else:
@@ -25,27 +25,27 @@ def learning_rate(lr, is_tensor: tl.constexpr):
 
 @triton.jit
 def next_step(columns, column, layer, layers):
-    """Return the number of the step that a layer takes, which :func:`count_step` has not counted yet."""
+    """Return the number of the current step of a layer, before :func:`count_step` increments it."""
     steps = tl.load(address_in(columns, column, layer, layers).to(tl.pointer_type(tl.float32)))
     return (steps + 1).to(tl.float64)
 
 
 @triton.jit
 def count_step(columns, column, layer, layers):
-    """Count a step of a layer, whose count nothing else reads in this launch."""
+    """Increment the step of a layer, which no other program of the launch may read."""
     at = address_in(columns, column, layer, layers).to(tl.pointer_type(tl.float32))
     tl.store(at, tl.load(at) + 1)
 
 
 @triton.jit
 def count(columns, column, layers):
-    """Count a step of all layers."""
+    """Increment the step of every layer."""
     count_step(columns, column, tl.program_id(0), layers)
 
 
 @triton.jit
 def factor_of_layer(number, kind: tl.constexpr, lr, ratio, t):
-    """Return what :class:`~lightning_lars.optim.backends.triton_factors.Factor` stands for, in a layer."""
+    """Return the value of a :class:`~lightning_lars.optim.backends.triton_factors.Factor` for a layer."""
     if kind == "lr":
         factor = number * lr
     elif kind == "ratio":
@@ -61,12 +61,12 @@ def factor_of_layer(number, kind: tl.constexpr, lr, ratio, t):
 
 @triton.jit
 def _one_minus_exp(x):
-    """Return ``1 - exp(x)`` of an ``x`` below 0 in float64, with digits that the difference loses near 0."""
+    """Return ``1 - exp(x)`` for ``x < 0`` in float64, without cancellation near 0."""
     series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4)))
     return tl.where(x > -1e-2, series, 1 - tl.exp(x))
 
 
 @triton.jit
 def root(x):
-    """Return the square root, which torch has under another name."""
+    """Return the square root; bound to the name ``sqrt`` in the equations."""
     return tl.sqrt(x)

@@ -1,4 +1,4 @@
-"""Where the tensors of all layers are, in a table on the device, so that one launch reaches all of them."""
+"""A table on the device with the addresses of all tensors, so that one launch covers all layers."""
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -8,48 +8,49 @@ import torch
 from torch import Tensor
 
 CHUNK = 8192
-"""Elements that one program works on."""
+"""The number of elements that one program handles."""
 
-# Captures between two eager steps for which memory is pinned beforehand.
+# How many captures between two eager steps have pinned memory allocated in advance.
 _SPARES = 8
 
 
 class Chunks(NamedTuple):
-    """How layers are divided among programs, all int64."""
+    """How layers are divided into chunks, one for each program; all tensors are int64."""
 
     sizes: Tensor
-    """Elements of each layer, shape ``(layers,)``."""
+    """The number of elements of each layer, shape ``(layers,)``."""
 
     layer_of_chunk: Tensor
-    """Shape ``(chunks,)``."""
+    """The index of the layer of each chunk, shape ``(chunks,)``."""
 
     offset_of_chunk: Tensor
-    """Where in its layer a chunk begins, shape ``(chunks,)``."""
+    """The offset of each chunk in its layer, shape ``(chunks,)``."""
 
     first_chunk: Tensor
-    """Of each layer, and after the last: shape ``(layers + 1,)``."""
+    """The index of the first chunk of each layer, then the number of chunks: shape ``(layers + 1,)``."""
 
     places: Tensor
-    """Where a layer begins in memory for all of them, a multiple of 16, shape ``(layers,)``."""
+    """The offset of each layer in scratch memory for all of them, a multiple of 16, shape ``(layers,)``."""
 
     counts: tuple[int, int]
+    """Both properties below, as numbers on the host."""
 
     @property
     def most_chunks(self) -> int:
-        """Of any layer."""
+        """The number of chunks of the largest layer."""
         return self.counts[0]
 
     @property
     def room(self) -> int:
-        """Elements of memory for all layers."""
+        """The number of elements of scratch memory for all layers."""
         return self.counts[1]
 
 
 class LayerTable(NamedTuple):
-    """Addresses of the tensors of some layers, and how the layers are divided into chunks."""
+    """The addresses of the tensors of several layers, and how the layers are divided into chunks."""
 
     columns: Tensor
-    """Shape ``(columns, layers)``, int64: a row for each list of tensors, then for each of numbers."""
+    """Addresses of each list of tensors, then each list of numbers: int64, shape ``(columns, layers)``."""
 
     chunked: Chunks
 
@@ -57,43 +58,44 @@ class LayerTable(NamedTuple):
     """The same as ``columns``, on the CPU."""
 
     def with_gradients(self, addresses: Sequence[int]) -> "LayerTable":
-        """Return the table of the same layers with gradients at other addresses."""
+        """Return the table of the same layers, with their gradients at these addresses."""
         rows = self.rows.clone()
         rows[1] = torch.tensor(addresses, dtype=torch.int64, device="cpu")
         return self._replace(columns=_on_device(rows, self.device, []), rows=rows)
 
     @property
     def device(self) -> torch.device:
-        """Where the layers are."""
+        """The device of the layers."""
         return self.columns.device
 
     @property
     def layers(self) -> int:
-        """How many layers there are."""
+        """The number of layers."""
         return self.chunked.sizes.numel()
 
     @property
     def chunks(self) -> int:
-        """How many chunks there are."""
+        """The number of chunks."""
         return self.chunked.layer_of_chunk.numel()
 
 
 class _Made(NamedTuple):
-    """A table, and what it was made of."""
+    """A table, and the arguments it was made from."""
 
     rows: list[list[int]]
     sizes: tuple[int, ...]
     table: LayerTable
     stream: int
     spares: Tensor | None
-    """Pinned memory for the rows of captures, in which not every version of torch can pin any."""
+    """Pinned memory for rows during a capture, when some versions of torch cannot pin memory."""
 
 
 class LayerTables:
-    """Makes the tables of a step; what has not changed since the last step stays on the device.
+    """Makes the tables of a step, and copies to the device only those that changed since the last step.
 
-    One optimizer's, so that they are made on the stream that it steps on. Those of the last step are kept,
-    and those that a CUDA graph has captured as long as the optimizer, as every replay reads them.
+    Each optimizer has its own, so that tables are copied on the stream of its steps. The tables of the last
+    step are kept. Tables that a CUDA graph has captured live as long as the optimizer, because every replay
+    reads them.
     """
 
     def __init__(self) -> None:
@@ -102,19 +104,19 @@ class LayerTables:
         self._captured: dict[tuple[int, int], tuple[object, ...]] = {}
 
     def start_step(self) -> None:
-        """Expect the first table of a step."""
+        """Start over with the first table of a step."""
         del self._made[self._next :]
         self._next = 0
 
     def table(self, tensors: Sequence[Sequence[Tensor]], numbers: Sequence[Sequence[int]] = ()) -> LayerTable:
-        """Return the table of some layers, the next in this step.
+        """Return the next table of this step.
 
-        In a CUDA graph a table that is new is copied again in each replay, from memory that stays as it is:
-        gradients may be made inside the capture.
+        While a CUDA graph is captured, the copy of a new table to the device becomes part of the graph, from
+        host memory that nothing else writes, because gradients may be allocated inside the capture.
 
         Args:
-            tensors: Lists with a tensor for each layer, on one device; weights, gradients, then state.
-            numbers: Lists with a number for each layer.
+            tensors: Lists with one tensor for each layer, on one device: weights, gradients, then state.
+            numbers: Lists with one number for each layer.
         """
         weights = tensors[0]
         device = weights[0].device
@@ -125,7 +127,7 @@ class LayerTables:
         if self._next == len(self._made):
             self._made.append(None)
         last = self._made[self._next]
-        # What another stream has copied may not be there yet; before a capture, all is.
+        # A copy on another stream may not have finished yet; before a capture, all have.
         if last is not None and (last.table.device != device or not (last.stream == stream or is_captured)):
             last = None
         pinned: list[Tensor] = []
@@ -143,11 +145,11 @@ class LayerTables:
             columns = _on_device(host, device, pinned)
         table = LayerTable(columns, chunked, host)
         if is_captured:
-            # With the state that it names: a state dict that is loaded puts other tensors in its place.
+            # Keeps the state alive too, which loading a state dict would replace.
             state = list(chain.from_iterable(tensors[2:]))
             self._captured.setdefault((id(columns), id(chunked)), (table, pinned, state))
             if last is not None:
-                # The table is copied in each replay, and is not there before.
+                # Only a replay copies the table, so eager steps cannot use it.
                 self._made[self._next] = last._replace(spares=spares)
         else:
             if device.type == "cuda" and (
@@ -159,18 +161,18 @@ class LayerTables:
         return table
 
     def forget(self) -> None:
-        """Make all tables anew, but keep those that CUDA graphs read."""
+        """Forget all tables, except those that CUDA graphs read."""
         self._made.clear()
         self._next = 0
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Tell whether a CUDA graph is being captured."""
+    """Return whether a CUDA graph is being captured on the current stream."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def current_stream(device: torch.device) -> int:
-    """Return the stream that work on a device goes to, 0 on the CPU."""
+    """Return the current stream of a device, 0 for the CPU."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
@@ -188,7 +190,7 @@ def _chunks(sizes: Iterable[int], device: torch.device, pinned: list[Tensor]) ->
 
 
 def _on_device(tensor: Tensor, device: torch.device, pinned: list[Tensor]) -> Tensor:
-    """Copy a tensor to the device without waiting for it, from pinned memory, which is added to the list."""
+    """Copy a tensor to the device without synchronizing, and append the pinned source to the list."""
     if device.type != "cuda":
         return tensor.to(device)
     pinned.append(tensor if tensor.is_pinned() else tensor.pin_memory())

@@ -1,4 +1,4 @@
-"""The smallest kernel in Triton, to see whether one can be launched at all."""
+"""A minimal Triton kernel, launched to find out whether Triton works on a device."""
 
 import torch
 import triton
@@ -11,16 +11,16 @@ def _add_one(at):
     tl.store(at, x.to(at.dtype.element_ty))
 
 
-# The first that has starred arguments and named tuples.
+# The first version with starred arguments and named tuples in kernels.
 _OLDEST = (3, 3)
 
 
 def launch(device: torch.device, dtype: torch.dtype) -> None:
-    """Launch it, on one element of this dtype.
+    """Launch a kernel on one element of this dtype.
 
     Raises:
-        Exception: Of many classes, if Triton is too old, or has no driver, no C compiler or Python.h to build
-            its launcher with, or no code for the device.
+        Exception: Of various classes, if Triton is too old, has no driver, has no C compiler or Python.h to
+            build its launcher with, or does not support the device.
     """
     if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST:
         raise RuntimeError(f"the kernels need triton 3.3 or later (torch 2.7), got {triton.__version__}")

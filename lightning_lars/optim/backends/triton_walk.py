@@ -1,11 +1,11 @@
-"""One kernel for every algorithm, over all layers of a batch at once.
+"""One kernel for every algorithm, launched over all layers of a batch.
 
-A program works on one chunk of a layer, by the equations of the algorithm, compiled from their own text. Only
-a chunk that the end of its layer cuts needs a mask. The kernel has its code twice, with a mask and without,
-as loads and stores without one are four times as wide. A layer that does not begin at a multiple of 16 bytes
-takes the code with a mask, and no other layer does for it.
+Each program handles one chunk of a layer and evaluates the equations of the algorithm, compiled from their
+Python source. Only the last chunk of a layer needs a mask, so the loop is compiled twice, masked and
+unmasked: unmasked loads and stores are four times as wide. Layers that are not aligned to 16 bytes take the
+masked loop, without slowing other layers down.
 
-Squares are added up in float64: in float32 those of numbers below 1e-19 vanish.
+Squares are summed in float64, because in float32 the square of a number below 1e-19 is 0.
 """
 
 import triton
@@ -25,7 +25,7 @@ BLOCK = 1024
 
 @triton.jit
 def _pointer_to(address, dtype: tl.constexpr, has_mask: tl.constexpr):
-    """Return a pointer to a tensor; without a mask, to one that begins at a multiple of 16 bytes."""
+    """Return a pointer to a tensor, which is aligned to 16 bytes in the unmasked loop."""
     pointer = address.to(tl.pointer_type(dtype))
     if not has_mask:
         pointer = tl.multiple_of(pointer, 16)
@@ -44,7 +44,7 @@ def _load(pointer, mask, has_mask: tl.constexpr):
 
 @triton.jit
 def _store(pointer, x, mask, has_mask: tl.constexpr):
-    """Store elements, cast to the type that the pointer is to."""
+    """Store elements, cast to the pointer's element type."""
     x = x.to(pointer.dtype.element_ty)
     if has_mask:
         tl.store(pointer, x, mask=mask)
@@ -93,14 +93,15 @@ def walk(
     chunk_size: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Do one of three things to the layers.
+    """Run one pass over the layers, which ``does`` selects.
 
-    ``"measure"``: add up the squares of the weights, and of what they are measured against: what ``measured``
-    returns, or else ``direction``, which then is kept and advances the moments. ``"move"``: move weights and
-    moments. ``"apply"``: move the weights along the direction that has been kept.
+    ``"measure"`` sums the squares of the weights and of the vector ``d``. This is the denominator vector that
+    ``measured`` returns, or, where that is None, the direction; the pass then also stores the direction and
+    updates the moments. ``"move"`` updates weights and moments. ``"apply"`` updates the weights along the
+    stored direction.
 
-    From moments in 8 bits, of which ``shares`` are the maps, to compute a direction again moves less than to
-    keep it: there, what measures writes nothing.
+    With moments in 8 bits, whose quantization maps are ``shares``, computing the direction twice moves fewer
+    bytes than storing it, so ``"measure"`` stores nothing but the sums.
     """
     chunk = tl.program_id(0)
     layer = tl.load(layer_of_chunk + chunk)
@@ -184,7 +185,7 @@ def walk(
                             _store(d_from + at, d, mask, has_mask)
                 if does == "measure":
                     if has_mask:
-                        d = tl.where(mask, d, 0.0)  # 0 / 0, where eps is 0
+                        d = tl.where(mask, d, 0.0)  # 0 / 0 beyond the end of the layer, with eps=0
                     w_squares += _square(w)
                     d_squares += _square(d)
                 else:

@@ -1,4 +1,4 @@
-"""The state of layers, held in 8 bits between the steps."""
+"""State stored in 8 bits between steps."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from lightning_lars.optim.backends.choice import uses_triton
 from lightning_lars.optim.batches import Batch
 from lightning_lars.optim.state.plain import BatchState, PlainState, States
 from lightning_lars.optim.state.torchao import (
-    Maps,
+    QuantizationMaps,
     eight_bit_zeros,
     fits_eight_bit,
     is_eight_bit,
@@ -25,25 +25,29 @@ from lightning_lars.rules import WHOLE
 
 
 class EightBitState(PlainState):
-    """How state is held between steps: in 8 bits, where a layer is large enough.
+    """Stores the moments of large layers in 8 bits between steps.
 
-    A step holds the state of some layers at a time in float32, so that all that it computes, trust ratios
-    among it, is what is computed from the same state in 32 bits.
+    A step dequantizes them to float32, one batch of layers at a time, and quantizes the updated moments. It
+    computes the same weights and trust ratios as a step from the same moments in 32 bits.
+
+    Args:
+        min_8bit_size: Default for the smallest layer, in elements of the local shard, with 8-bit moments.
+        qmaps: The quantization maps; new ones by default.
     """
 
     rules = {"min_8bit_size": WHOLE}  # noqa: RUF012
 
-    def __init__(self, min_8bit_size: int, maps: Maps | None = None) -> None:
+    def __init__(self, min_8bit_size: int, qmaps: QuantizationMaps | None = None) -> None:
         super().__init__()
         self.defaults = {"min_8bit_size": min_8bit_size}
-        self._maps = Maps() if maps is None else maps
+        self._qmaps = QuantizationMaps() if qmaps is None else qmaps
 
     def fresh(self) -> "EightBitState":
-        """Return the same for state that has been loaded."""
-        return EightBitState(**self.defaults, maps=self._maps)
+        """Return a new object, with the same quantization maps, for state that was loaded."""
+        return EightBitState(**self.defaults, qmaps=self._qmaps)
 
     def check(self, shards: Mapping[str, Any]) -> None:
-        """Raise RuntimeError if it cannot be held for one of these shards, given by name."""
+        """Raise RuntimeError if one of these shards, given by name, is not supported."""
         for name, shard in shards.items():
             if shard.unit is not None:
                 raise RuntimeError(
@@ -52,28 +56,28 @@ class EightBitState(PlainState):
                 )
 
     def split(self, batch: Batch, moments: Sequence[str]) -> Iterable[Batch]:
-        """Return a batch in parts whose moments in use are all read and written in 8 bits, or opened."""
+        """Split a batch into layers whose moments a kernel reads in 8 bits, and those to unpack."""
         if not moments or torch.compiler.is_compiling() or not uses_triton(batch.weights[0]):
             return [batch]
-        in_eight_bit = [self._stays_in_eight_bit(batch, i, moments) for i in range(len(batch.params))]
-        parts = (_chosen(batch, in_eight_bit, is_chosen) for is_chosen in (True, False))
+        flags = [self._is_read_in_eight_bit(batch, i, moments) for i in range(len(batch.params))]
+        parts = (_select(batch, flags, in_eight_bit) for in_eight_bit in (True, False))
         return [part for part in parts if part.params]
 
     def of_batch(self, states: States, batch: Batch, algorithm: type[Algorithm]) -> BatchState:
         """Return the state of the layers of a batch."""
         if batch.in_eight_bit:
-            return EightBitBatchState(states, batch, algorithm, self._maps)
+            return EightBitBatchState(states, batch, algorithm, self._qmaps)
         return super().of_batch(states, batch, algorithm)
 
     def why_not_in_triton(self, batch: Batch) -> str | None:
-        """Return why no kernel in Triton can work on it, None if one can."""
-        # Opened, it would be float32 for all layers at once while they wait for their norms.
+        """Return why the Triton kernel does not support this state, None if it does."""
+        # Sharded layers wait together for the all-reduce of their norms: all would be unpacked at once.
         size = batch.group["min_8bit_size"]
         if batch.is_sharded and not batch.in_eight_bit and any(fits_eight_bit(p, size) for p in batch.params):
-            return "no kernel opens the 8-bit state of layers that are sharded, and not contiguous in memory"
+            return "no kernel reads the 8-bit state of sharded layers that are not contiguous in memory"
         return None
 
-    def _stays_in_eight_bit(self, batch: Batch, i: int, moments: Sequence[str]) -> bool:
+    def _is_read_in_eight_bit(self, batch: Batch, i: int, moments: Sequence[str]) -> bool:
         state = batch.states[i] or {}
         return (
             fits_eight_bit(batch.params[i], batch.group["min_8bit_size"])
@@ -83,97 +87,101 @@ class EightBitState(PlainState):
         )
 
     def can_repeat(self, states: States) -> bool:
-        """Tell whether the next step finds it as a step has left it, unless someone else has changed it."""
+        """Return False, because moments are quantized again after each step."""
         return False
 
     def zero(self, states: States, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Leave of a step, which was a trial, only that there is state."""
+        """Zero the state after a dry run, keeping its structure."""
         super().convert_loaded(states, groups)
         super().zero(states, groups)
         self.convert_loaded(states, groups)
 
     def plain_moments(self, moments: list[list[Tensor]]) -> list[list[Tensor]]:
         """Return the moments of each layer that are held in plain tensors."""
-        # A kernel sees the others in float32, in the memory layout of their parameter.
+        # A kernel gets the others in float32, in the memory layout of their parameter.
         return [[moment for moment in own if not is_eight_bit(moment)] for own in moments]
 
     @contextmanager
     def unpacked(self, states: States, batch: Batch) -> Iterator[None]:
-        """Hold moments in plain tensors of float32 or wider, for the length of a block."""
-        held = {p: to_float(states[p], p) for p in batch.params if p in states}
+        """Provide the moments in plain tensors of float32 or wider, within a ``with`` block."""
+        quantized = {p: to_float(states[p], p) for p in batch.params if p in states}
         try:
             yield
         finally:
             for p in batch.params:
                 if p in states:
-                    self._pack(p, states[p], batch.group, held.get(p, {}))
+                    self._pack(p, states[p], batch.group, quantized.get(p, {}))
 
     @torch.no_grad()
     def convert_loaded(self, states: States, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Hold state that has been loaded, in whatever form, as it is held here."""
+        """Convert state that was loaded, in any form, to the form in which it is stored here."""
         for group in groups:
             for p in group["params"]:
                 if p in states:
                     self._pack(p, states[p], group, {})
 
     def save(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return a state dict of it in which all tensors are plain, those of 8 bits as codes and scales."""
+        """Return a state dict in which all tensors are plain: 8-bit tensors become codes and scales."""
         return plain_state_dict(state_dict)
 
     def _pack(
-        self, p: Tensor, of_layer: dict[str, Any], group: Mapping[str, Any], held: Mapping[str, Tensor]
+        self, p: Tensor, state: dict[str, Any], group: Mapping[str, Any], quantized: Mapping[str, Tensor]
     ) -> None:
         if fits_eight_bit(p, group["min_8bit_size"]):
-            to_eight_bit(of_layer, p, self._maps, held)
+            to_eight_bit(state, p, self._qmaps, quantized)
         else:
-            to_float(of_layer, p)
+            to_float(state, p)
 
 
 class EightBitBatchState(BatchState):
-    """The state of the layers of a batch, in the middle of a step by a kernel that takes it in 8 bits.
+    """The state of the layers of a batch, during a step by a kernel that reads and writes 8-bit moments.
 
     Args:
-        states: Of all layers.
+        states: The state of the optimizer, by parameter.
         batch: The layers.
-        algorithm: Of the optimizer.
-        maps: What codes stand for.
+        algorithm: The algorithm of the optimizer.
+        qmaps: The quantization maps.
     """
 
-    def __init__(self, states: States, batch: Batch, algorithm: type[Algorithm], maps: Maps) -> None:
+    def __init__(
+        self, states: States, batch: Batch, algorithm: type[Algorithm], qmaps: QuantizationMaps
+    ) -> None:
         super().__init__(states, batch, algorithm)
-        self._maps = maps
+        self._qmaps = qmaps
         self._moments: list[list[Any]] = []
 
     def columns(self) -> list[list[Tensor]]:
-        """Return all that a kernel reads of the moments in use: tensors of all layers, list by list.
+        """Return the tensors of the moments in use that a kernel reads, one list of all layers for each.
 
-        For each moment codes, scales, and what the codes stand for, which a checkpoint may have brought.
+        There are three lists for each moment: codes, scales and quantization maps. The maps are those of the
+        state, because state loaded from a checkpoint may have others than ours.
         """
         self._moments = super().columns()
-        names = ("codes", "scale", "qmap")
-        return [[getattr(value, name) for value in moment] for moment in self._moments for name in names]
+        parts = ("codes", "scale", "qmap")
+        return [[getattr(value, part) for value in moment] for moment in self._moments for part in parts]
 
     def end_step(self) -> None:
-        """Take note that a kernel has written the moments in 8 bits, as codes of our own maps."""
-        for moment, own_map in zip(self._moments, self.maps(), strict=True):
+        """Record that a kernel has written the moments in 8 bits, with our own quantization maps."""
+        for moment, qmap in zip(self._moments, self.maps(), strict=True):
             for value in moment:
-                value.qmap = own_map
+                value.qmap = qmap
 
     def maps(self) -> tuple[Tensor, ...]:
-        """Return what codes stand for, for each moment in use, where it is held in 8 bits."""
+        """Return the quantization map of each moment in use that is stored in 8 bits."""
         device = self.batch.weights[0].device
         keys = (key for key in self._algorithm.moments if key in self._used)
-        return tuple(self._maps.map(is_signed(key), device) for key in keys)
+        return tuple(self._qmaps.get(is_signed(key), device) for key in keys)
 
     def _zeros(self, key: str, w: Tensor) -> Tensor:
-        zeros: Tensor = eight_bit_zeros(w, key, self._maps)
+        zeros: Tensor = eight_bit_zeros(w, key, self._qmaps)
         return zeros
 
 
-def _chosen(batch: Batch, flags: Sequence[bool], flag: bool) -> Batch:
-    """Return the layers of a batch that have this flag."""
+def _select(batch: Batch, flags: Sequence[bool], in_eight_bit: bool) -> Batch:
+    """Return the layers of a batch whose flag is ``in_eight_bit``."""
     lists = (batch.params, batch.weights, batch.grads, batch.states)
     params, weights, grads, states = (
-        [value for value, own in zip(values, flags, strict=True) if own is flag] for values in lists
+        [value for value, flag in zip(values, flags, strict=True) if flag is in_eight_bit] for values in lists
     )
-    return batch._replace(params=params, weights=weights, grads=grads, states=states, in_eight_bit=flag)
+    selected = batch._replace(params=params, weights=weights, grads=grads, states=states)
+    return selected._replace(in_eight_bit=in_eight_bit)

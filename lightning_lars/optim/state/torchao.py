@@ -11,29 +11,29 @@ from torch import Tensor
 from lightning_lars.sharding.shards import laid_out_as, local
 
 BLOCK_SIZE = 256
-"""Elements that share a scale."""
+"""The number of elements that share a scale."""
 
 
 def import_eight_bit_tensor() -> Any:
-    """Return torchao's tensor of optimizer state in 8 bits.
+    """Return torchao's tensor class for 8-bit optimizer state.
 
     Raises:
-        ImportError: If torchao is not installed, or cannot work with this torch.
+        ImportError: If torchao is not installed, or does not support this version of torch.
     """
     try:
         from torchao.optim.subclass_8bit import OptimState8bit
-    except (AttributeError, ImportError) as error:  # the first is what an older torch gives
+    except (AttributeError, ImportError) as error:  # AttributeError with an older torch
         raise ImportError(
-            "8-bit state needs torchao, which is not installed, or too new for this torch "
+            "8-bit state needs torchao, which is not installed or too new for this version of torch "
             f"({torch.__version__}): pip install 'lightning-lars[8bit]'"
         ) from error
-    _complete(OptimState8bit)
+    _add_missing_operations(OptimState8bit)
     return OptimState8bit
 
 
 @cache
-def _complete(tensor_class: Any) -> None:
-    """Give torchao's tensor what deepcopy() of an optimizer and loading a full state dict ask for."""
+def _add_missing_operations(tensor_class: Any) -> None:
+    """Implement what copying an optimizer and loading or gathering a full state dict need of the class."""
 
     def clone(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         (x,) = args
@@ -45,38 +45,39 @@ def _complete(tensor_class: Any) -> None:
             raise NotImplementedError("8-bit state cannot receive a broadcast: receive into a plain tensor")
         for x in tensors:
             if x.signed:
-                # What is largest in a block is -1 of its scale, but held as -0.993. The others, who get
-                # floats and quantize them, find the same codes and scale only if they see it.
+                # The lowest code stands for -0.993 of the scale, although the element was -1 of it. Receivers
+                # quantize what they get, and find the same codes and scale only if it is sent as -1.
                 x.qmap = x.qmap.clone()
                 x.qmap[0] = -1.0
         return func([x.dequantize() for x in tensors], group, source, *others, **kwargs)
 
-    def gathered(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    def wrap_gathered(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         (x,) = args
-        # torchao's own leaves tensors inside that nobody waits for, and that a checkpoint cannot hold.
+        # torchao's own keeps asynchronous tensors inside, which a checkpoint cannot store.
         codes, scale = (torch.ops._c10d_functional.wait_tensor(part) for part in (x.codes, x.scale))
         return tensor_class(codes, scale, x.qmap.clone(), x.signed, dtype=x.dtype)
 
     tensor_class.implements(torch.ops.aten.clone.default)(clone)
     if dist.is_available():
         tensor_class.implements(torch.ops.c10d.broadcast_.default)(broadcast)
-        if hasattr(torch.ops._c10d_functional, "_wrap_tensor_autograd"):  # older ones do not wrap it
-            tensor_class.implements(torch.ops._c10d_functional._wrap_tensor_autograd.default)(gathered)
+        if hasattr(torch.ops._c10d_functional, "_wrap_tensor_autograd"):  # since torch 2.11
+            tensor_class.implements(torch.ops._c10d_functional._wrap_tensor_autograd.default)(wrap_gathered)
 
 
 def is_eight_bit(tensor: Tensor) -> bool:
-    """Tell whether the part of a tensor that is here is in 8 bits."""
+    """Return whether the local shard of a tensor is quantized."""
     return hasattr(local(tensor), "qmap")
 
 
 def fits_eight_bit(p: Any, min_8bit_size: int) -> bool:
-    """Tell whether the state of a parameter is to be held in 8 bits.
+    """Return whether the moments of a parameter are to be quantized.
 
-    That of a DTensor is, if all processes hold the same number of elements, so that all decide alike.
+    The number of elements must be at least ``min_8bit_size`` and a multiple of :data:`BLOCK_SIZE`. A DTensor
+    must also be sharded evenly, so that all ranks decide alike.
 
     Args:
         p: The parameter.
-        min_8bit_size: Elements, here, from which on it is.
+        min_8bit_size: The smallest local shard, in elements, to quantize.
     """
     if hasattr(p, "device_mesh"):
         for dimension, placement in enumerate(p.placements):
@@ -88,85 +89,89 @@ def fits_eight_bit(p: Any, min_8bit_size: int) -> bool:
     return size >= max(min_8bit_size, 1) and size % BLOCK_SIZE == 0
 
 
-class Maps:
-    """The numbers that codes stand for, on each device, where a step must not wait for them to be copied.
+class QuantizationMaps:
+    """The quantization maps of one optimizer, copied once to each device.
 
-    One optimizer's, so that they are copied on the stream that it steps on, and live as long as CUDA graphs
-    of its steps may read them.
+    A quantization map (torchao's ``qmap``) has shape ``(256,)`` and gives the value of each code, as a
+    fraction of the scale. Each optimizer has its own maps: they are copied on the stream of its steps,
+    without synchronizing, and live as long as the CUDA graphs that read them.
     """
 
     def __init__(self) -> None:
-        self._maps: dict[tuple[bool, torch.device], Tensor] = {}
+        self._qmaps: dict[tuple[bool, torch.device], Tensor] = {}
 
-    def map(self, signed: bool, device: torch.device) -> Tensor:
-        """Return the map of numbers with a sign, or of those without."""
-        known = self._maps.get((signed, device))
-        if known is None:
+    def get(self, signed: bool, device: torch.device) -> Tensor:
+        """Return the map for signed or unsigned moments."""
+        qmap = self._qmaps.get((signed, device))
+        if qmap is None:
             with torch.device("cpu"):
                 zeros = import_eight_bit_tensor().zeros((BLOCK_SIZE,), signed, BLOCK_SIZE, device="cpu")
             on_host = zeros.qmap.pin_memory() if device.type == "cuda" else zeros.qmap
-            known = self._maps[signed, device] = on_host.to(device, non_blocking=True)
-        return known
+            qmap = self._qmaps[signed, device] = on_host.to(device, non_blocking=True)
+        return qmap
 
 
 def to_float(state: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
-    """Dequantize what of the state of a parameter is in 8 bits, laid out in memory as the parameter is.
+    """Dequantize the state of a parameter in place, in the memory layout of the parameter.
 
     Returns:
-        What was in 8 bits, by key.
+        The quantized tensors that were replaced, by key.
     """
-    held = {}
+    quantized = {}
     for key, value in state.items():
         if isinstance(value, Tensor) and is_eight_bit(value):
-            part, held[key] = local(p), value
-            floats = torch.empty_like(part, dtype=torch.promote_types(part.dtype, torch.float32))
+            shard, quantized[key] = local(p), value
+            floats = torch.empty_like(shard, dtype=torch.promote_types(shard.dtype, torch.float32))
             state[key] = laid_out_as(p, floats.copy_(local(value).dequantize()))
-    return held
+    return quantized
 
 
-def to_eight_bit(state: dict[str, Any], p: Tensor, maps: Maps, held: Mapping[str, Tensor]) -> None:
-    """Quantize what of the state of a parameter is of its size, and is not in 8 bits yet.
+def to_eight_bit(
+    state: dict[str, Any], p: Tensor, qmaps: QuantizationMaps, quantized: Mapping[str, Tensor]
+) -> None:
+    """Quantize the moments of a parameter in place, except those that are quantized.
 
     Args:
-        state: Of the parameter.
+        state: The state of the parameter.
         p: The parameter.
-        maps: What codes stand for.
-        held: What :func:`to_float` returned, which takes the codes again: a CUDA graph knows their address.
+        qmaps: The quantization maps.
+        quantized: The tensors that :func:`to_float` returned. They are written again, because a CUDA graph
+            has recorded their addresses.
     """
     for key, value in state.items():
         if isinstance(value, Tensor) and key != "step" and not is_eight_bit(value):
-            part = local(p)
-            whole = held.get(key)
-            if whole is None:
-                whole = laid_out_as(p, eight_bit_zeros(part, key, maps))
-            eight_bit: Any = local(whole)
-            eight_bit.qmap = maps.map(is_signed(key), part.device)
+            shard = local(p)
+            moment = quantized.get(key)
+            if moment is None:
+                moment = laid_out_as(p, eight_bit_zeros(shard, key, qmaps))
+            eight_bit: Any = local(moment)
+            eight_bit.qmap = qmaps.get(is_signed(key), shard.device)
             eight_bit.copy_(local(value).float().contiguous())
-            state[key] = whole
+            state[key] = moment
 
 
 def is_signed(key: str) -> bool:
-    """Tell whether codes stand for numbers with a sign.
+    """Return whether the codes of a moment stand for signed values.
 
-    What is a mean of squares has no sign, and twice as many steps without.
+    The second moment is never negative; an unsigned map gives it twice the resolution.
     """
     return key != "exp_avg_sq"
 
 
-def eight_bit_zeros(part: Tensor, key: str, maps: Maps) -> Any:
-    """Return state of 8 bits, all 0, for what is here of a parameter."""
-    codes = torch.zeros(part.shape, dtype=torch.uint8, device=part.device)
-    scale = torch.zeros(part.numel() // BLOCK_SIZE, dtype=torch.float32, device=part.device)
+def eight_bit_zeros(shard: Tensor, key: str, qmaps: QuantizationMaps) -> Any:
+    """Return a quantized moment, all 0, for the local shard of a parameter."""
+    codes = torch.zeros(shard.shape, dtype=torch.uint8, device=shard.device)
+    scale = torch.zeros(shard.numel() // BLOCK_SIZE, dtype=torch.float32, device=shard.device)
     signed = is_signed(key)
-    qmap = maps.map(signed, part.device)
+    qmap = qmaps.get(signed, shard.device)
     return import_eight_bit_tensor()(codes, scale, qmap, signed, dtype=torch.float32)
 
 
 def plain_state_dict(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return a state dict with plain tensors in place of those in 8 bits, but for those of a DTensor.
+    """Return a state dict with quantized tensors replaced by dicts of plain ones, except in DTensors.
 
-    Lightning reads checkpoints in a way, with a function for ``map_location``, that torch has for plain
-    tensors only.
+    Lightning loads checkpoints with a function as ``map_location``, which torch supports for plain tensors
+    only.
     """
     return _map_state(saved, _to_plain)
 
@@ -175,20 +180,20 @@ def eight_bit_state_dict(saved: Mapping[str, Any], *, in_floats: bool = False) -
     """Undo :func:`plain_state_dict`.
 
     Args:
-        saved: A state dict, in which other mappings than those from there may be.
-        in_floats: Whether to dequantize what was in 8 bits, which does not need torchao.
+        saved: A state dict, whose state may hold other mappings too.
+        in_floats: Whether to return dequantized tensors, which does not need torchao.
     """
     return _map_state(saved, _to_floats if in_floats else _from_plain)
 
 
 def dequantize(codes: Tensor, qmap: Tensor, scale: Tensor, block_size: int) -> Tensor:
-    """Return the values of codes, each a share of the scale of its block.
+    """Return ``qmap[codes]``, times the scale of the block, in the shape of the codes.
 
     Args:
-        codes: Indices in ``qmap``, of any shape.
-        qmap: Shares, shape ``(256,)``.
-        scale: The largest of each block of codes, one after the other in memory; the last may be shorter.
-        block_size: Codes in a block.
+        codes: Indices into ``qmap``, of any shape.
+        qmap: The quantization map, shape ``(256,)``.
+        scale: The absolute maximum of each block of consecutive elements, shape ``(blocks,)``.
+        block_size: Elements of a block; the last may be shorter.
     """
     scales = scale.repeat_interleave(block_size)[: codes.numel()]
     return (qmap[codes.reshape(-1).long()] * scales).view(codes.shape)
@@ -196,10 +201,10 @@ def dequantize(codes: Tensor, qmap: Tensor, scale: Tensor, block_size: int) -> T
 
 def _map_state(saved: Mapping[str, Any], function: Callable[[Any], Any]) -> dict[str, Any]:
     state = {
-        number: {key: function(value) for key, value in of_param.items()}
-        if isinstance(of_param, Mapping)
-        else of_param
-        for number, of_param in saved["state"].items()
+        index: {key: function(value) for key, value in param_state.items()}
+        if isinstance(param_state, Mapping)
+        else param_state
+        for index, param_state in saved["state"].items()
     }
     return {**saved, "state": state}
 
