@@ -12,7 +12,7 @@ from lightning_lars.sharding.norms import widest_float
 
 
 class PopulationStatistics:
-    """Accumulates the statistics of all inputs of a layer from those of each batch.
+    """Accumulates the statistics of all inputs of a layer, batch by batch.
 
     ::
 
@@ -52,7 +52,7 @@ class PopulationStatistics:
         return cast(Tensor, self.layer.running_mean), cast(Tensor, self.layer.running_var)
 
     def _keep_the_batch(self, *_: Any) -> None:
-        # With this momentum, running statistics are those of the last batch.
+        # With this momentum, the running statistics equal the statistics of the last batch.
         self.layer.momentum = 1.0
 
     def _add_the_batch(self, layer: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -69,7 +69,7 @@ class PopulationStatistics:
 
 
 def pool(statistics: Sequence[PopulationStatistics], all_reduce: Callable[[Tensor], Tensor]) -> None:
-    """Set the running statistics of every layer to those of the inputs of all ranks.
+    """Set the running statistics of every layer to the statistics over the inputs of all ranks.
 
     Args:
         statistics: The same layers on all ranks, in the same order.

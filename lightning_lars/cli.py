@@ -56,7 +56,7 @@ class _LateOptimizer(_EitherCLI):  # type: ignore[misc]
             "--param_groups.excluded_lr",
             type=float | None,
             default=None,
-            help="Learning rate of excluded parameters, independent of that of --optimizer (null: the same).",
+            help="Learning rate of excluded parameters, independent of --optimizer's (null: the same).",
         )
         parser.add_argument(
             "--param_groups.excluded_lr_scale",
@@ -175,7 +175,7 @@ class LargeBatchCLI(_LateOptimizer, lightning.pytorch.cli.LightningCLI):
     Takes the arguments of ``LightningCLI`` and, on the command line or in YAML, ``lr_scheduler_interval``
     (``step`` or ``epoch``) and ``param_groups`` (``exclude``, ``exclude_bias``, ``exclude_norm``,
     ``exclude_gain``, ``excluded_lr``, ``excluded_lr_scale``). A
-    :class:`~lightning_lars.WarmupDecayLR` without ``total_steps`` gets those of the run.
+    :class:`~lightning_lars.WarmupDecayLR` without ``total_steps`` gets the steps of the run.
     Import this module, or ``lightning_lars``, to use the short names ``LARS``, ``LAMB``, ``WarmupDecayLR``.
 
     Example:

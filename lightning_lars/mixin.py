@@ -39,7 +39,7 @@ class LargeBatchMixin:
         optimizer: Takes the parameter groups and returns the optimizer: ``LARS`` (used for None), ``LAMB``,
             any ``torch.optim`` class, or one with arguments, such as ``functools.partial(LARS, lr=3.2)``.
         lr_scheduler: Takes the optimizer and returns a scheduler. A :class:`~lightning_lars.WarmupDecayLR`
-            without ``total_steps`` gets those of the run, which depend on gradient accumulation,
+            without ``total_steps`` gets the steps of the run, which depend on gradient accumulation,
             ``max_steps`` and the like.
         lr_scheduler_interval: When the scheduler steps. None means each optimizer step for
             ``WarmupDecayLR``, else each epoch.
@@ -49,7 +49,7 @@ class LargeBatchMixin:
         exclude_bias: Whether biases are excluded.
         exclude_norm: Whether normalization layers are excluded (apex LARC adapts them, as SwAV does).
         exclude_gain: Whether gains are excluded, and parameters broadcast over the batch, such as tokens.
-        excluded_lr: Learning rate of excluded parameters, above 0, independent of that of ``optimizer``.
+        excluded_lr: Learning rate of excluded parameters, above 0, independent of ``optimizer``'s rate.
             Schedules and warmup apply to it, ``BatchSizeScaling`` does not. None keeps the rate of the
             adapted ones.
         excluded_lr_scale: The same as a factor, above 0, on the rate of the adapted parameters. Mutually

@@ -13,14 +13,14 @@ from typing_extensions import override
 from lightning_lars.groups.excluded_rate import (
     check_end,
     check_excluded_rate,
+    excluded_scale,
     is_excluded,
     is_own_rate,
     mark_own_rate,
     peak,
     rescale,
     set_excluded_rate,
-    share,
-    unknown,
+    unknown_schedulers,
 )
 from lightning_lars.groups.introspection import check_switches, classify
 from lightning_lars.groups.param_groups import check_holds_parameters
@@ -48,7 +48,7 @@ class ExcludeNormAndBias(Callback):
     Args:
         exclude: fnmatch patterns over parameter names to exclude in addition to norms, biases and gains.
         exclude_bias: Whether biases are excluded.
-        excluded_lr: Learning rate of excluded parameters, above 0, independent of that of the optimizer: the
+        excluded_lr: Learning rate of excluded parameters, above 0, independent of the optimizer's rate: the
             peak of its schedule. ``BatchSizeScaling`` does not scale it. None keeps the rate of the group.
         excluded_lr_scale: The same as a factor, above 0, on the rate of the group. Mutually exclusive with
             ``excluded_lr``.
@@ -141,7 +141,7 @@ class ExcludeNormAndBias(Callback):
     def _set_excluded_rate(self, optimizer: Optimizer, schedulers: Sequence[Any]) -> None:
         if not is_own_rate(self.excluded_lr, self.excluded_lr_scale):
             return
-        others = unknown(*schedulers)
+        others = unknown_schedulers(*schedulers)
         if others:
             raise MisconfigurationException(
                 "ExcludeNormAndBias can give excluded parameters a separate rate only under torch's "
@@ -156,7 +156,7 @@ class ExcludeNormAndBias(Callback):
             if is_excluded(group):
                 highest = peak(schedulers, group, index)
                 wanted = highest * self.excluded_lr_scale if self.excluded_lr is None else self.excluded_lr
-                rescale(schedulers, group, index, share(wanted, highest))
+                rescale(schedulers, group, index, excluded_scale(wanted, highest))
                 mark_own_rate(group, self.excluded_lr)
                 for scheduler in schedulers:
                     check_end(scheduler, optimizer.param_groups, index, wanted, f"excluded_lr={wanted:g}")

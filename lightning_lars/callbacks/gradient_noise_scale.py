@@ -33,7 +33,7 @@ class GradientNoiseScale(Callback):
     Far below it, twice the batch takes half the steps; far above it, a larger batch barely saves any. It
     grows during training. When training ends, a log message interprets it for the current batch size.
 
-    It is estimated from the gradient of a micro-batch and that of the whole step, by
+    It is estimated from the gradients of a micro-batch and of the whole step, by
     :func:`~lightning_lars.gradients.noise_scale.two_batch_estimates`. A micro-batch is the input of one
     backward pass on one rank: with accumulation, under DDP, or with both, a step has several. The loss must
     be a mean over samples. All differences between micro-batches count as noise: dropout, the statistics of

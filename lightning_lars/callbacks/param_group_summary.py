@@ -28,8 +28,8 @@ class ParamGroupSummary(Callback):
 
     It shows the groups as they are at that moment, whoever built them: after callbacks have regrouped them,
     and after a checkpoint has been loaded. ``lr`` is the schedule's value at that time, without the factors
-    that ``LearningRateWarmup`` and ``BatchSizeScaling`` apply inside the step. Shapes are those of whole
-    layers, sharded or not.
+    that ``LearningRateWarmup`` and ``BatchSizeScaling`` apply inside the step. Shapes are the shapes
+    of whole layers, sharded or not.
 
     The reason for excluding a parameter is the rule of :func:`~lightning_lars.param_groups`, for groups with
     its names; ``own rule`` where its defaults would have decided otherwise, and ``-`` for other groups.

@@ -29,7 +29,7 @@ class PercentileGradientClipping(Callback):
 
     ::
 
-        history = the last norms of the gradient, before clipping, including that of this step
+        history = the last norms of the gradient, before clipping, this step's included
         gradient = min(1, percentile(history) / norm) * gradient
 
     Seetharaman et al. 2020, arXiv:2007.14469, where the history covers the whole run. bitsandbytes had it as
@@ -43,7 +43,7 @@ class PercentileGradientClipping(Callback):
 
     Other callbacks see gradients before clipping, the module's ``on_before_optimizer_step`` after it. Steps
     that bypass Lightning (``optimizers(use_pl_optimizer=False)``, ``optimizer.optimizer.step()``) are clipped
-    too, but do not call these hooks. When training ends, a warning names optimizers none of whose steps could
+    too, but do not call these hooks. When training ends, a warning names optimizers whose steps could never
     be observed. Values are copied to the host only when Lightning logs.
 
     Args:

@@ -42,19 +42,19 @@ class PreciseBatchNorm(Callback):
 
     This happens before each validation of a fit, at the end of each epoch if the Trainer does not validate,
     and at the end of training if there was a step since. ``ModelCheckpoint`` saves after each of these, so
-    checkpoints hold the validated statistics; those of ``every_n_train_steps`` hold running averages. The
+    checkpoints hold the validated statistics; with ``every_n_train_steps`` they hold running averages. The
     sanity check, which runs before training, and ``trainer.validate`` and ``trainer.test``, which have no
     training batches, do not change the statistics.
 
     Training continues with the recomputed statistics, which it does not read. Everything else is preserved:
     weights, gradients, other buffers (and ``num_batches_tracked``), modes, random states, and the train
-    loader, of which a copy is iterated. A data set with its own random state is only unaffected in worker
+    loader, because a copy is iterated. A data set with its own random state is only unaffected in worker
     processes. Other layers are in eval mode, as when the statistics are used: dropout is off. Layers in eval
     mode during training, or with ``track_running_stats=False``, are skipped.
 
     A batch, or its first element if it is a list or tuple, is passed to ``forward`` of the LightningModule.
     If training passes something else, define ``precise_batch_norm_forward(self, batch)`` there. After
-    ``WeightAveraging`` in the list of callbacks, the statistics are those of the averaged weights.
+    ``WeightAveraging`` in the list of callbacks, the statistics belong to the averaged weights.
 
     Args:
         num_batches: Batches on each rank, at least 1. 32 batches of 256 are 8192 samples, from which a mean

@@ -57,7 +57,7 @@ class TrustRatioMonitor(Callback):
     at which plain gradient descent would have moved it as far.
 
     Warns, once for each layer and cause, if a ratio is not finite, at its clip since training began, or far
-    from those of the other layers; if weights do not move, or shrink for lack of a gradient; and if a
+    from the ratios of other layers; if weights do not move, or shrink for lack of a gradient; and if a
     zero-initialized layer takes a harmfully long first step. Warns once if ``trust_coefficient * lr`` is
     always negligible, and if the learning rate of excluded parameters is higher than SGD or Adam usually
     tolerate. ``docs/trust_ratios.md`` gives the exact conditions and reasons.
@@ -68,7 +68,7 @@ class TrustRatioMonitor(Callback):
     Args:
         layers: fnmatch patterns over the names of parameters to log individually: ``"*"`` for all. By
             default none is, and loggers with histograms (TensorBoard, Weights & Biases) get one over all
-            layers. Names are those of the optimizer, or of the LightningModule where it has none.
+            layers. Names come from the optimizer, or from the LightningModule where it has none.
         update_to_weight: Whether to measure by how much the logged steps move the weights, for which the
             adapted weights are copied before the step.
         gradient_norm: Whether to measure the gradient norm of each layer in the logged steps, after clipping.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_lars.gradients.norms import values_of
-from lightning_lars.sharding.norms import alike, layer_norms, widest_float
+from lightning_lars.sharding.norms import by_device_and_dtype, layer_norms, widest_float
 
 
 class BackwardNorms:
@@ -41,21 +41,21 @@ class BackwardNorms:
         self.squares: list[Tensor] = []
         """One 0-d tensor for each pass."""
         self.in_parts = False
-        """Whether a parameter's gradient arrived in parts, whose norms do not determine that of their sum."""
+        """Whether a gradient arrived in parts, whose norms do not determine the norm of their sum."""
         self._norms: dict[int, Tensor] = {}
         self._hooks = [
             cast(Any, p).register_hook(partial(self._record, i)) for i, p in enumerate(self._params)
         ]
 
     def end_pass(self) -> None:
-        """Record the gradients since the last call as those of one pass."""
+        """Record the gradients since the last call as one pass."""
         norms, self._norms = self._norms, {}
         self.squares.append(self._sum_of_squares(list(norms.values())))
 
     def accumulated(self) -> Tensor:
         """Return the squared norm of ``p.grad``, 0-d."""
         grads = [values_of(p.grad) for p in self._params if p.grad is not None]
-        norms = [layer_norms([grads[i] for i in indices]) for indices in alike(grads).values()]
+        norms = [layer_norms([grads[i] for i in indices]) for indices in by_device_and_dtype(grads).values()]
         return self._sum_of_squares(norms)
 
     def remove(self) -> None:

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 class BeforeSteps:
     """Calls a function once before each step: when the step is announced, or in a hook of the optimizer.
 
-    Lightning announces the steps of its own wrapper around the optimizer, not those of the optimizer itself,
+    Lightning announces the steps of its own wrapper around the optimizer, not steps of the optimizer itself,
     which manual optimization may call (``optimizers(use_pl_optimizer=False)``).
 
     Args:

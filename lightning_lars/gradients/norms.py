@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_lars.sharding.norms import alike, norm_of_each, whole_norms, widest_float
+from lightning_lars.sharding.norms import by_device_and_dtype, norm_of_each, whole_norms, widest_float
 from lightning_lars.sharding.shards import Shard, local, local_gradient
 
 
@@ -53,7 +53,7 @@ def scale_gradients(params: Sequence[Tensor], scales: Tensor) -> None:
         scales: One for all, shape ``(1,)``, or one for each, shape ``(len(params),)``.
     """
     grads = [None if p.grad is None else _in_place(local(p.grad)) for p in params]
-    for (device, dtype), indices in alike(grads).items():
+    for (device, dtype), indices in by_device_and_dtype(grads).items():
         these = [grad for i in indices if (grad := grads[i]) is not None]
         wide = torch.promote_types(dtype, torch.float32)
         if len(scales) == 1:

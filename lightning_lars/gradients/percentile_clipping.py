@@ -22,7 +22,7 @@ class PercentileClipping:
 
     ::
 
-        history = last norms, including that of this step
+        history = last norms, this step's included
         scale = min(1, percentile(history) / norm)
 
     Percentiles between two norms are interpolated linearly, as in numpy. Norms of 0, and all norms of a step

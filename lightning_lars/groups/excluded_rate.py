@@ -1,4 +1,4 @@
-"""The learning rate of the excluded group: proportional to that of the others, or a separate one."""
+"""The learning rate of the excluded group: proportional to the other rates, or separate."""
 
 import math
 import re
@@ -122,9 +122,9 @@ def keep_excluded_rate(
                     f"{argument} and the rates of {kind} must agree, got {peaks[index]:g} for the excluded "
                     "group: pass only one of them"
                 )
-            if unknown(scheduler):
+            if unknown_schedulers(scheduler):
                 raise one_rate_for_all
-            rescale([scheduler], groups[index], index, share(wanted, peaks[index]))
+            rescale([scheduler], groups[index], index, excluded_scale(wanted, peaks[index]))
         check_end(scheduler, groups, index, wanted, argument)
     rates = {float(group["lr"]) for group in groups}
     if len(rates) == 1 and rates != {0.0} and len(set(peaks)) > 1:
@@ -136,16 +136,16 @@ def rescale(schedulers: Sequence[Any], group: dict[str, Any], index: int, factor
     for key in _IN_GROUP:
         if key in group:
             group[key] = group[key] * factor
-    for each in tree(*schedulers):
+    for each in nested_schedulers(*schedulers):
         for attribute in _IN_LISTS:
             kept = getattr(each, attribute, None)
             if isinstance(kept, list) and index < len(kept):
                 setattr(each, attribute, [*kept[:index], kept[index] * factor, *kept[index + 1 :]])
 
 
-def unknown(*schedulers: Any) -> list[str]:
-    """Return the class names of schedulers that compute rates by code of neither torch nor this package."""
-    getters = {type(each): getattr(type(each), "get_lr", None) for each in tree(*schedulers)}
+def unknown_schedulers(*schedulers: Any) -> list[str]:
+    """Return the class names of schedulers whose rates neither torch nor this package computes."""
+    getters = {type(each): getattr(type(each), "get_lr", None) for each in nested_schedulers(*schedulers)}
     return [
         kind.__name__
         for kind, get_lr in getters.items()
@@ -154,21 +154,21 @@ def unknown(*schedulers: Any) -> list[str]:
     ]
 
 
-def tree(*schedulers: Any) -> Iterator[Any]:
-    """Yield schedulers and those nested in them, as in ``SequentialLR`` and ``ChainedScheduler``."""
+def nested_schedulers(*schedulers: Any) -> Iterator[Any]:
+    """Yield schedulers and the schedulers nested in them (``SequentialLR``, ``ChainedScheduler``)."""
     for scheduler in schedulers:
         yield scheduler
-        yield from tree(*getattr(scheduler, "_schedulers", ()))
+        yield from nested_schedulers(*getattr(scheduler, "_schedulers", ()))
 
 
 def peak(schedulers: Sequence[Any], group: Mapping[str, Any], index: int) -> float:
     """Return the highest rate of a group under its schedulers."""
-    cycles = [each.max_lrs[index] for each in tree(*schedulers) if hasattr(each, "max_lrs")]
+    cycles = [each.max_lrs[index] for each in nested_schedulers(*schedulers) if hasattr(each, "max_lrs")]
     return float(cycles[0] if cycles else group.get("max_lr", group.get("initial_lr", group["lr"])))
 
 
-def share(wanted: float, highest: float) -> float:
-    """Return ``wanted / highest``.
+def excluded_scale(wanted: float, highest: float) -> float:
+    """Return the scale ``wanted / highest`` for the rate of the excluded group.
 
     Raises:
         ValueError: If ``highest`` is 0.
@@ -190,8 +190,8 @@ def _rate(lr: float | Tensor, excluded_lr: float | None, excluded_lr_scale: floa
 def check_end(
     scheduler: Any, groups: Sequence[dict[str, Any]], index: int, wanted: float, argument: str
 ) -> None:
-    """Raise ValueError if the scheduler ends at one rate for all groups, at or above that of this group."""
-    for each in tree(scheduler):
+    """Raise ValueError if the scheduler ends at one rate for all groups, at or above this group's peak."""
+    for each in nested_schedulers(scheduler):
         floor = getattr(each, "eta_min", 0.0)
         if floor > 0 and floor >= wanted:
             raise ValueError(

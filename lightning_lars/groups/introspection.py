@@ -51,8 +51,8 @@ def classify(
 ) -> list[Layer]:
     """Classify every parameter, frozen ones included, as ``"adapted"`` or ``"excluded"``, with the reason.
 
-    The arguments are those of :func:`~lightning_lars.param_groups`. Unless ``strict``, a parameter whose
-    shape or module is unknown stays adapted.
+    Takes the arguments of :func:`~lightning_lars.param_groups`. Unless ``strict``, a parameter whose shape
+    or module is unknown stays adapted.
 
     Raises:
         ValueError: If a pattern matches no name, or a switch is no bool; or if a rule depends on the shape or

@@ -70,7 +70,7 @@ def _resolve(qualified_name: str) -> Kind:
     path, name = ".".join(parts[:-1]), parts[-1]
     known: Any = getattr(sys.modules.get(path or "__main__"), name, None)
     if known is None and path == "torch.nn.utils.parametrize":
-        # The subclass of a parametrized module, of whose class the name is left.
+        # The class of a parametrized module, of which only the name is left.
         name = name.removeprefix("Parametrized")
         known = getattr(nn, name, None)
     if isinstance(known, type) and issubclass(known, nn.Module):

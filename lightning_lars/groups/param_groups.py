@@ -181,7 +181,7 @@ def build_optimizer(
         prefix: As for :func:`param_groups`. To add further modules, call ``optimizer.add_param_group(group)``
             for each of their :func:`param_groups`, with another prefix.
         excluded_lr: Learning rate of the excluded group, above 0, independent of ``lr``. Excluded parameters
-            take plain SGD (LARS) or Adam (LAMB) steps, whose rates are far below those of layers with trust
+            take plain SGD (LARS) or Adam (LAMB) steps, which need far lower rates than layers with trust
             ratios. Schedules and warmup apply to it; ``BatchSizeScaling`` does not, because the group has
             ``batch_size_scaling=False``. None keeps ``lr``.
         excluded_lr_scale: The same as a factor, above 0, on ``lr`` (Barlow Twins: 0.024). Mutually exclusive

@@ -79,7 +79,7 @@ def clean_path(path: str, modules: dict[str, nn.Module]) -> str:
 
 
 def without_wrappers(name: str) -> str:
-    """Return a name without components that are unambiguously those of wrappers."""
+    """Return a name without the components that only wrappers add."""
     return _WRAPPER_PART.sub("", name)
 
 
@@ -91,7 +91,7 @@ def _is_parametrized(path: str, attribute: str, holder: nn.Module) -> bool:
 
 
 def _is_length(parametrized: nn.Module, attribute: str) -> bool:
-    """Tell whether this is what weight normalization scales with, which it calls ``weight_g`` elsewhere."""
+    """Return whether this is the magnitude in weight normalization, which it also calls ``weight_g``."""
     if attribute != "original0" or not isinstance(parametrized, ParametrizationList):
         return attribute == "original0"  # torch has no other parametrization that splits a weight
     return type(parametrized[0]).__name__ == "_WeightNorm"  # which has no public name

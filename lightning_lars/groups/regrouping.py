@@ -37,7 +37,7 @@ def split_groups(
     Args:
         groups: The groups of an optimizer, which are not modified.
         excluded: Parameters that are to be neither adapted nor decayed.
-        names: The names of parameters, or empty to keep those of the groups.
+        names: The names of parameters; if empty, the groups keep their own.
 
     Returns:
         New groups. They share no tensors, and their names are unique.
@@ -76,7 +76,7 @@ def are_split(groups: Sequence[Mapping[str, Any]], split: Sequence[tuple[int, Ma
 
 
 def extend_per_group_values(scheduler: Any, optimizer: Optimizer, origins: Sequence[int]) -> None:
-    """Extend the per-group values of a scheduler, and of those nested in it, to the new groups.
+    """Extend the per-group values of a scheduler, and of schedulers nested in it, to the new groups.
 
     Args:
         scheduler: A scheduler of the optimizer.
@@ -123,7 +123,7 @@ def _extended(kept: Any, origins: Sequence[int]) -> Any:
 
 
 def schedulers_in(scheduler: Any, optimizer: Optimizer) -> list[Any]:
-    """Return a scheduler and those of the same optimizer nested in it, under any attribute.
+    """Return a scheduler and all schedulers of the same optimizer nested in it, under any attribute.
 
     Empty if neither it nor a nested one refers to the optimizer.
     """

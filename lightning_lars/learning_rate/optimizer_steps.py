@@ -28,7 +28,7 @@ class OptimizerSteps:
     - it was not a trial. ``torch.distributed.checkpoint`` takes one to initialize empty state, with gradients
       of 0 at a learning rate of 0.
 
-    Calls of a wrapped optimizer within that of its wrapper are part of the same step, and so are all
+    Calls of a wrapped optimizer within its wrapper's call are part of the same step, and so are all
     evaluations of a closure. Consecutive calls over different parameters are one step: DeepSpeed ZeRO calls
     ``step()`` once per group.
 
@@ -191,7 +191,7 @@ def _wrapped(optimizer: Any) -> Iterator[Any]:
 
 
 def _share(optimizer: Optimizer, other: Any) -> bool:
-    # By groups too: those of DeepSpeed ZeRO stage 3 are empty between steps.
+    # By groups too: with DeepSpeed ZeRO stage 3 they are empty between steps.
     groups, others = optimizer.param_groups, other.param_groups
     if any(group is another for group in groups for another in others):
         return True

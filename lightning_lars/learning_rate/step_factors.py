@@ -39,7 +39,7 @@ class StepFactors:
         self._adjusted: list[tuple[dict[str, Any], str, Any, Any]] = []
         self._hooks = []
         for each in self._optimizers:
-            # pytorch_optimizer's Lookahead has only step hooks, and delegates state dicts to what it wraps.
+            # pytorch_optimizer's Lookahead only has step hooks: the wrapped optimizer has the state dict.
             if hasattr(each, "_optimizer_state_dict_pre_hooks"):
                 self._hooks += [
                     each.register_state_dict_pre_hook(lambda _: self.restore()),

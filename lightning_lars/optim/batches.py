@@ -13,7 +13,7 @@ from lightning_lars.sharding.shards import Shard, local, local_gradient
 
 # The largest batch, in elements. The updates of a batch exist at the same time, beside float32 copies of its
 # half-precision weights: four tensors of this size are 256 MiB of scratch.
-# Smaller on the CPU, so that what the norms have read is still in the cache when the weights are updated.
+# Smaller on the CPU, so that the tensors are still in the cache when the weights are updated.
 _MAX_BATCH_ELEMENTS, _MAX_BATCH_ELEMENTS_ON_CPU = 2**24, 2**20
 
 Shards = Mapping[Tensor, Shard | None]

@@ -23,7 +23,7 @@ from lightning_lars.optim.state.eight_bit import EightBitState
 from lightning_lars.optim.state.plain import PlainState
 from lightning_lars.optim.step import Step, params_of
 from lightning_lars.rules import check, require
-from lightning_lars.sharding.shards import Shard, find_shards, is_laid_out
+from lightning_lars.sharding.shards import Shard, find_shards, is_distributed
 
 _MISSING: Any = object()
 
@@ -262,7 +262,7 @@ class LayerwiseOptimizer(LastTrustRatios, Algorithm, Optimizer):
         count = 0
         for p in params_of(self.param_groups):
             shard = self._shards.get(p, _MISSING)
-            if shard is _MISSING or (shard is None and is_laid_out(p)):
+            if shard is _MISSING or (shard is None and is_distributed(p)):
                 return False
             count += 1
         return count == len(self._shards)

@@ -40,7 +40,7 @@ def check_params(params: list[Any], groups: Sequence[Mapping[str, Any]]) -> list
         _check_param(p, label, seen)
         if name is not None and name in seen_names:
             raise ValueError(
-                f"params must have unique names, got {name!r} twice: prefix each name with that of its module"
+                f"params must have unique names, got {name!r} twice: prefix each name with its module's"
             )
         seen_names.add(name)
     return params

@@ -17,12 +17,12 @@ ROUNDING = 1e-3
 
 
 class TrustRatios(NamedTuple, Generic[Number]):
-    """The trust ratio of one layer, or of several in shape ``(layers,)``, and the values it is made of."""
+    """The trust ratio of one layer, or of several in shape ``(layers,)``, and how it was computed."""
 
     weight_norm: Number
     """The norm of the weights before the step, not limited by ``max_weight_norm``."""
     denominator: Number
-    """What the weight norm is divided by, without ``eps``."""
+    """The divisor of the weight norm, without ``eps``."""
 
     unclipped: Number
     """The trust ratio before ``trust_clip``."""
@@ -85,7 +85,7 @@ def trust_ratio(
 
     Args:
         weight_norm: L2 norm of the weights of a layer, or of several layers, shape ``(layers,)``.
-        denominator: What the norm is divided by, without ``eps``, in the same shape.
+        denominator: The divisor of the norm, without ``eps``, in the same shape.
         trust_coefficient: Factor on the ratio.
         eps: Added to the denominator.
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_lars.sharding.shards import Shard, add_up
+from lightning_lars.sharding.shards import Shard, all_reduce_sums
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 """One tensor per layer."""
@@ -81,7 +81,7 @@ def _flat(tensor: Tensor) -> Tensor:
 def norm_of_each(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the L2 norm of every tensor, 0-d; devices and dtypes may be mixed."""
     norms: dict[int, Tensor] = {}
-    for indices in alike(tensors).values():
+    for indices in by_device_and_dtype(tensors).values():
         norms.update(zip(indices, layer_norms([tensors[i] for i in indices]).unbind(), strict=True))
     return [norms[i] for i in range(len(tensors))]
 
@@ -104,15 +104,17 @@ def whole_norms(norms: Sequence[Tensor | None], shards: Sequence[Shard]) -> list
         for device in {shard.device for shard in shards}
     }
     squares = [zeros[shard.device] for shard in shards]
-    for indices in alike(norms).values():
+    for indices in by_device_and_dtype(norms).values():
         local_norms = torch.stack([norm for i in indices if (norm := norms[i]) is not None])
         wide = local_norms.to(widest_float(local_norms.device))
         for i, square in zip(indices, wide.square().unbind(), strict=True):
             squares[i] = square.to(zeros[shards[i].device])
-    return list(torch._foreach_sqrt(add_up(squares, shards)))
+    return list(torch._foreach_sqrt(all_reduce_sums(squares, shards)))
 
 
-def alike(tensors: Sequence[Tensor | None]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
+def by_device_and_dtype(
+    tensors: Sequence[Tensor | None],
+) -> dict[tuple[torch.device, torch.dtype], list[int]]:
     """Group the indices of tensors by device and dtype, for one foreach call each.
 
     Entries that are None are skipped.

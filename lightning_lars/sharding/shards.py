@@ -16,7 +16,7 @@ class Shard(NamedTuple):
     """How a layer is sharded: over which process groups, and on which device these reduce."""
 
     groups: "tuple[ProcessGroup, ...]"
-    """Process groups that shard the layer, one for each mesh dimension; none where it is replicated."""
+    """The process groups that shard the layer, one for each mesh dimension that does not replicate it."""
 
     device: torch.device
     """Where these groups can reduce; with offloaded parameters, not the device of the shard."""
@@ -62,7 +62,7 @@ def find_shards(named_params: Iterable[tuple[str, Tensor]]) -> dict[Tensor, Shar
     }
 
 
-def is_laid_out(p: Tensor) -> bool:
+def is_distributed(p: Tensor) -> bool:
     """Return whether a parameter is a DTensor or a shard of FSDP1."""
     return hasattr(p, "device_mesh") or getattr(p, "_fsdp_flattened", False)
 
@@ -87,7 +87,7 @@ def local_gradient(p: Tensor) -> Tensor:
 
 
 def laid_out_as(p: Tensor, part: Tensor) -> Tensor:
-    """Return a local shard in the layout of its parameter: as a DTensor, or as the plain tensor."""
+    """Return a local shard as a DTensor if the parameter is one, otherwise as it is."""
     if not hasattr(p, "device_mesh"):
         return part
     from torch.distributed.tensor import DTensor
@@ -98,7 +98,7 @@ def laid_out_as(p: Tensor, part: Tensor) -> Tensor:
     )
 
 
-def add_up(values: Sequence[Tensor], shards: "Sequence[Shard]") -> list[Tensor]:
+def all_reduce_sums(values: Sequence[Tensor], shards: "Sequence[Shard]") -> list[Tensor]:
     """Sum every value over the ranks that hold its layer, with one all-reduce for each process group.
 
     Args:
@@ -149,7 +149,7 @@ def _shards_of_fsdp1(flattened: Sequence[tuple[str, Tensor]]) -> dict[Tensor, Sh
     for candidate in gc.get_objects():
         if not issubclass(type(candidate), FullyShardedDataParallel):
             continue
-        # Not by attribute access, which fails for a module whose constructor has raised.
+        # Not by attribute access, which fails if the module's constructor has raised.
         handle = vars(candidate).get("_handle")
         if handle is not None:
             groups = (handle.process_group,) if handle.uses_sharded_strategy else ()

@@ -86,7 +86,7 @@ def takes_steps(trainer: Trainer) -> bool:
     The extra epoch of ``StochasticWeightAveraging`` takes none: it accumulates more batches than there are,
     so it has no effective batch size.
     """
-    # No public attribute tells that Lightning skips the backward pass.
+    # No public attribute shows that Lightning skips the backward pass.
     return not trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward
 
 

@@ -13,8 +13,8 @@ else:
     import lightning.pytorch
     from lightning_utilities.core import rank_zero
 
-    # Each package, when imported, has both log to its own logger. Whoever silenced that of `lightning` did
-    # not ask for the other.
+    # Each package, when imported, makes both log to its own logger. Users who silenced `lightning`'s logger
+    # did not ask for the other.
     logger = None if "pytorch_lightning" in sys.modules else rank_zero.log
     import pytorch_lightning
 

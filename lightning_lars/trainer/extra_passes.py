@@ -65,7 +65,7 @@ def training_batches(
     Raises:
         MisconfigurationException: If the data cannot be iterated without disturbing training.
     """
-    # The Trainer's public train_dataloader does not tell how several loaders are combined.
+    # The Trainer's public train_dataloader does not reveal how several loaders are combined.
     combined = copy(trainer.fit_loop._combined_loader)
     assert combined is not None
     combined.flattened = [_independent_copy(loader) for loader in combined.flattened]

@@ -12,7 +12,7 @@ from lightning_lars.trainer.batch_size import per_device_batch_size
 
 
 class MicroBatches:
-    """Tells which micro-batches are full, that is, have the nominal batch size.
+    """Recognizes full micro-batches, which have the nominal batch size.
 
     Where batches do not show their size, because no tensor has it as its first dimension, all but the last of
     an epoch are assumed to be full.

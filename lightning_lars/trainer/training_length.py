@@ -60,8 +60,8 @@ def scheduler_config(
 
     Args:
         module: The module that configures its optimizers, for a Trainer, Fabric, or a custom loop.
-        scheduler: Any scheduler. A :class:`~lightning_lars.WarmupDecayLR` without ``total_steps`` gets those
-            of the run.
+        scheduler: Any scheduler. A :class:`~lightning_lars.WarmupDecayLR` without ``total_steps`` gets
+            the steps of the run.
         interval: When the scheduler steps. None means each optimizer step for ``WarmupDecayLR``, else each
             epoch, Lightning's default.
 
@@ -121,7 +121,7 @@ def _fill_in_length(module: LightningModule, scheduler: WarmupDecayLR) -> None:
 
 
 def _changes_steps(callback: Any) -> bool:
-    # Tuner.scale_batch_size uses a finder that ends the fit early, which only a private attribute tells.
+    # Tuner.scale_batch_size uses a finder that ends the fit early, which only a private attribute shows.
     is_finder = has_class_named(callback, "BatchSizeFinder")
     return is_finder and not getattr(callback, "_early_exit", False)
 

@@ -15,14 +15,14 @@ GOOD = {
     "SGD": ("0.05", ", though ResNets with batch normalization were published so (SimCLR, BYOL, MLPerf)"),
     "Adam": ("0.01", ""),
 }
-"""A starting rate, and recipes that exceed the limit."""
+"""A rate to start with, and published recipes that exceed the limit."""
 
 # Several callbacks watch an optimizer, and only one reports.
 _reported: WeakSet[Any] = WeakSet()
 
 
 def excluded_as(group: Mapping[str, Any]) -> str:
-    """Return what a group without adaptation uses: ``"SGD"`` for LARS and NovoGrad, ``"Adam"`` for LAMB."""
+    """Return which algorithm updates a group without adaptation: ``"SGD"``, or ``"Adam"`` for LAMB."""
     return "Adam" if "bias_correction" in group else "SGD"
 
 

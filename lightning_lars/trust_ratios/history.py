@@ -67,7 +67,7 @@ class TrustRatioHistory:
         self._position: dict[str, int] = {}
 
     def set_order(self, layers: Iterable[str]) -> None:
-        """Set the order of layers, that of the network; others come last, in order of appearance."""
+        """Set the order of the layers in the network; others come last, in order of appearance."""
         self._position = {layer: i for i, layer in enumerate(layers)}
 
     def record(self, step: int, quantities: Mapping[str, Mapping[str, OverSteps]]) -> None:
@@ -95,7 +95,7 @@ class TrustRatioHistory:
 
     @property
     def leading(self) -> str:
-        """The quantity that layers are compared by: trust ratios, or updates where there are none."""
+        """The quantity to compare layers by: trust ratios, or updates where there are none."""
         return "trust_ratio" if self.statistics.get("trust_ratio") else "update_to_weight"
 
     def in_order(self, layers: Iterable[str]) -> list[str]:

@@ -60,7 +60,7 @@ def _check_matplotlib(argument: str) -> None:
 def plot_trust_ratios(history: TrustRatioHistory, ax: Axes | None = None) -> tuple[Figure, Axes]:
     """Draw a heatmap of the trust ratio, layers over steps, with colors on a logarithmic scale.
 
-    Without any trust ratios, the heatmap is that of update-to-weight ratios.
+    Without any trust ratios, it shows update-to-weight ratios.
 
     The first layer of the network is at the top. If there are many layers, they share labels by module. Gray
     cells are layers that were not adapted, red ones have a ratio that is not finite.
@@ -216,7 +216,7 @@ def save_picture(history: TrustRatioHistory, path: Path) -> None:
 
 
 def layer_labels(layers: list[str]) -> list[Label]:
-    """Return labels for rows of layers: every layer's name or, if there are many, that of their module.
+    """Return labels for rows of layers: layer names or, if there are many, module names.
 
     Example:
         >>> from lightning_lars.trust_ratios.plot import layer_labels

@@ -1,4 +1,4 @@
-"""Norms of what a step changed, of sharded layers too."""
+"""Norms of the change of every layer in a step, sharded or not."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,13 +13,13 @@ from lightning_lars.sharding.shards import Shard, local
 def update_norms(
     params: Sequence[Tensor], before: Mapping[Tensor, Tensor], shards: Mapping[Tensor, Shard]
 ) -> tuple[Tensor, Tensor]:
-    """Return the L2 norms of the change of every parameter and of its weights after it.
+    """Return the L2 norm of the change of every parameter in a step, and of the parameter after it.
 
     All ranks that hold shards of the parameters must call this, with the parameters in the same order.
 
     Args:
         params: Parameters after the step.
-        before: Copies of their local shards before it, which this may overwrite.
+        before: Copies of their local shards before the step, which this may overwrite.
         shards: From :func:`~lightning_lars.sharding.shards.find_shards`.
 
     Returns:

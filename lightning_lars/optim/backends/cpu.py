@@ -1,4 +1,4 @@
-"""What the back ends on torch's fused CPU kernels have in common."""
+"""The common base of the back ends on torch's fused CPU kernels."""
 
 from collections.abc import Sequence
 from typing import ClassVar

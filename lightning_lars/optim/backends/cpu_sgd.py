@@ -43,7 +43,7 @@ class CpuSGD(Cpu):
         return TensorList(v)
 
     def move(self, ratio: list[float] | None) -> None:
-        """Update the weights, and the moments unless :meth:`measure` has, by the trust ratios, None for 1."""
+        """Update the weights, and the moments unless :meth:`measure` has; a ratio of None is 1."""
         self.lr = float(self.lr)
         if self.stored_direction is not None:
             assert ratio is not None

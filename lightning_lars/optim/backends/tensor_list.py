@@ -124,7 +124,7 @@ class TensorList:
 
 
 def per_layer_scalars(value: Any) -> Any:
-    """Convert a number, or a tensor of shape ``()`` or ``(layers,)``, to what a :class:`TensorList` takes."""
+    """Convert a number, or a tensor of shape ``()`` or ``(layers,)``, to a factor for :class:`TensorList`."""
     if not isinstance(value, Tensor):
         return value
     return tuple(value.unbind()) if value.ndim else (value,)

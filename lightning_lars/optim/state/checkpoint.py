@@ -31,7 +31,7 @@ def adapt_state_dict(
         saved: A state dict of LARS or LAMB, of ``torch.optim``, or of another package.
         own_groups: The groups of the optimizer.
         state_keys: The keys of a layer's state.
-        moments: Those state keys whose tensors have the shape of the layer.
+        moments: The state keys whose tensors have the shape of the layer.
         check_groups: Raises if a hyperparameter breaks its rule.
         warn: Called with the text of each warning.
 
@@ -156,7 +156,7 @@ def _warn_of_unscaled(
             continue
         if "betas" in own:
             warn(
-                f"{reason}: it replaces the learning rate {float(own['lr']):g} with that of an optimizer "
+                f"{reason}: it replaces the learning rate {float(own['lr']):g} with one for an optimizer "
                 f"without trust ratios, {float(group['lr']):g}. LAMB needs a different, often a larger one: "
                 "set it in param_groups after loading"
             )

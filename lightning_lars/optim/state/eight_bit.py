@@ -153,8 +153,8 @@ class EightBitBatchState(BatchState):
     def columns(self) -> list[list[Tensor]]:
         """Return the tensors of the moments in use that a kernel reads, one list of all layers for each.
 
-        There are three lists for each moment: codes, scales and quantization maps. The maps are those of the
-        state, because state loaded from a checkpoint may have others than ours.
+        There are three lists for each moment: codes, scales and quantization maps. The maps come from the
+        state, because state loaded from a checkpoint may have other maps than ours.
         """
         self._moments = super().columns()
         parts = ("codes", "scale", "qmap")

@@ -1,4 +1,4 @@
-"""Matches the parameter groups of a state dict to those of an optimizer, with their hyperparameters."""
+"""Matches the parameter groups of a state dict, and their hyperparameters, to an optimizer."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,8 +8,8 @@ from torch import Tensor
 from lightning_lars.optim.state.name_matching import (
     Groups,
     are_names,
-    how_names_differ,
-    may_be_one,
+    describe_differences,
+    may_match,
     names_of,
     order_by_name,
     quote,
@@ -21,7 +21,7 @@ _NOT_HYPERPARAMETERS = ("params", "param_names", "name", "fused")
 def match_groups(
     saved_groups: Groups, own_groups: Groups, warn: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Return the groups of a state dict, regrouped as those of the optimizer.
+    """Return the groups of a state dict, regrouped like the groups of the optimizer.
 
     Where both sides have names, parameters are matched by them
     (:func:`~lightning_lars.optim.state.name_matching.order_by_name`), otherwise by position, as in
@@ -49,7 +49,7 @@ def match_groups(
         params = [[next(in_order) for _ in group["params"]] for group in own_groups]
         options = _options_by_group(saved_groups, own_groups, params, warn)
     elif _sizes(saved_groups) == _sizes(own_groups) and (
-        is_fsdp1 or are_names(saved_groups) or all(map(may_be_one, saved_names, own_names))
+        is_fsdp1 or are_names(saved_groups) or all(map(may_match, saved_names, own_names))
     ):
         params = [list(group["params"]) for group in saved_groups]
         options = [_options(group) for group in saved_groups]
@@ -102,7 +102,7 @@ def _options_by_group(
     has_scheduler = any("initial_lr" in group for group in own_groups)
     if is_reordered and has_scheduler and _differing(regrouped, ["lr"]):
         warn(
-            "The groups of the state dict are in another order than those of the optimizer. Hyperparameters "
+            "The groups of the state dict are in another order than the optimizer's. Hyperparameters "
             "are matched by parameter names, but a scheduler stores learning rates by position: before "
             "loading its state too, build the optimizer with the groups in the order of the state dict"
         )
@@ -141,7 +141,7 @@ def _misfit(saved_groups: Groups, own_groups: Groups) -> str:
 
 
 def _no_match(saved_groups: Groups, own_groups: Groups) -> str:
-    difference = how_names_differ(names_of(saved_groups), names_of(own_groups))
+    difference = describe_differences(names_of(saved_groups), names_of(own_groups))
     if _sizes(saved_groups) != _sizes(own_groups):
         reason = f": {difference}" if difference else ""
         return f"{_misfit(saved_groups, own_groups)}{reason}. Build both over the same parameters"

@@ -1,4 +1,4 @@
-"""Matches the parameters of a state dict to those of an optimizer by name."""
+"""Matches the parameters of a state dict to an optimizer's by name."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,7 +50,7 @@ def order_by_name(saved: Names, own: Names) -> list[int] | None:
     return None
 
 
-def may_be_one(saved: str | None, own: str | None) -> bool:
+def may_match(saved: str | None, own: str | None) -> bool:
     """Return whether names allow two parameters to be the same; numbers stand for missing names."""
     if saved is None or own is None or saved.isdigit() or own.isdigit():
         return True
@@ -76,7 +76,7 @@ def are_names(groups: Groups) -> bool:
     return any(isinstance(number, str) for group in groups for number in group["params"])
 
 
-def how_names_differ(saved: Names, own: Names) -> str:
+def describe_differences(saved: Names, own: Names) -> str:
     """Describe, for an error message, the names that only one side has."""
     if None in saved or None in own:
         return ""
