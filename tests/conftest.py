@@ -86,6 +86,13 @@ def _figures():
         sys.modules["matplotlib.pyplot"].close("all")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> None:
+    """Keep from it what tests of earlier files imported, too: they look for wrappers among all objects."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def process_group():
     """A process group of this process alone."""
