@@ -2,68 +2,25 @@
 
     python -m benchmarks.host_time
 
-Kernels are compiled for compute capability 9.0, and a launch of them does nothing, so that what remains of a
-step over small layers is its Python. A launch on a GPU takes a few microseconds more.
+Kernels are compiled for compute capability 9.0 but not run: what remains of a step over small layers is its
+Python. A launch on a GPU takes a few microseconds more.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import Any
 
 import torch
-import triton
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
-from triton.backends.compiler import GPUTarget
 
+from benchmarks.absent_gpu import AbsentGPU
 from benchmarks.model_shapes import grouped
 from lightning_lars import LAMB, LARS
-from lightning_lars.optim.backends import choice
-
-
-class Nowhere:
-    """A driver of a GPU that is not there: it compiles kernels, and records their launches."""
-
-    def __init__(self, capability: int = 90) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
-        self.launches: list[tuple[str, tuple[Any, ...]]] = []
-        """The name and the arguments of each."""
-
-        self.utils = SimpleNamespace(
-            get_device_properties=lambda device: {"max_shared_mem": 2**17, "multiprocessor_count": 132},
-            load_binary=lambda *_: (object(), 1, 0, 0, 1024),
-            unload_module=lambda module: None,
-        )
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        """Return what launches a kernel, as Triton expects it."""
-        return lambda *args: self.launches.append((metadata.name, args[9:]))
-
-    def get_current_target(self) -> GPUTarget:
-        """Return what to compile for."""
-        return self.target
-
-    def get_current_device(self) -> int:
-        """Return the number of the device."""
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        """Return the handle of the stream."""
-        return 0
-
-    @classmethod
-    def install(cls) -> "Nowhere":
-        """Make it Triton's driver in this process, for tensors on the CPU."""
-        driver = cls()
-        triton.runtime.driver.set_active(driver)
-        choice.TRITON_DEVICES.add("cpu")
-        return driver
 
 
 def layers(count: int) -> list[Parameter]:
@@ -75,8 +32,8 @@ def host_time(optimizer: Optimizer, params: Sequence[Tensor], moves: bool, round
     """Return the median microseconds of a step.
 
     Args:
-        optimizer: Of these parameters.
-        params: All of them.
+        optimizer: The optimizer of these parameters.
+        params: All parameters.
         moves: Whether each step finds its gradients at other addresses.
         rounds: Number of steps.
     """
@@ -101,7 +58,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=101, help="Steps of each measurement.")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    driver = Nowhere.install()
+    driver = AbsentGPU.install()
     table = Table(
         "Layers",
         "Optimizer",

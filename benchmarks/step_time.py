@@ -7,7 +7,7 @@
 All optimizers with the same baseline (fused SGD or AdamW) take turns within one run, each with its own
 parameters; compare the ratios of the medians. Peers are installed into ``.peers/`` on first use, as by the
 tests. The bandwidth column is the rate at which the step moves the bytes that it must, in two passes if it
-needs norms, relative to that of a copy, or on the CPU of an in-place multiplication.
+needs norms, relative to the rate of a copy, or on the CPU of an in-place multiplication.
 """
 
 import argparse

@@ -33,8 +33,8 @@ from study_training import Choice, Run
 from lightning_lars.learning_rate.batch_scaling import ScalingRule
 
 # Starting point of every optimizer, and the lowest rates of the grids, which grow by factors of 2. Weight
-# decay has its customary value, and so has the rate of norms and biases for LARS and LAMB: that of plain SGD
-# and Adam.
+# decay has its customary value, and so has the rate of norms and biases for LARS and LAMB: the usual one of
+# plain SGD and Adam.
 STARTS = {
     "SGD": Choice("SGD", 0.0, weight_decay=5e-4),
     "AdamW": Choice("AdamW", 0.0, weight_decay=0.01),

@@ -3,9 +3,9 @@
     python examples/simclr.py
     python examples/simclr.py --dataset digits --epochs 20
 
-The network learns to match two random views of an image among those of all images in the batch (Chen et al.
-2020, arXiv:2002.05709). Then a linear classifier, the probe, is trained with labels: on the learned features,
-on those of the untrained network, and on the pixels.
+The network learns to match two random views of an image among the views of all images in the batch (Chen et
+al. 2020, arXiv:2002.05709). Then a linear classifier, the probe, is trained with labels: on the learned
+features, on the features of the untrained network, and on the pixels.
 """
 
 import argparse

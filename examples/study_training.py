@@ -48,7 +48,7 @@ class Data:
 class Choice:
     """An optimizer with its tuned hyperparameters, and the batch size at which they were tuned.
 
-    ``excluded_lr`` is the rate of norms and biases, if different from that of the rest. ``clip`` is the
+    ``excluded_lr`` is the rate of norms and biases, if different from the rest. ``clip`` is the
     ``trust_clip`` of LARS, and the norm that gradients are clipped to for the others.
     """
 
@@ -65,9 +65,9 @@ class Choice:
 class Run:
     """A run: a choice, and the batch size that it is transferred to.
 
-    ``rule`` scales the learning rate from the batch size of the choice to that of the run. Weight decay is
-    scaled accordingly, so that ``lr * weight_decay * steps`` stays constant (Wang & Aitchison 2024), unless
-    ``scales_weight_decay`` is False.
+    ``rule`` scales the learning rate from the batch size of the choice to the batch size of the run. Weight
+    decay is scaled accordingly, so that ``lr * weight_decay * steps`` stays constant (Wang & Aitchison 2024),
+    unless ``scales_weight_decay`` is False.
     """
 
     model: str

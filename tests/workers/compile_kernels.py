@@ -1,4 +1,4 @@
-"""Compile the kernels in Triton for a GPU of a compute capability, all or ``few``, and print what of."""
+"""Compile the Triton kernels, all or a ``few``, for a compute capability, and print their instructions."""
 
 import json
 import re
@@ -6,9 +6,8 @@ import sys
 
 import torch
 from triton import language as tl
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
+from benchmarks.absent_gpu import AbsentGPU
 from lightning_lars import LAMB, LARS, NovoGrad
 from lightning_lars.optim.backends import triton
 from lightning_lars.optim.backends.triton_factors import factors_in_kernel
@@ -42,22 +41,6 @@ WHOLE = torch.zeros(64, dtype=torch.int64)
 FLOATS, DOUBLES = torch.zeros(64), torch.zeros(64, dtype=torch.float64)
 
 
-class Nowhere:
-    """A driver of a GPU that is not there, for which Triton can compile all the same."""
-
-    def __init__(self, capability: int) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-
 def counted(kernel) -> tuple[dict[str, int], int]:
     """Return how often a compiled kernel has each instruction, and the size of its machine code."""
     ptx = kernel.asm["ptx"]
@@ -71,7 +54,7 @@ def group_of(algorithm, options: dict[str, object]) -> dict[str, object]:
 
 
 def compiled(algorithm, options: dict[str, object], dtype, does: str, in_eight_bit: bool = False):
-    """Compile what a batch would launch, as :class:`~lightning_lars.optim.backends.triton.Triton` does."""
+    """Compile the kernel that :class:`~lightning_lars.optim.backends.triton.Triton` launches for a batch."""
     h = algorithm.hyperparameters(group_of(algorithm, options))
     kept, has_ratio = algorithm.used_moments(h), does != "measure"
     factors = factors_in_kernel(algorithm, has_ratio=has_ratio, is_first=False, h=h)
@@ -99,7 +82,7 @@ def compiled(algorithm, options: dict[str, object], dtype, does: str, in_eight_b
 
 
 def adapting(algorithm, options: dict[str, object]):
-    """Compile what adds up norms, and computes trust ratios where layers are whole."""
+    """Compile the kernel that reduces norms, and computes the trust ratios of unsharded layers."""
     h = algorithm.hyperparameters(group_of(algorithm, options))
     return adapt.warmup(
         WHOLE, WHOLE, DOUBLES, FLOATS, FLOATS[0], 64, 64, triton.arguments(h),
@@ -113,7 +96,7 @@ def adapting(algorithm, options: dict[str, object]):
 
 
 if __name__ == "__main__":
-    driver.set_active(Nowhere(int(sys.argv[1])))
+    AbsentGPU.install(int(sys.argv[1]))
     results = {}
     for name, (algorithm, options) in CASES.items():
         if name not in FEW and "few" in sys.argv:

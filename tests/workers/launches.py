@@ -4,7 +4,8 @@ import json
 
 import torch
 
-from benchmarks.host_time import Nowhere, layers
+from benchmarks.absent_gpu import AbsentGPU
+from benchmarks.host_time import layers
 from lightning_lars import LAMB, LARS
 
 
@@ -18,7 +19,7 @@ def plain(value):
 
 
 if __name__ == "__main__":
-    driver = Nowhere.install()
+    driver = AbsentGPU.install()
     results = {}
     for name, optimizer_class, options in (
         ("lars", LARS, {"trust_clip": 0.5, "max_grad_norm": 1.0}),
