@@ -1,9 +1,7 @@
 """The scheduler that warms up and decays the learning rate."""
 
-import math
 import warnings
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, Literal
 
 from torch import Tensor
@@ -12,7 +10,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from lightning_lars.learning_rate.curves import (
-    COOLDOWNS,
     WARMUPS,
     constant_decay,
     cosine_decay,
@@ -24,9 +21,16 @@ from lightning_lars.learning_rate.curves import (
     wsd_decay,
 )
 from lightning_lars.learning_rate.optimizer_steps import observed_steps
-from lightning_lars.rules import is_number, is_whole, require
-
-_DECAYS = ("constant", "cosine", "polynomial", "inverse_sqrt", "step", "wsd", "one_cycle")
+from lightning_lars.learning_rate.warmup_decay_rules import (
+    check_cooldown,
+    check_effects,
+    check_has_momentum,
+    check_milestones,
+    check_names,
+    check_optimizer,
+    check_shapes,
+    check_steps,
+)
 
 
 class WarmupDecayLR(LRScheduler):
@@ -101,30 +105,21 @@ class WarmupDecayLR(LRScheduler):
         momentum_range: tuple[float, float] | None = None,
         last_epoch: int = -1,
     ) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}: build it first")
-        for group in optimizer.param_groups:
-            lr = group.get("lr")
-            rule = "one with a number or a tensor as lr of every group (Adafactor: relative_step=False)"
-            held = f"{type(optimizer).__name__} with lr={lr!r}"
-            require("optimizer", rule, held, is_number(lr) or isinstance(lr, Tensor))
-        _check_steps(warmup_steps, total_steps)
-        require("warmup", f"one of {tuple(WARMUPS)}", warmup, warmup in tuple(WARMUPS))
-        require("decay", f"one of {_DECAYS}", decay, decay in _DECAYS)
-        has_end = decay in ("cosine", "polynomial", "wsd", "one_cycle")
+        check_optimizer(optimizer)
+        check_steps(warmup_steps, total_steps)
+        check_names(warmup, decay)
+        options = {
+            "start_factor": start_factor,
+            "end_factor": end_factor,
+            "power": power,
+            "milestones": milestones,
+            "gamma": gamma,
+            "cooldown_steps": cooldown_steps,
+            "cooldown": cooldown,
+            "momentum_range": momentum_range,
+        }
+        check_effects(warmup_steps, decay, options)
         is_cycle = decay == "one_cycle"
-        for argument, value, has_effect in (
-            ("start_factor", start_factor, warmup_steps > 0),
-            ("end_factor", end_factor, has_end),
-            ("power", power, decay == "polynomial"),
-            ("milestones", milestones, decay == "step"),
-            ("gamma", gamma, decay == "step"),
-            ("cooldown_steps", cooldown_steps, decay == "wsd"),
-            ("cooldown", cooldown, decay == "wsd"),
-            ("momentum_range", momentum_range, is_cycle),
-        ):
-            rule = f"omitted with warmup_steps={warmup_steps} and decay={decay!r}, where it has no effect"
-            require(argument, rule, value, value is None or has_effect)
         self.warmup_steps, self.total_steps = warmup_steps, total_steps
         self.warmup, self.decay = warmup, decay
         start, end = (1 / 25, 1 / 250_000) if is_cycle else (0.0, 0.0)
@@ -136,7 +131,9 @@ class WarmupDecayLR(LRScheduler):
         self.cooldown_steps = cooldown_steps
         self.cooldown = "linear" if cooldown is None else cooldown
         self.momentum_range = tuple((0.85, 0.95) if momentum_range is None else momentum_range)
-        self._check_shapes(optimizer)
+        check_shapes(vars(self))
+        if is_cycle:
+            check_has_momentum(optimizer)
         self.steps_before = 0
         self._steps_seen = observed_steps(optimizer)
         self._has_warned = False
@@ -154,9 +151,10 @@ class WarmupDecayLR(LRScheduler):
             ValueError: If ``warmup_steps``, ``milestones`` or ``cooldown_steps`` do not fit. The previous
                 length is then kept.
         """
-        _check_steps(self.warmup_steps, total_steps)
-        self._check_milestones(total_steps)
-        self._check_cooldown(total_steps)
+        check_steps(self.warmup_steps, total_steps)
+        if self.decay == "step":
+            check_milestones(self.milestones, self.warmup_steps, total_steps)
+        check_cooldown(self.cooldown_steps, self.warmup_steps, total_steps)
         self.total_steps, self.steps_before = total_steps, steps_before
 
     @override
@@ -201,7 +199,7 @@ class WarmupDecayLR(LRScheduler):
         own, before = self.total_steps, self.steps_before
         own_end = {name: vars(self)[name] for name in ("cooldown_steps", "cooldown", "end_factor")}
         if own is None and state_dict.get("decay") == "wsd":
-            self._check_cooldown(state_dict["total_steps"])
+            check_cooldown(self.cooldown_steps, self.warmup_steps, state_dict["total_steps"])
         super().load_state_dict(state_dict)
         self._steps_seen = observed_steps(self.optimizer)
         if own is not None:
@@ -291,58 +289,3 @@ class WarmupDecayLR(LRScheduler):
         if self.cooldown_steps is not None:
             return self.cooldown_steps
         return min(total_steps // 5, total_steps - self.warmup_steps)
-
-    def _check_cooldown(self, total_steps: int | None) -> None:
-        steps, longest = self.cooldown_steps, math.inf
-        rule = "an int of at least 0 (0 is no cooldown yet)"
-        require("cooldown_steps", rule, steps, steps is None or (is_whole(steps) and steps >= 0))
-        if total_steps is not None:
-            longest = total_steps - self.warmup_steps
-        rule = f"at most {longest}, what warmup_steps={self.warmup_steps} leaves of total_steps={total_steps}"
-        require("cooldown_steps", rule, steps, steps is None or steps <= longest)
-
-    def _check_milestones(self, total_steps: int | None) -> None:
-        bounds = f"above warmup_steps={self.warmup_steps} and below total_steps={total_steps}"
-        steps = [self.warmup_steps, *self.milestones] + ([] if total_steps is None else [total_steps])
-        holds = bool(self.milestones) and all(map(is_whole, steps)) and all(a < b for a, b in pairwise(steps))
-        if self.decay == "step":
-            require("milestones", f"ascending optimizer steps {bounds}", self.milestones, holds)
-
-    def _check_shapes(self, optimizer: Optimizer) -> None:
-        """Raise ValueError if a parameter of the chosen shapes breaks its rule."""
-        warmup, start, end, power = self.warmup, self.start_factor, self.end_factor, self.power
-        is_cycle = self.decay == "one_cycle"
-        rule = "a fraction of the peak in [0, 1]"
-        require("start_factor", rule, start, is_number(start) and 0 <= start <= 1)
-        require("end_factor", rule, end, is_number(end) and 0 <= end <= 1)
-        first_step_has_it = self.warmup_steps > 0 and (is_cycle or warmup in ("constant", "exponential"))
-        rule = f"above 0 with {(self.decay if is_cycle else warmup)!r}, to move the weights (for example 0.1)"
-        require("start_factor", rule, start, start > 0 or not first_step_has_it)
-        rule = "above 0 and finite (1 is a straight line)"
-        require("power", rule, power, is_number(power) and 0 < power < math.inf)
-        require("gamma", "in (0, 1] to decay", self.gamma, is_number(self.gamma) and 0 < self.gamma <= 1)
-        if self.decay == "inverse_sqrt":
-            rule = "at least 1 with decay='inverse_sqrt' (or use another decay)"
-            require("warmup_steps", rule, self.warmup_steps, self.warmup_steps > 0)
-        self._check_milestones(self.total_steps)
-        self._check_cooldown(self.total_steps)
-        require("cooldown", f"one of {tuple(COOLDOWNS)}", self.cooldown, self.cooldown in tuple(COOLDOWNS))
-        if is_cycle:
-            require("warmup", "'cosine' with decay='one_cycle'", warmup, warmup == "cosine")
-            ends = self.momentum_range
-            holds = len(ends) == 2 and all(map(is_number, ends)) and 0 <= ends[0] <= ends[1] < 1
-            require("momentum_range", "(low, high) with 0 <= low <= high < 1", ends, holds)
-            rule = "one with momentum or betas for decay='one_cycle' (LARS, LAMB, SGD, AdamW)"
-            has_momentum = all("momentum" in group or "betas" in group for group in optimizer.param_groups)
-            require("optimizer", rule, type(optimizer).__name__, has_momentum)
-
-
-def _check_steps(warmup_steps: int, total_steps: int | None) -> None:
-    rule = "an int of at least 0 (0 is no warmup)"
-    require("warmup_steps", rule, warmup_steps, is_whole(warmup_steps) and warmup_steps >= 0)
-    if total_steps is None:
-        return
-    rule = "an int of at least 1, the optimizer steps of the whole run"
-    require("total_steps", rule, total_steps, is_whole(total_steps) and total_steps >= 1)
-    rule = f"below total_steps={total_steps} (warm up for fewer steps or train for more)"
-    require("warmup_steps", rule, warmup_steps, warmup_steps < total_steps)
