@@ -1,0 +1,58 @@
+"""The type of a recipe, and functions that build one."""
+
+from functools import partial
+from typing import Any, TypedDict, TypeVar
+
+from lightning_lars.learning_rate.warmup_decay import WarmupDecayLR
+from lightning_lars.rules import require
+
+
+class Recipe(TypedDict):
+    """Keyword arguments of :class:`~lightning_lars.mixin.LargeBatchMixin`."""
+
+    optimizer: partial[Any]
+    lr_scheduler: partial[WarmupDecayLR]
+    exclude_norm: bool
+    exclude_bias: bool
+    exclude_gain: bool
+    excluded_lr: float | None
+    excluded_lr_scale: float
+
+
+def recipe(
+    optimizer: partial[Any],
+    warmup_steps: int,
+    *,
+    excludes: bool = True,
+    excluded_lr: float | None = None,
+    excluded_lr_scale: float = 1.0,
+    **schedule: Any,
+) -> Recipe:
+    """Return a recipe.
+
+    Args:
+        optimizer: The optimizer, without parameters.
+        warmup_steps: Optimizer steps of warmup.
+        excludes: Whether norms, biases and gains are excluded.
+        excluded_lr: The learning rate of excluded parameters; None keeps the optimizer's.
+        excluded_lr_scale: The factor on the learning rate of excluded parameters.
+        **schedule: Arguments of :class:`~lightning_lars.WarmupDecayLR`.
+    """
+    return Recipe(
+        optimizer=optimizer,
+        lr_scheduler=partial(WarmupDecayLR, warmup_steps=warmup_steps, **schedule),
+        exclude_norm=excludes,
+        exclude_bias=excludes,
+        exclude_gain=excludes,
+        excluded_lr=excluded_lr,
+        excluded_lr_scale=excluded_lr_scale,
+    )
+
+
+_Row = TypeVar("_Row")
+
+
+def row_of(argument: str, value: int, rows: dict[int, _Row]) -> _Row:
+    """Return the row of a table, or raise ValueError if there is none for this value of the argument."""
+    require(argument, f"one of {tuple(rows)}, for which the source has numbers", value, value in rows)
+    return rows[value]
