@@ -2,8 +2,6 @@
 
 import copy
 import io
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from torch.nn import Parameter
 from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit
 from tests.support.eight_bit import needs_torchao
 from tests.support.peers import PEERS, peer
+from tests.support.ranks import RankError, on_ranks
 from tests.workers import bitsandbytes_states
 
 pytestmark = pytest.mark.timeout(180)  # packages are installed
@@ -179,15 +178,14 @@ def test_warns_of_an_unsupported_option_of_timm():
 
 
 @pytest.fixture(scope="module")
-def bitsandbytes(tmp_path_factory):
+def bitsandbytes():
     """By class: the layers after some steps, the state dict then, and the layers after some more."""
     peer("bitsandbytes==0.50.2", "bitsandbytes.optim.lars")  # or the test is skipped
-    file = tmp_path_factory.mktemp("bitsandbytes") / "seen.pt"
-    command = [sys.executable, "-m", "tests.workers.bitsandbytes_states", PEERS / "bitsandbytes-0.50.2", file]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    if finished.returncode != 0:
-        pytest.skip(f"bitsandbytes cannot be run: {finished.stderr[-300:]}")
-    return torch.load(file)
+    try:
+        (seen,) = on_ranks(1, bitsandbytes_states.seen, str(PEERS / "bitsandbytes-0.50.2"), limit=120)
+    except RankError as error:
+        pytest.skip(f"bitsandbytes cannot be run: {str(error)[-300:]}")
+    return seen
 
 
 AS_BITSANDBYTES = {"denominator": "momentum", "trust_coefficient": 0.02, "trust_clip": 1.0}

@@ -3,8 +3,6 @@
 import ast
 import inspect
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
@@ -23,11 +21,13 @@ from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit, NovoGrad, PercentileG
 from lightning_lars.gradients.percentile_clipping import PercentileClipping
 from tests.support.eight_bit import needs_torchao
 from tests.support.peers import PEERS, peer
+from tests.support.ranks import RankError, on_ranks
 from tests.support.reference import autoclip, percentile_clipping
 from tests.workers.bitsandbytes_steps import CASES as BITSANDBYTES_CASES
 from tests.workers.bitsandbytes_steps import LAMB_CASES as BITSANDBYTES_LAMB_CASES
 from tests.workers.bitsandbytes_steps import LAMB_OPTIONS as BITSANDBYTES_LAMB_OPTIONS
 from tests.workers.bitsandbytes_steps import OPTIONS as BITSANDBYTES_OPTIONS
+from tests.workers.bitsandbytes_steps import seen as seen_of_bitsandbytes
 from tests.workers.bitsandbytes_steps import start as start_of_bitsandbytes
 from tests.workers.bitsandbytes_steps import steps
 
@@ -283,15 +283,14 @@ def test_lars_reproduces_bitsandbytes(theirs, ours):
 
 
 @pytest.fixture(scope="module")
-def bitsandbytes(tmp_path_factory):
+def bitsandbytes():
     """The layer after every step, by class and case, as the installed package moves it."""
     peer("bitsandbytes==0.50.2", "bitsandbytes.optim.lars")  # or the test is skipped
-    file = tmp_path_factory.mktemp("bitsandbytes") / "seen.pt"
-    command = [sys.executable, "-m", "tests.workers.bitsandbytes_steps", PEERS / "bitsandbytes-0.50.2", file]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    if finished.returncode != 0:
-        pytest.skip(f"bitsandbytes cannot be run: {finished.stderr[-300:]}")
-    return torch.load(file)
+    try:
+        (seen,) = on_ranks(1, seen_of_bitsandbytes, str(PEERS / "bitsandbytes-0.50.2"), limit=120)
+    except RankError as error:
+        pytest.skip(f"bitsandbytes cannot be run: {str(error)[-300:]}")
+    return seen
 
 
 def largest_distance(optimizer, expected, lr_factor=lambda t: 1.0):

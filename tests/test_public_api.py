@@ -63,14 +63,16 @@ above = {"lightning", "pytorch_lightning", "torchmetrics", "rich", "lightning_ut
 assert not above & set(sys.modules), above & set(sys.modules)
 assert lightning_lars.optim.LARS is LARS
 assert "TrustRatioMonitor" in dir(lightning_lars) and "lightning_lars.callbacks" not in sys.modules
-import lightning.pytorch
+import lightning.pytorch, pytorch_lightning, torch.serialization
 from lightning_utilities.core import rank_zero
-log = rank_zero.log
+log, safe = rank_zero.log, set(torch.serialization.get_safe_globals())
 assert lightning_lars.callbacks.TrustRatioMonitor is lightning_lars.TrustRatioMonitor
 assert lightning_lars.mixin.LargeBatchMixin is lightning_lars.LargeBatchMixin
 names = {}
 exec("from lightning_lars import *", names)
 assert set(lightning_lars.__all__) <= set(names)
+import lightning_lars.cli, lightning_lars.recipes
+assert set(torch.serialization.get_safe_globals()) == safe
 assert rank_zero.log is log and log.name.startswith("lightning.")  # what silences Lightning goes on to
 """
 

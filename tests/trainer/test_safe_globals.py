@@ -1,10 +1,7 @@
 """Which classes and functions a process may load from checkpoints of modules with LargeBatchMixin."""
 
 import pickle
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import pytorch_lightning
@@ -20,6 +17,8 @@ from lightning_lars.cli import LargeBatchCLI
 from lightning_lars.mixin import LRSchedulerCallable, OptimizerCallable
 from tests.support.boring import Boring, Plain, boring, trainer
 from tests.support.checkpoints import safely
+from tests.support.ranks import on_ranks
+from tests.workers.safe_globals import load
 
 
 class OwnLARS(LARS):
@@ -244,27 +243,14 @@ def test_load_from_checkpoint_is_refused_on_an_instance(tmp_path):
         boring().load_from_checkpoint(tmp_path / "a.ckpt")
 
 
-@pytest.mark.timeout(120)  # it imports all anew
+@pytest.mark.distributed
 def test_a_new_process_is_allowed_nothing_by_the_import_and_loads(tmp_path):
-    for name, optimizer in {"a.ckpt": partial(LARS8bit, lr=0.1), "b.ckpt": torch.optim.SGD}.items():
+    optimizers = {"a.ckpt": partial(LARS8bit, lr=0.1), "b.ckpt": torch.optim.SGD, "c.ckpt": OwnLARS}
+    for name, optimizer in optimizers.items():
         scheduler = partial(WarmupDecayLR, warmup_steps=2, total_steps=9)
         saved(tmp_path / name, boring(optimizer, lr_scheduler=scheduler))
-    saved(tmp_path / "c.ckpt", boring(OwnLARS))
-    code = f"""
-import torch, lightning.pytorch, pytorch_lightning
-before = torch.serialization.get_safe_globals()
-import lightning_lars, lightning_lars.cli, lightning_lars.recipes
-from tests.support.boring import Boring
-from tests.support.checkpoints import safely
-assert set(torch.serialization.get_safe_globals()) == set(before)
-for name in ("a", "b", "c"):
-    try:
-        module = safely(Boring.load_from_checkpoint, {str(tmp_path)!r} + f"/{{name}}.ckpt")
-        optimizer = module.hparams["optimizer"]
-        print(getattr(optimizer, "func", optimizer).__name__)
-    except Exception as error:
-        print("torch.serialization.safe_globals" in str(error) and "OwnLARS" in str(error))
-"""
-    root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
-    assert result.stdout.split() == ["LARS8bit", "SGD", "True"], result.stderr
+    (loaded,) = on_ranks(1, load, [tmp_path / name for name in optimizers])
+    first, second, refused = loaded.values()
+    assert (first, second) == ("LARS8bit", "SGD")
+    assert "torch.serialization.safe_globals" in refused
+    assert "OwnLARS" in refused

@@ -1,7 +1,4 @@
-"""Trains with the classes of bitsandbytes as they are installed, and keeps their state dicts.
-
-Run as ``python -m tests.workers.bitsandbytes_states FOLDER FILE``, with the folder that it is installed in.
-"""
+"""Trains with the classes of bitsandbytes as they are installed, and keeps their state dicts."""
 
 import copy
 import sys
@@ -40,8 +37,8 @@ def walk(optimizer, steps):
     return [p.detach().clone() for p in params]
 
 
-if __name__ == "__main__":
-    folder, file = sys.argv[1:]
+def seen(folder):
+    """Return by class, of the package in a folder, the layers, the state dict, and the layers at the end."""
     sys.path.insert(0, folder)
     import bitsandbytes
 
@@ -51,4 +48,4 @@ if __name__ == "__main__":
         weights = walk(optimizer, range(STEPS))
         state_dict = copy.deepcopy(optimizer.state_dict())
         seen[name] = weights, state_dict, walk(optimizer, range(STEPS, 2 * STEPS))
-    torch.save(seen, file)
+    return seen

@@ -1,7 +1,4 @@
-"""Takes steps with the classes of bitsandbytes as they are installed, compiled library and all.
-
-Run as ``python -m tests.workers.bitsandbytes_steps FOLDER FILE``, with the folder that it is installed in.
-"""
+"""Takes steps with the classes of bitsandbytes as they are installed, compiled library and all."""
 
 import sys
 
@@ -32,8 +29,8 @@ def steps(optimizer, lr_factor=lambda t: 1.0):
         yield w.detach().clone()
 
 
-if __name__ == "__main__":
-    folder, file = sys.argv[1:]
+def seen(folder):
+    """Return the layer after every step, by class and case, as the package in a folder moves it."""
     sys.path.insert(0, folder)
     import bitsandbytes
 
@@ -48,8 +45,7 @@ if __name__ == "__main__":
         for case, options in LAMB_CASES.items()
         if (name, case) != ("LAMB8bit", "loose")  # which it refuses
     ]
-    seen = {
+    return {
         (name, case): list(steps(getattr(bitsandbytes.optim, name)([Parameter(start())], **options)))
         for name, case, options in runs
     }
-    torch.save(seen, file)

@@ -98,7 +98,7 @@ class NotReduced(DDPStrategy):
         self.model.register_comm_hook(None, noop_hook)
 
 
-CLOSED_FORM = {"data": samples(16 * 500), "batch_size": 8}
+CLOSED_FORM = {"data": samples(16 * 200), "batch_size": 8}
 RUNS = {
     "ddp": (Shared, {}, DDPStrategy, {}),
     "ddp, bucket views": (Shared, {}, partial(DDPStrategy, gradient_as_bucket_view=True), {}),
