@@ -16,6 +16,9 @@ from lightning_lars.sharding.shards import Shard, local, local_gradient
 # Smaller on the CPU, so that the tensors are still in the cache when the weights are updated.
 _MAX_BATCH_ELEMENTS, _MAX_BATCH_ELEMENTS_ON_CPU = 2**24, 2**20
 
+# A kernel keeps nothing but the directions: 256 MiB as well.
+_MAX_BATCH_ELEMENTS_IN_KERNEL = 2**26
+
 Shards = Mapping[Tensor, Shard | None]
 """How each parameter is sharded; None for a plain tensor."""
 
@@ -117,8 +120,8 @@ def _max_batch_elements(w: Tensor, batch: Batch) -> float:
     # Batches bound the scratch memory for float32 copies of 8-bit state, and for directions that wait for
     # their trust ratios. In a compiled step no kernel is launched, and the compiler manages directions.
     is_compiled = torch.compiler.is_compiling()
-    needs_scratch = "min_8bit_size" in batch.group or (batch.adapts_direction and not is_compiled)
-    may_be_fused = uses_triton(w) and batch.group["fused"] is not False and not needs_scratch
+    unpacks = "min_8bit_size" in batch.group
+    may_be_fused = uses_triton(w) and batch.group["fused"] is not False and not unpacks
     if may_be_fused and (is_compiled or triton_supports(w)):
-        return math.inf
+        return _MAX_BATCH_ELEMENTS_IN_KERNEL if batch.adapts_direction and not is_compiled else math.inf
     return _MAX_BATCH_ELEMENTS_ON_CPU if w.device.type == "cpu" else _MAX_BATCH_ELEMENTS
