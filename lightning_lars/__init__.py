@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_lars.callbacks import (
         BatchSizeScaling,
-        BatchSizeSchedule,
         ExcludeNormAndBias,
         GradientNoiseScale,
         LearningRateWarmup,
@@ -27,7 +26,6 @@ __all__ = [
     "LAMB",
     "LARS",
     "BatchSizeScaling",
-    "BatchSizeSchedule",
     "ExcludeNormAndBias",
     "GradientNoiseScale",
     "LAMB8bit",
@@ -50,7 +48,6 @@ __all__ = [
 _MODULES = {
     "lightning_lars.callbacks": (
         "BatchSizeScaling",
-        "BatchSizeSchedule",
         "ExcludeNormAndBias",
         "GradientNoiseScale",
         "LearningRateWarmup",

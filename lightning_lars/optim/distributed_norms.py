@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from lightning_lars.optim.backends.eager import Eager
 from lightning_lars.optim.batches import Batch, Shards
 from lightning_lars.sharding.norms import layer_norms, whole_norms
 from lightning_lars.sharding.shards import Shard, local
@@ -14,7 +15,7 @@ Norms = tuple[Tensor, Tensor]
 
 
 def gradient_scale(
-    batches: Sequence[Batch], max_grad_norm: float | None, params: Iterable[Tensor], shards: Shards
+    backends: Sequence[Eager], max_grad_norm: float | None, params: Iterable[Tensor], shards: Shards
 ) -> Tensor | None:
     """Return ``min(1, max_grad_norm / |all gradients|)``, or None if gradients are not clipped.
 
@@ -22,13 +23,13 @@ def gradient_scale(
     """
     if max_grad_norm is None:
         return None
-    norms = [layer_norms(batch.grads) for batch in batches if not batch.is_sharded]
+    norms = [backend.gradient_norms() for backend in backends if not backend.batch.is_sharded]
     sharded = _sharded(params, shards)
     if sharded:
         here: dict[Tensor, Tensor] = {}
-        for batch in batches:
-            if batch.is_sharded:
-                here.update(zip(batch.params, layer_norms(batch.grads).unbind(), strict=True))
+        for backend in backends:
+            if backend.batch.is_sharded:
+                here.update(zip(backend.batch.params, backend.gradient_norms().unbind(), strict=True))
         norms.append(torch.stack(whole_norms([here.get(p) for p in sharded], list(sharded.values()))))
     if not norms:
         return None

@@ -1,6 +1,6 @@
 """What a step has determined about its layers, for later steps in which they are unchanged."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, compress, islice
 from operator import is_, methodcaller
 from typing import Any, NamedTuple
@@ -108,9 +108,7 @@ class Plan:
             for backend in self.backends
         ]
 
-    def begun(
-        self, batches: Sequence[Batch], found: Unchanged, gradient_scale: Tensor | None
-    ) -> Iterable[Eager]:
+    def begun(self, batches: Sequence[Batch], found: Unchanged) -> Sequence[Eager]:
         """Begin the step of these batches, and return the back ends."""
         start = 0
         for backend, batch in zip(self.backends, batches, strict=True):
@@ -118,7 +116,7 @@ class Plan:
             start = own.stop
             if found.addresses[own] != self._gradient_addresses[own]:
                 backend.find_gradients(found.addresses[own])
-            backend.begin(batch, gradient_scale)
+            backend.begin(batch)
         self._gradient_addresses = found.addresses
         return self.backends
 

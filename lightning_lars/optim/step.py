@@ -1,6 +1,6 @@
 """The order of a step: measure each batch, all-reduce the norms of sharded layers, adapt, move."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
@@ -98,27 +98,39 @@ class Step:
         for backend in self._taken:
             backend.end()
 
-    def _begun(self) -> Iterator[Eager]:
-        """Yield the back end of each batch in turn."""
+    def _begun(self) -> Sequence[Eager]:
+        """Return the back end of each batch, at the beginning of the step."""
         if self.plan is not None and self.found is not None:
             self.batches = self.plan.batches(self.found)
-            yield from self.plan.begun(self.batches, self.found, self._gradient_scale())
-            return
+            backends = self.plan.begun(self.batches, self.found)
+        else:
+            backends = self._chosen()
+        bound = self.groups[0]["max_grad_norm"]
+        scale = gradient_scale(backends, bound, params_of(self.groups), self.shards)
+        if scale is not None:
+            for backend in backends:
+                backend.scale_gradients(scale)
+        return backends
+
+    def _chosen(self) -> Sequence[Eager]:
+        """Sort the layers into batches, and return a back end for each."""
         batches = [batch for group in self.groups for batch in self._sort(group)]
         chosen = [self._choose_backend(batch) for batch in batches]
         self.batches = [
             batch if backend.holds_moments else batch._replace(in_eight_bit=False)
             for batch, backend in zip(batches, chosen, strict=True)
         ]
-        scale = self._gradient_scale()
         self.tables.start_step()
-        for batch, backend_class in zip(self.batches, chosen, strict=True):
-            own = self.state.of_batch(self.states, batch, self.algorithm)
-            yield backend_class(self.algorithm, batch, own, scale, self.scratch, self.tables)
-
-    def _gradient_scale(self) -> Tensor | None:
-        bound = self.groups[0]["max_grad_norm"]
-        return gradient_scale(self.batches, bound, params_of(self.groups), self.shards)
+        return [
+            backend_class(
+                self.algorithm,
+                batch,
+                self.state.of_batch(self.states, batch, self.algorithm),
+                self.scratch,
+                self.tables,
+            )
+            for batch, backend_class in zip(self.batches, chosen, strict=True)
+        ]
 
     def _can_repeat(self) -> bool:
         """Return whether the back ends of this step can repeat it."""

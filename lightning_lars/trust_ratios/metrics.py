@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from lightning_lars.class_names import has_class_named
-from lightning_lars.trust_ratios.layer_statistics import OverSteps
-from lightning_lars.trust_ratios.protocols import FLAGS
+from lightning_lars.trust_ratios.step_statistics import FLAGS, OverSteps
 
 Quantities = Mapping[str, Mapping[str, OverSteps]]
 """Statistics from ``StepStatistics.flush``, by quantity and layer."""
@@ -26,7 +25,7 @@ def summary_metrics(quantities: Quantities, optimizer: str) -> dict[str, float]:
         optimizer: Prefix of the last component of its keys, ``""`` or ``"LARS-1/"``.
 
     Example:
-        >>> from lightning_lars.trust_ratios.layer_statistics import OverSteps
+        >>> from lightning_lars.trust_ratios.step_statistics import OverSteps
         >>> from lightning_lars.trust_ratios.metrics import summary_metrics
         >>> ratios = {"conv.weight": OverSteps(0.5, 0.25, 1.0), "fc.weight": OverSteps(0.75, 0.5, 2.0)}
         >>> summary_metrics({"trust_ratio": ratios}, "")

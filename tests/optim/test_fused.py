@@ -298,6 +298,30 @@ def test_gradients_are_not_modified(device, optimizer_class):
         torch.testing.assert_close(p.grad, grad, rtol=0.0, atol=0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("magnitude", [1.0, 1e-30, 1e30])
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_gradients_are_clipped_by_the_norm_of_those_that_are_finite(device, kernels, magnitude, dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 5), (0, 4), (), (201,), (64,), (7, 31), (5,)]
+    grads = [(torch.randn(shape, generator=generator) * magnitude).to(device, dtype) for shape in shapes]
+    grads.append((torch.randn(130, generator=generator) * magnitude).to(device, dtype)[1:])  # unaligned
+    grads[-2][1] = torch.inf
+    params = [Parameter(torch.zeros_like(grad)) for grad in grads]
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad
+    bound = 0.5 * magnitude
+    group = {"params": params, "layer_adaptation": False}
+    LARS([group], lr=1.0, momentum=0.0, weight_decay=0.0, max_grad_norm=bound, fused=True).step()
+    finite = [grad.double() for grad in grads if grad.isfinite().all()]
+    norm = sum(float(grad.square().sum()) for grad in finite) ** 0.5
+    for p, grad in zip(params, grads, strict=True):
+        expected = (-grad.double() * bound / norm).to(dtype)
+        torch.testing.assert_close(
+            p.detach(), expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-6, atol=0.0
+        )
+
+
 @both_kernels
 @pytest.mark.parametrize("first", [True, False])
 def test_a_checkpoint_continues_fused_or_unfused(device, optimizer_class, first):
@@ -350,7 +374,9 @@ def adapted_layers(dtype=torch.float32):
 
 
 def with_gaps(dtype=torch.float32):
-    whole = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    # A copy to another device would close the gaps.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    whole = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     return {"layer": Parameter(whole[:, :3])}
 
 

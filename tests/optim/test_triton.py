@@ -35,25 +35,28 @@ def run_compiled(worker, *arguments):
 @pytest.mark.timeout(180)  # nothing may be in Triton's cache
 @pytest.mark.parametrize(
     ("capability", "kernels", "number"),
-    [pytest.param(80, "all", 33, marks=pytest.mark.slow), (90, "few", 24)],
+    [pytest.param(80, "all", 36, marks=pytest.mark.slow), (90, "few", 27)],
 )
-def test_every_kernel_compiles_for_a_gpu_and_moves_16_bytes_at_a_time(capability, kernels, number):
+def test_every_kernel_compiles_for_a_gpu_and_moves_4_elements_at_a_time(capability, kernels, number):
     compiled = run_compiled("compile_kernels.py", str(capability), kernels)
     assert len(compiled) == number
     for name, (instructions, size) in compiled.items():
         assert size > 0
         if name != "count" and "ratio" not in name:
-            assert instructions["ld.global.v4"] >= 2, name
+            reads = 1 if "squares" in name else 2
+            in_half = "bf16" in name  # two elements in each of two registers
+            assert instructions["ld.global.v2" if in_half else "ld.global.v4"] >= reads, name
             # For what does not begin at a multiple of 16 bytes.
-            assert instructions["ld.global.b32"] + instructions["ld.global.b16"] >= 2, name
+            assert instructions["ld.global.b32"] + instructions["ld.global.b16"] >= reads, name
         if "move" in name or "apply" in name:
-            assert instructions["st.global.v4"] >= 1, name
+            assert instructions["st.global.v2" if in_half else "st.global.v4"] >= 1, name
 
 
 @pytest.mark.timeout(180)
 def test_kernels_that_are_launched_again_get_the_arguments_that_triton_gave_them():
     launched = run_compiled("launches.py")
-    assert launched["lars"]["launches"] == ["walk", "adapt", "walk", "walk"]
+    of_gradients = ["gradient_squares", "gradient_norms"] * 2  # of both groups, for max_grad_norm
+    assert launched["lars"]["launches"] == [*of_gradients, "walk", "adapt", "walk", "walk"]
     assert launched["lamb"]["launches"] == ["walk", "adapt", "walk", "walk", "count"]
     assert all(each["repeated"] and not each["differ"] for each in launched.values())
 

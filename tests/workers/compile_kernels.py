@@ -10,13 +10,21 @@ from triton import language as tl
 from benchmarks.absent_gpu import AbsentGPU
 from lightning_lars import LAMB, LARS, NovoGrad
 from lightning_lars.optim.backends import triton
+from lightning_lars.optim.backends.triton_clip import gradient_norms, gradient_squares
 from lightning_lars.optim.backends.triton_factors import factors_in_kernel
 from lightning_lars.optim.backends.triton_ratio import adapt
 from lightning_lars.optim.backends.triton_scalars import count
 from lightning_lars.optim.backends.triton_table import CHUNK
-from lightning_lars.optim.backends.triton_walk import BLOCK, walk
+from lightning_lars.optim.backends.triton_walk import BLOCK, WARPS, walk
 
-INSTRUCTIONS = ("ld.global.v4", "st.global.v4", "ld.global.b32", "ld.global.b16")
+INSTRUCTIONS = (
+    "ld.global.v4",
+    "st.global.v4",
+    "ld.global.v2",
+    "st.global.v2",
+    "ld.global.b32",
+    "ld.global.b16",
+)
 EVERYTHING = {"decoupled_weight_decay": True, "maximize": True, "weight_decay": 0.1}
 CASES = {
     "lars gradient": (LARS, {}),
@@ -77,6 +85,7 @@ def compiled(algorithm, options: dict[str, object], dtype, does: str, in_eight_b
         has_scale=does == "move",
         chunk_size=CHUNK,
         block=BLOCK,
+        num_warps=WARPS,
         grid=(1,),
     )  # fmt: skip
 
@@ -110,5 +119,11 @@ if __name__ == "__main__":
         results[f"{name} {does} in 8 bits"] = counted(kernel)
     for name, (algorithm, options) in RATIOS.items():
         results[f"{name} ratio"] = counted(adapting(algorithm, options))
+    for dtype in (tl.float32, tl.bfloat16):
+        kernel = gradient_squares.warmup(
+            *[WHOLE] * 4, DOUBLES, 64, dtype, CHUNK, BLOCK, num_warps=WARPS, grid=(1,)
+        )
+        results[f"gradient squares {dtype}"] = counted(kernel)
+    results["gradient ratio"] = counted(gradient_norms.warmup(WHOLE, DOUBLES, DOUBLES, 2, 256, grid=(1,)))
     results["count"] = counted(count.warmup(WHOLE, 4, 64, grid=(1,)))
     print(json.dumps(results))

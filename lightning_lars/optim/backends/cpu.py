@@ -15,9 +15,9 @@ class Cpu(Eager):
     in_floats: ClassVar[bool] = True
     can_repeat: ClassVar[bool] = True
 
-    def begin(self, batch: Batch, gradient_scale: Tensor | None) -> None:
+    def begin(self, batch: Batch) -> None:
         """Begin a step, with these gradients, hyperparameters and learning rate."""
-        super().begin(batch, gradient_scale)
+        super().begin(batch)
         self.state.batch = batch
 
     def end(self) -> None:

@@ -24,7 +24,6 @@ class Eager:
         batch: The layers.
         state: The state of the layers, which is unpacked during :meth:`measure` if the batch adapts its
             direction, otherwise during :meth:`move`.
-        gradient_scale: Factor on all gradients, 0-d; None for 1.
         scratch: Memory that the batches use one after the other.
         tables: The address tables of this step.
     """
@@ -43,15 +42,14 @@ class Eager:
         algorithm: type[Algorithm],
         batch: Batch,
         state: BatchState,
-        gradient_scale: Tensor | None,
         scratch: Scratch,
         tables: LayerTables,
     ) -> None:
         self.algorithm, self.state = algorithm, state
         self.scratch, self.tables = scratch, tables
-        self.begin(batch, gradient_scale)
+        self.begin(batch)
 
-    def begin(self, batch: Batch, gradient_scale: Tensor | None) -> None:
+    def begin(self, batch: Batch) -> None:
         """Begin a step, with these gradients, hyperparameters and learning rate."""
         self.batch, self.h = batch, batch.h
         device, dtype = batch.weights[0].device, dtype_of_step(batch.weights[0])
@@ -59,11 +57,17 @@ class Eager:
         self.lr = batch.group["lr"]
         if isinstance(self.lr, Tensor):
             self.lr = self.lr.to(device, dtype, non_blocking=True).reshape(())
-        if gradient_scale is not None:
-            gradient_scale = gradient_scale.to(device, dtype, non_blocking=True)
-        self.gradient_scale = gradient_scale
+        self.gradient_scale: Tensor | None = None
         self.t: Tensor | None = None
         self.stored_direction: Any = None
+
+    def gradient_norms(self) -> Tensor:
+        """Return the norm of the gradient of each layer, or of its local shard, shape ``(layers,)``."""
+        return layer_norms(self.batch.grads)
+
+    def scale_gradients(self, scale: Tensor) -> None:
+        """Multiply all gradients by this 0-d tensor in this step, after :meth:`begin`."""
+        self.gradient_scale = scale.to(self.batch.weights[0].device, self.dtype, non_blocking=True)
 
     def find_gradients(self, addresses: Sequence[int]) -> None:
         """Use the gradients at these addresses in the next step, if the back end can repeat a step."""

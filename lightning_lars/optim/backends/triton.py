@@ -14,12 +14,13 @@ from torch import Tensor
 
 from lightning_lars.optim.backends import triton_ratio
 from lightning_lars.optim.backends.eager import Eager
+from lightning_lars.optim.backends.triton_clip import gradient_norms, gradient_squares
 from lightning_lars.optim.backends.triton_factors import factors_in_kernel
 from lightning_lars.optim.backends.triton_launch import Launches
 from lightning_lars.optim.backends.triton_ratio import adapt, trust_ratios
 from lightning_lars.optim.backends.triton_scalars import count, root
 from lightning_lars.optim.backends.triton_table import CHUNK, LayerTable
-from lightning_lars.optim.backends.triton_walk import BLOCK, walk
+from lightning_lars.optim.backends.triton_walk import BLOCK, WARPS, walk
 from lightning_lars.optim.batches import Batch
 from lightning_lars.optim.trust_ratio import Number, TrustRatios, bounds
 
@@ -40,18 +41,59 @@ class Triton(Eager):
     def __init__(self, *args: Any) -> None:
         self.launches = Launches()
         self._table: LayerTable | None = None
+        self._table_of_gradients: LayerTable | None = None
         self._arguments: dict[tuple[str, bool], _Arguments] = {}
         super().__init__(*args)
 
-    def begin(self, batch: Batch, gradient_scale: Tensor | None) -> None:
+    def begin(self, batch: Batch) -> None:
         """Begin a step, with these gradients, hyperparameters and learning rate."""
         if self._arguments and batch.h != self.h:
             self._arguments.clear()
-        super().begin(batch, gradient_scale)
+        super().begin(batch)
 
     def find_gradients(self, addresses: Sequence[int]) -> None:
         """Use the gradients at these addresses in the next step."""
         self._table = self.table.with_gradients(addresses)
+        if self._table_of_gradients is not None:
+            self._table_of_gradients = self._table_of_gradients.with_gradients(addresses)
+
+    def gradient_norms(self) -> Tensor:
+        """Return the norm of the gradient of each layer, or of its local shard, shape ``(layers,)``."""
+        table = self._table_of_gradients
+        if table is None:
+            # Without the state, which may not be in its final tensors yet.
+            table = self._table_of_gradients = self.tables.table((self.batch.weights, self.batch.grads))
+        chunked = table.chunked
+        sums = torch.empty(max(table.chunks, 1), dtype=torch.float64, device=table.device)
+        norms = torch.empty(table.layers, dtype=torch.float64, device=table.device)
+        with device_of(table):
+            if table.chunks:
+                self.launches(
+                    gradient_squares,
+                    "gradient_squares",
+                    table.chunks,
+                    table.columns,
+                    chunked.sizes,
+                    chunked.layer_of_chunk,
+                    chunked.offset_of_chunk,
+                    sums,
+                    table.layers,
+                    DTYPES[self.batch.weights[0].dtype],
+                    CHUNK,
+                    BLOCK,
+                    warps=WARPS,
+                )
+            self.launches(
+                gradient_norms,
+                "gradient_norms",
+                table.layers,
+                chunked.first_chunk,
+                sums,
+                norms,
+                triton.cdiv(chunked.most_chunks, _CHUNKS_AT_ONCE),
+                _CHUNKS_AT_ONCE,
+            )
+        return norms
 
     def end(self) -> None:
         """Release gradients and scratch memory until the next step."""
@@ -144,6 +186,7 @@ class Triton(Eager):
             self.gradient_scale is not None,
             CHUNK,
             BLOCK,
+            warps=WARPS,
         )
 
     def _adapt(self, sums: Tensor) -> tuple[Tensor, Tensor] | TrustRatios[Tensor]:

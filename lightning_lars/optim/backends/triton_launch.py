@@ -14,7 +14,7 @@ class Launches:
     def __init__(self) -> None:
         self._known: dict[Hashable, Callable[..., Any]] = {}
 
-    def __call__(self, kernel: Any, variant: Hashable, programs: int, *args: Any) -> None:
+    def __call__(self, kernel: Any, variant: Hashable, programs: int, *args: Any, warps: int = 4) -> None:
         """Launch a kernel.
 
         Args:
@@ -23,11 +23,12 @@ class Launches:
                 the addresses of tensors of the same dtype and alignment.
             programs: The size of the grid, the same for all launches of one variant.
             *args: All arguments of the kernel.
+            warps: The number of warps of each program.
         """
         launch = self._known.get(variant)
         if launch is not None:
             launch(*args)
             return
-        compiled = kernel[(programs,)](*args)
+        compiled = kernel[(programs,)](*args, num_warps=warps)
         if compiled is not None:  # None from Triton's interpreter, which compiles nothing
             self._known[variant] = compiled[(programs, 1, 1)]

@@ -38,13 +38,13 @@ def trust_ratios(weight_norm, denominator, unclipped, ratio):
 
 
 @triton.jit
-def _norm(sums, begin, end, rounds: tl.constexpr, chunks_at_once: tl.constexpr):
-    """Return the square root of the total of some sums of squares, in float32."""
+def norm_of_layer(sums, begin, end, rounds, chunks_at_once: tl.constexpr):
+    """Return the square root of the total of some sums of squares, in float64."""
     total = tl.zeros([chunks_at_once], tl.float64)
     for number in range(0, rounds):
         chunk = begin + number * chunks_at_once + tl.arange(0, chunks_at_once)
         total += tl.load(sums + chunk, mask=chunk < end, other=0.0)
-    return tl.sqrt(tl.sum(total, axis=0)).to(tl.float32)
+    return tl.sqrt(tl.sum(total, axis=0))
 
 
 @triton.jit(do_not_specialize_on_alignment=ADDRESS)
@@ -60,7 +60,7 @@ def adapt(
     tensor_lr: tl.constexpr,
     ratio: tl.constexpr,
     steps_in: tl.constexpr,
-    rounds: tl.constexpr,
+    rounds,
     chunks_at_once: tl.constexpr,
 ):
     """Reduce the sums of the chunks to the norms of each layer, and compute its trust ratio.
@@ -72,8 +72,8 @@ def adapt(
     layer = tl.program_id(0)
     begin = tl.load(first_chunk + layer)
     end = tl.load(first_chunk + layer + 1)
-    w_norm = _norm(sums, begin, end, rounds, chunks_at_once)
-    d_norm = _norm(sums + chunks, begin, end, rounds, chunks_at_once)
+    w_norm = norm_of_layer(sums, begin, end, rounds, chunks_at_once).to(tl.float32)
+    d_norm = norm_of_layer(sums + chunks, begin, end, rounds, chunks_at_once).to(tl.float32)
     if ratio is None:
         tl.store(of_layers + layer, w_norm)
         tl.store(of_layers + layers + layer, d_norm)

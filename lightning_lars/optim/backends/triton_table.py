@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 8192
+CHUNK = 2048
 """The number of elements that one program handles."""
 
 # How many captures between two eager steps have pinned memory allocated in advance.

@@ -20,11 +20,12 @@ from lightning_lars.optim.backends.triton_scalars import (
     next_step,
 )
 
-BLOCK = 1024
+BLOCK, WARPS = 1024, 8
+"""The number of elements that a program loads at once, and its number of warps."""
 
 
 @triton.jit
-def _pointer_to(address, dtype: tl.constexpr, has_mask: tl.constexpr):
+def pointer_to(address, dtype: tl.constexpr, has_mask: tl.constexpr):
     """Return a pointer to a tensor, which is aligned to 16 bytes in the unmasked loop."""
     pointer = address.to(tl.pointer_type(dtype))
     if not has_mask:
@@ -33,7 +34,7 @@ def _pointer_to(address, dtype: tl.constexpr, has_mask: tl.constexpr):
 
 
 @triton.jit
-def _load(pointer, mask, has_mask: tl.constexpr):
+def load(pointer, mask, has_mask: tl.constexpr):
     """Load elements in float32."""
     if has_mask:
         x = tl.load(pointer, mask=mask, other=0.0)
@@ -43,7 +44,7 @@ def _load(pointer, mask, has_mask: tl.constexpr):
 
 
 @triton.jit
-def _store(pointer, x, mask, has_mask: tl.constexpr):
+def store(pointer, x, mask, has_mask: tl.constexpr):
     """Store elements, cast to the pointer's element type."""
     x = x.to(pointer.dtype.element_ty)
     if has_mask:
@@ -53,7 +54,7 @@ def _store(pointer, x, mask, has_mask: tl.constexpr):
 
 
 @triton.jit
-def _square(x):
+def square(x):
     """Return the squares in float64."""
     x = x.to(tl.float64)
     return x * x
@@ -138,24 +139,24 @@ def walk(
     d_squares = tl.zeros([block], tl.float64)
     for has_mask in tl.static_range(2):
         if is_narrow == has_mask:
-            w_from = _pointer_to(w_at, dtype, has_mask)
-            g_from = _pointer_to(g_at, dtype, has_mask)
+            w_from = pointer_to(w_at, dtype, has_mask)
+            g_from = pointer_to(g_at, dtype, has_mask)
             moments_from = ()
             for i in tl.static_range(moments):
                 if in_eight_bit:
                     moments_from = moments_from + (moments_at[i],)
                 else:
-                    moments_from = moments_from + (_pointer_to(moments_at[i], tl.float32, has_mask),)
+                    moments_from = moments_from + (pointer_to(moments_at[i], tl.float32, has_mask),)
             for start in range(0, chunk_size, block):
                 at = offset + start + tl.arange(0, block)
                 mask = at < size
-                w = _load(w_from + at, mask, has_mask)
+                w = load(w_from + at, mask, has_mask)
                 if h.decoupled_weight_decay:
                     w = w * (1 - rate_of_all * weight_decay)
                 if does == "apply":
-                    d = _load(d_from + at, mask, has_mask)
+                    d = load(d_from + at, mask, has_mask)
                 else:
-                    g = _load(g_from + at, mask, has_mask)
+                    g = load(g_from + at, mask, has_mask)
                     if h.maximize:
                         g = -g
                     if has_scale:
@@ -171,25 +172,25 @@ def walk(
                             if in_eight_bit:
                                 before = before + (dequantize(moments_from[i], at, mask),)
                             else:
-                                before = before + (_load(moments_from[i] + at, mask, has_mask),)
+                                before = before + (load(moments_from[i] + at, mask, has_mask),)
                         for i in tl.static_range(absent):
                             before = before + (0.0,)
                         step = direction(decaying, g, *before, *of_layer, h)
                         d = step[0]
                         for i in tl.static_range(moments):
                             if not in_eight_bit:
-                                _store(moments_from[i] + at, step[i + 1], mask, has_mask)
+                                store(moments_from[i] + at, step[i + 1], mask, has_mask)
                             elif does == "move":
                                 quantize(moments_from[i], shares[i], at, mask, step[i + 1], block)
                         if does == "measure" and keeps:
-                            _store(d_from + at, d, mask, has_mask)
+                            store(d_from + at, d, mask, has_mask)
                 if does == "measure":
                     if has_mask:
                         d = tl.where(mask, d, 0.0)  # 0 / 0 beyond the end of the layer, with eps=0
-                    w_squares += _square(w)
-                    d_squares += _square(d)
+                    w_squares += square(w)
+                    d_squares += square(d)
                 else:
-                    _store(w_from + at, w - rate * d, mask, has_mask)
+                    store(w_from + at, w - rate * d, mask, has_mask)
     if does == "measure":
         tl.store(sums + chunk, tl.sum(w_squares, axis=0))
         tl.store(sums + chunks + chunk, tl.sum(d_squares, axis=0))
