@@ -90,7 +90,7 @@ def _cells(steps: Mapping[str, Fact], optimizer: str, floor: str, copy: float | 
         _ms(time(fused, "eager_ms")),
         _ms(time(floor, "eager_ms")),
         _ms(None if host is None else host / 1e3),
-        _ms(time(f"timm {optimizer}, foreach", "eager_ms")),
+        _ms(time(f"timm {optimizer}", "eager_ms")),
     ]
 
 
