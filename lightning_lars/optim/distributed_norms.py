@@ -81,7 +81,9 @@ def is_updated_elsewhere(p: Tensor, shards: Shards) -> bool:
 
 
 def _sharded(params: Iterable[Tensor], shards: Shards) -> dict[Tensor, Shard]:
-    sharded = {}
+    sharded: dict[Tensor, Shard] = {}
+    if not any(shards.values()):
+        return sharded
     for p in params:
         shard = shards[p]
         if shard is not None and shard.groups:
