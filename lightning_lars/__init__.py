@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_lars.callbacks import (
         BatchSizeScaling,
+        BatchSizeSchedule,
         ExcludeNormAndBias,
         GradientNoiseScale,
         LearningRateWarmup,
@@ -26,6 +27,7 @@ __all__ = [
     "LAMB",
     "LARS",
     "BatchSizeScaling",
+    "BatchSizeSchedule",
     "ExcludeNormAndBias",
     "GradientNoiseScale",
     "LAMB8bit",
@@ -48,6 +50,7 @@ __all__ = [
 _MODULES = {
     "lightning_lars.callbacks": (
         "BatchSizeScaling",
+        "BatchSizeSchedule",
         "ExcludeNormAndBias",
         "GradientNoiseScale",
         "LearningRateWarmup",

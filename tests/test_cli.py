@@ -109,6 +109,7 @@ def test_the_printed_configuration_is_read_back_as_itself(tmp_path, printed, scr
 
 CALLBACKS = [
     "BatchSizeScaling",
+    "BatchSizeSchedule",
     "ExcludeNormAndBias",
     "LearningRateWarmup",
     "PercentileGradientClipping",

@@ -4,6 +4,7 @@ They do not depend on each other: shared code is in `trainer`, or in the folder 
 """
 
 from lightning_lars.callbacks.batch_size_scaling import BatchSizeScaling
+from lightning_lars.callbacks.batch_size_schedule import BatchSizeSchedule
 from lightning_lars.callbacks.exclude_norm_and_bias import ExcludeNormAndBias
 from lightning_lars.callbacks.gradient_noise_scale import GradientNoiseScale
 from lightning_lars.callbacks.learning_rate_warmup import LearningRateWarmup
@@ -14,6 +15,7 @@ from lightning_lars.callbacks.trust_ratio_monitor import TrustRatioMonitor
 
 __all__ = [
     "BatchSizeScaling",
+    "BatchSizeSchedule",
     "ExcludeNormAndBias",
     "GradientNoiseScale",
     "LearningRateWarmup",

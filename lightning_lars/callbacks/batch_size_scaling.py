@@ -39,7 +39,8 @@ class BatchSizeScaling(Callback):
 
     ``group["lr"]`` is always the scheduler's value, except inside the step and where ``LearningRateMonitor``
     reads it; so a checkpoint resumed on a different number of devices is rescaled. Follows a
-    ``GradientAccumulationScheduler``. Logs the batch size that it found and the resulting rates.
+    ``GradientAccumulationScheduler`` or ``BatchSizeSchedule``. Logs the batch size that it found and the
+    resulting rates.
 
     Groups with ``batch_size_scaling=False`` are not scaled: those that
     :func:`~lightning_lars.build_optimizer` gives an ``excluded_lr``, and any others with this key.

@@ -4,6 +4,7 @@ Depends on torch only; the folder `trainer` connects it to a Trainer.
 """
 
 from lightning_lars.learning_rate.batch_scaling import scale_adam, scaling_exponent, scaling_factor
+from lightning_lars.learning_rate.batch_schedule import additive_growth, multiplicative_growth
 from lightning_lars.learning_rate.curves import (
     constant_decay,
     constant_warmup,
@@ -22,6 +23,7 @@ from lightning_lars.learning_rate.warmup_decay import WarmupDecayLR
 
 __all__ = [
     "WarmupDecayLR",
+    "additive_growth",
     "constant_decay",
     "constant_warmup",
     "cosine_decay",
@@ -29,6 +31,7 @@ __all__ = [
     "exponential_warmup",
     "inverse_sqrt_decay",
     "linear_warmup",
+    "multiplicative_growth",
     "one_cycle",
     "one_cycle_momentum",
     "polynomial_decay",

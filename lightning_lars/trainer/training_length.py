@@ -25,32 +25,39 @@ _FIRST_FIT = Beginning(epoch=0, step=0)
 def steps_of_epochs(trainer: Trainer, epochs: float, beginning: Beginning = _FIRST_FIT) -> float:
     """Return the optimizer steps of a (fractional) number of epochs; ``inf`` if an epoch has no end.
 
-    Follows a ``GradientAccumulationScheduler``. Loads the train loader if necessary, so under a distributed
-    strategy every rank must call this.
+    Follows a ``GradientAccumulationScheduler`` or a ``BatchSizeSchedule``. Loads the train loader if
+    necessary, so under a distributed strategy every rank must call this.
     """
     if trainer.train_dataloader is None:
         trainer.fit_loop.setup_data()
     if math.isinf(trainer.num_training_batches) or math.isinf(epochs):
         return math.inf
     first, whole = beginning.epoch, math.floor(epochs)
-    steps = float(sum(_steps_of_epoch(trainer, epoch) for epoch in range(first, first + whole)))
-    return steps + (epochs - whole) * _steps_of_epoch(trainer, first + whole)
+    steps = _steps_per_epoch(trainer, first + whole + 1)[first:]
+    return sum(steps[:whole]) + (epochs - whole) * steps[whole]
 
 
 def total_steps(trainer: Trainer, beginning: Beginning = _FIRST_FIT) -> float:
     """Return the optimizer steps from a beginning to the end of the run; ``inf`` if it has no end.
 
-    Unlike ``trainer.estimated_stepping_batches``, respects a ``GradientAccumulationScheduler``, and
-    ``max_steps`` with an infinite loader.
+    Unlike ``trainer.estimated_stepping_batches``, respects a ``GradientAccumulationScheduler`` or a
+    ``BatchSizeSchedule``, and ``max_steps`` with an infinite loader.
     """
     max_epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
     steps = steps_of_epochs(trainer, max(0, max_epochs - beginning.epoch), beginning)
     return steps if trainer.max_steps == -1 else min(steps, max(0, trainer.max_steps - beginning.step))
 
 
-def _steps_of_epoch(trainer: Trainer, epoch: int) -> int:
+def _steps_per_epoch(trainer: Trainer, epochs: int) -> list[int]:
+    for callback in cast(Any, trainer).callbacks:
+        # BatchSizeSchedule changes the accumulated batches within an epoch.
+        if hasattr(callback, "steps_per_epoch"):
+            return list(callback.steps_per_epoch(trainer, epochs))
     # Lightning steps on the last batch of an epoch, however many have been accumulated by then.
-    return math.ceil(trainer.num_training_batches / accumulated_batches(trainer, epoch))
+    return [
+        math.ceil(trainer.num_training_batches / accumulated_batches(trainer, epoch))
+        for epoch in range(epochs)
+    ]
 
 
 def scheduler_config(
