@@ -9,16 +9,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_lars.class_names import has_class_named
+from lightning_lars.learning_rate.batch_growth import growth
 from lightning_lars.learning_rate.batch_scaling import check_batch_size
-from lightning_lars.learning_rate.batch_schedule import (
-    BatchSizes,
-    Progress,
-    additive_growth,
-    multiplicative_growth,
-)
+from lightning_lars.learning_rate.batch_schedule import BatchSizes, BatchSizesByNoiseScale, Progress
 from lightning_lars.trainer.accumulation import AccumulatedBatches, check_is_free, give_back
 from lightning_lars.trainer.batch_size import data_parallel_replicas, per_device_batch_size, takes_steps
 from lightning_lars.trainer.callback import Callback
+
+NOISE_SCALE = "gradient_noise_scale/B_simple"
 
 
 class BatchSizeSchedule(Callback):
@@ -35,6 +34,11 @@ class BatchSizeSchedule(Callback):
       (:func:`~lightning_lars.learning_rate.additive_growth`);
     - ``start``, ``factor``, ``every``, ``end``: multiplication, such as doubling, in place of a decay of the
       learning rate (:func:`~lightning_lars.learning_rate.multiplicative_growth`).
+
+    With ``noise_scale``, the schedule waits for the critical batch size: after the scheduled number of steps
+    or samples at one batch size, the next one follows once ``B_simple >= noise_scale * batch size`` of it.
+    The batch size never shrinks. A ``GradientNoiseScale`` beside it measures ``B_simple``, and publishes it
+    whenever Lightning logs (``log_every_n_steps``). The number of steps of such a run is unknown beforehand.
 
     The loader stays as it is. The batch size changes after any step, in the middle of an epoch too, and each
     step is the mean over exactly its own batches. An epoch ends with a step over the batches that are left;
@@ -59,6 +63,8 @@ class BatchSizeSchedule(Callback):
             (``trainer.global_step``), or the ``"samples"`` of these steps on all devices, where each batch
             counts as full.
         batch_size: Per-device batch size. None reads it from the train loader.
+        noise_scale: Least quotient of gradient noise scale and batch size, above 0: with 1, the batch size
+            grows as far as the critical one. None grows by schedule alone.
 
     Raises:
         ValueError: If an argument breaks its rule; at the start of training, if the train loader has no batch
@@ -92,14 +98,15 @@ class BatchSizeSchedule(Callback):
         every: int | None = None,
         unit: Literal["steps", "samples"] = "steps",
         batch_size: int | None = None,
+        noise_scale: float | None = None,
     ) -> None:
         if batch_size is not None:
             check_batch_size("batch_size", batch_size)
         if batch_sizes is None:
-            batch_sizes = _growth(start, end, increment, factor, every)
+            batch_sizes = growth(start, end, increment, factor, every)
         else:
-            growth = {"start": start, "end": end, "increment": increment, "factor": factor, "every": every}
-            given = {name: value for name, value in growth.items() if value is not None}
+            others = {"start": start, "end": end, "increment": increment, "factor": factor, "every": every}
+            given = {name: value for name, value in others.items() if value is not None}
             if given:
                 raise ValueError(
                     "batch_sizes must be given without start, end, every, increment and factor, got "
@@ -107,7 +114,10 @@ class BatchSizeSchedule(Callback):
                 )
         self.unit = unit
         self.batch_size = batch_size
+        self.noise_scale = noise_scale
         self._schedule = BatchSizes(batch_sizes, unit)
+        if noise_scale is not None:
+            self._schedule = BatchSizesByNoiseScale(batch_sizes, unit, noise_scale)
         self._samples = 0
         self._steps_before = 0
         self._per_device, self._replicas = 1, 1
@@ -128,6 +138,13 @@ class BatchSizeSchedule(Callback):
         self._is_loaded = False
         if self._is_fitting:
             check_is_free(trainer, pl_module)
+            if self.noise_scale is not None and not any(
+                has_class_named(callback, "GradientNoiseScale") for callback in cast(Any, trainer).callbacks
+            ):
+                raise MisconfigurationException(
+                    f"BatchSizeSchedule(noise_scale={self.noise_scale}) needs a measured noise scale: add "
+                    "GradientNoiseScale() to the callbacks, or remove noise_scale"
+                )
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -143,6 +160,7 @@ class BatchSizeSchedule(Callback):
         self._warn_of_short_epochs(trainer)
         if trainer.global_step == 0:
             self._samples = 0
+            self._schedule.load({})
         elif cast(Any, trainer).ckpt_path is not None and not self._is_loaded:
             # A checkpoint written without this callback: Lightning's own count is the best estimate.
             batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
@@ -192,6 +210,7 @@ class BatchSizeSchedule(Callback):
             "samples": self._samples,
             "accumulated": int(self._accumulated),
             "first": self._accumulated.first,
+            "schedule": self._schedule.state(),
         }
 
     @override
@@ -200,17 +219,23 @@ class BatchSizeSchedule(Callback):
         if self._is_fitting:
             self._is_loaded = True
             self._samples = state_dict["samples"]
+            self._schedule.load(state_dict["schedule"])
             self._accumulated = AccumulatedBatches(state_dict["accumulated"], state_dict["first"])
 
-    def steps_per_epoch(self, trainer: Trainer, epochs: int) -> list[int]:
-        """Return the optimizer steps of the first epochs, for a train loader that has a length."""
+    def steps_per_epoch(self, trainer: Trainer, epochs: int) -> list[float]:
+        """Return the optimizer steps of the first epochs, for a train loader that has a length.
+
+        They are ``inf`` with ``noise_scale``, because nobody knows beforehand.
+        """
         self._read_batch_size(trainer)
+        if self.noise_scale is not None:
+            return [math.inf] * epochs
         steps, progress = [], Progress(0, 0)
         for _ in range(epochs):
             before = progress.steps
             batches = int(trainer.num_training_batches)
             progress = self._schedule.epoch(progress, batches, self._samples_per_batch)
-            steps.append(progress.steps - before)
+            steps.append(float(progress.steps - before))
         return steps
 
     def going_to_accumulate_grad_batches(self) -> bool:
@@ -218,6 +243,8 @@ class BatchSizeSchedule(Callback):
         return True
 
     def _begin_step(self, trainer: Trainer, first: int) -> None:
+        if self.noise_scale is not None and NOISE_SCALE in trainer.callback_metrics:
+            self._schedule.observe(trainer.callback_metrics[NOISE_SCALE].item())
         scheduled = self._schedule.after(Progress(trainer.global_step, self._samples))
         batches = min(scheduled // self._samples_per_batch, trainer.num_training_batches - first)
         self._accumulated = AccumulatedBatches(int(max(1, batches)), first)
@@ -241,6 +268,13 @@ class BatchSizeSchedule(Callback):
         """Take the per-device batch size from the argument or the loader, and check the schedule with it."""
         self._per_device = self.batch_size or per_device_batch_size(trainer)
         self._replicas = data_parallel_replicas(trainer)
+        smallest = min(self.batch_sizes.values())
+        if self.noise_scale is not None and self._replicas == 1 and smallest < 2 * self._per_device:
+            raise MisconfigurationException(
+                f"BatchSizeSchedule(noise_scale={self.noise_scale}) needs two or more micro-batches per step "
+                f"to measure the noise scale on one device, got a batch size of {smallest}, and "
+                f"{self._per_device} per device: halve the loader's batch size, or start with twice as much"
+            )
         refused = sorted({size for size in self.batch_sizes.values() if size % self._samples_per_batch})
         if refused:
             raise MisconfigurationException(
@@ -258,18 +292,3 @@ class BatchSizeSchedule(Callback):
                 f"BatchSizeSchedule schedules a batch size of {largest}, and an epoch has {samples} samples: "
                 "Lightning steps when an epoch ends, so no batch is larger than that"
             )
-
-
-def _growth(
-    start: int | None, end: int | None, increment: int | None, factor: int | None, every: int | None
-) -> dict[int, int]:
-    """Return the ramp or the multiplication that the arguments describe."""
-    if start is not None and end is not None and every is not None:
-        if increment is not None and factor is None:
-            return additive_growth(start, end, increment, every)
-        if factor is not None and increment is None:
-            return multiplicative_growth(start, end, factor, every)
-    raise ValueError(
-        "batch_sizes must be given, or start, end, every, and either increment or factor, got "
-        f"start={start}, end={end}, every={every}, increment={increment}, factor={factor}"
-    )

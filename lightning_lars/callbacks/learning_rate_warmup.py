@@ -130,7 +130,8 @@ class LearningRateWarmup(Callback):
         if math.isinf(steps):
             raise MisconfigurationException(
                 f"LearningRateWarmup({self._given()}) has no length in steps, because the train loader or "
-                "the run has no end: pass warmup_steps, or set limit_train_batches or max_steps"
+                "the run has no end, or the batch sizes follow the noise scale: pass warmup_steps, or set "
+                "limit_train_batches or max_steps"
             )
         return max(1, round(steps))
 

@@ -3,8 +3,8 @@
 Depends on torch only; the folder `trainer` connects it to a Trainer.
 """
 
+from lightning_lars.learning_rate.batch_growth import additive_growth, multiplicative_growth
 from lightning_lars.learning_rate.batch_scaling import scale_adam, scaling_exponent, scaling_factor
-from lightning_lars.learning_rate.batch_schedule import additive_growth, multiplicative_growth
 from lightning_lars.learning_rate.curves import (
     constant_decay,
     constant_warmup,

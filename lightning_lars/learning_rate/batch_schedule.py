@@ -2,86 +2,12 @@
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Literal, NamedTuple
 
-from lightning_lars.learning_rate.batch_scaling import check_batch_size
-from lightning_lars.rules import is_whole, require
+from typing_extensions import override
 
-
-def additive_growth(start: int, end: int, increment: int, every: int) -> dict[int, int]:
-    """Return a ramp: a batch size that grows by the same increment, again and again.
-
-    ::
-
-        batch size(t) = min(start + increment * floor(t / every), end)
-
-    GPT-3 and Megatron-LM ramp up the batch size like this over the first samples (Brown et al. 2020).
-
-    Args:
-        start: Effective batch size at first, at least 1.
-        end: Effective batch size at last, at least ``start``.
-        increment: Samples by which it grows, at least 1.
-        every: Steps, or samples, between two increments, at least 1.
-
-    Returns:
-        The batch sizes, by the step or sample from which on they apply.
-
-    Raises:
-        ValueError: If an argument breaks its rule.
-
-    Example:
-        >>> from lightning_lars.learning_rate import additive_growth
-        >>> additive_growth(start=32, end=128, increment=32, every=1000)
-        {0: 32, 1000: 64, 2000: 96, 3000: 128}
-    """
-    _check_growth(start, end, every)
-    check_batch_size("increment", increment)
-    sizes = [*range(start, end, increment), end]
-    return {n * every: size for n, size in enumerate(sizes)}
-
-
-def multiplicative_growth(start: int, end: int, factor: int, every: int) -> dict[int, int]:
-    """Return a batch size that is multiplied by the same factor, again and again.
-
-    ::
-
-        batch size(t) = min(start * factor ** floor(t / every), end)
-
-    Smith et al. 2018, arXiv:1711.00489: multiplying the batch size where the learning rate would be divided
-    follows the same learning curve in fewer steps.
-
-    Args:
-        start: Effective batch size at first, at least 1.
-        end: Effective batch size at last, at least ``start``.
-        factor: A whole number, at least 2.
-        every: Steps, or samples, from one multiplication to the next, at least 1.
-
-    Returns:
-        The batch sizes, by the step or sample from which on they apply.
-
-    Raises:
-        ValueError: If an argument breaks its rule.
-
-    Example:
-        >>> from lightning_lars.learning_rate import multiplicative_growth
-        >>> multiplicative_growth(start=32, end=256, factor=2, every=1000)
-        {0: 32, 1000: 64, 2000: 128, 3000: 256}
-    """
-    _check_growth(start, end, every)
-    require("factor", "a whole number, at least 2", factor, is_whole(factor) and factor >= 2)
-    sizes = []
-    while start < end:
-        sizes.append(start)
-        start *= factor
-    return {n * every: size for n, size in enumerate([*sizes, end])}
-
-
-def _check_growth(start: int, end: int, every: int) -> None:
-    check_batch_size("start", start)
-    check_batch_size("end", end)
-    require("end", f"at least start={start}", end, end >= start)
-    require("every", "a whole number above 0", every, is_whole(every) and every > 0)
+from lightning_lars.rules import POSITIVE, check, is_whole, require
 
 
 class Progress(NamedTuple):
@@ -147,5 +73,86 @@ class BatchSizes:
             batches -= steps * accumulated
         return progress
 
+    def observe(self, noise_scale: float) -> None:
+        """Ignore the noise scale."""
+
+    def state(self) -> dict[str, float]:
+        """Return nothing: the progress says all."""
+        return {}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Ignore the state of a schedule that had one."""
+
     def _index(self, progress: Progress) -> int:
         return bisect_right(self._begins, progress[self.unit == "samples"]) - 1
+
+
+class BatchSizesByNoiseScale(BatchSizes):
+    """Effective batch sizes that follow one another as the gradient noise scale rises.
+
+    ::
+
+        the next batch size follows if   B_simple >= noise_scale * next batch size
+                                  and if  `every` steps, or samples, have passed since the last change
+
+    ``B_simple`` is the noise scale of McCandlish et al. 2018, arXiv:1812.06162, which estimates the critical
+    batch size. It is noisy: both conditions, and that no batch size comes back, keep a schedule from
+    oscillating.
+
+    Args:
+        batch_sizes: As those of :class:`BatchSizes`; of the keys, only their distance matters.
+        unit: What its keys count.
+        noise_scale: Above 0: 1 grows to a batch size when the critical one has reached it.
+
+    Raises:
+        ValueError: If an argument breaks its rule.
+
+    Example:
+        >>> from lightning_lars.learning_rate.batch_schedule import BatchSizesByNoiseScale, Progress
+        >>> ladder = BatchSizesByNoiseScale({0: 32, 10: 64, 20: 128}, "steps", noise_scale=1.0)
+        >>> ladder.observe(100.0)
+        >>> [ladder.after(Progress(step, 0)) for step in (9, 10, 30)]
+        [32, 64, 64]
+        >>> ladder.observe(130.0)
+        >>> ladder.after(Progress(31, 0))
+        128
+    """
+
+    def __init__(
+        self, batch_sizes: Mapping[int, int], unit: Literal["steps", "samples"], noise_scale: float
+    ) -> None:
+        super().__init__(batch_sizes, unit)
+        check({"noise_scale": POSITIVE}, {"noise_scale": noise_scale})
+        ascends = all(a < b for a, b in pairwise(self._sizes))
+        require("batch_sizes", "ascending with noise_scale", self.batch_sizes, ascends)
+        self.noise_scale = noise_scale
+        self._level = self._since = 0
+        self._b_simple = 0.0
+
+    @override
+    def after(self, progress: Progress) -> int:
+        position = progress[self.unit == "samples"]
+        following = self._level + 1
+        if following < len(self._sizes):
+            every = self._begins[following] - self._begins[self._level]
+            reached = self._b_simple >= self.noise_scale * self._sizes[following]
+            if reached and position - self._since >= every:
+                self._level, self._since = following, position
+        return self._sizes[self._level]
+
+    @override
+    def observe(self, noise_scale: float) -> None:
+        """Take a measured noise scale, in samples."""
+        self._b_simple = noise_scale
+
+    @override
+    def state(self) -> dict[str, float]:
+        """Return the state, from which another instance continues exactly."""
+        return {"level": self._level, "since": self._since, "noise_scale": self._b_simple}
+
+    @override
+    def load(self, state: Mapping[str, float]) -> None:
+        """Continue from a state."""
+        self._level, self._since = int(state.get("level", 0)), int(state.get("since", 0))
+        self._level = min(self._level, len(self._sizes) - 1)
+        self._b_simple = state.get("noise_scale", 0.0)

@@ -23,10 +23,11 @@ _FIRST_FIT = Beginning(epoch=0, step=0)
 
 
 def steps_of_epochs(trainer: Trainer, epochs: float, beginning: Beginning = _FIRST_FIT) -> float:
-    """Return the optimizer steps of a (fractional) number of epochs; ``inf`` if an epoch has no end.
+    """Return the optimizer steps of a (fractional) number of epochs; ``inf`` if that is unknown.
 
-    Follows a ``GradientAccumulationScheduler`` or a ``BatchSizeSchedule``. Loads the train loader if
-    necessary, so under a distributed strategy every rank must call this.
+    That is, if an epoch has no end, or if its batch sizes follow the gradient noise scale. Follows a
+    ``GradientAccumulationScheduler`` or a ``BatchSizeSchedule``. Loads the train loader if necessary, so
+    under a distributed strategy every rank must call this.
     """
     if trainer.train_dataloader is None:
         trainer.fit_loop.setup_data()
@@ -34,6 +35,8 @@ def steps_of_epochs(trainer: Trainer, epochs: float, beginning: Beginning = _FIR
         return math.inf
     first, whole = beginning.epoch, math.floor(epochs)
     steps = _steps_per_epoch(trainer, first + whole + 1)[first:]
+    if math.inf in steps:
+        return math.inf
     return sum(steps[:whole]) + (epochs - whole) * steps[whole]
 
 
@@ -48,7 +51,7 @@ def total_steps(trainer: Trainer, beginning: Beginning = _FIRST_FIT) -> float:
     return steps if trainer.max_steps == -1 else min(steps, max(0, trainer.max_steps - beginning.step))
 
 
-def _steps_per_epoch(trainer: Trainer, epochs: int) -> list[int]:
+def _steps_per_epoch(trainer: Trainer, epochs: int) -> list[float]:
     for callback in cast(Any, trainer).callbacks:
         # BatchSizeSchedule changes the accumulated batches within an epoch.
         if hasattr(callback, "steps_per_epoch"):
@@ -113,8 +116,8 @@ def _fill_in_length(module: LightningModule, scheduler: WarmupDecayLR) -> None:
         return
     if math.isinf(steps):
         raise MisconfigurationException(
-            "WarmupDecayLR needs total_steps where the run has no end: pass it, or set max_steps, "
-            "or max_epochs and limit_train_batches"
+            "WarmupDecayLR needs total_steps where the run has no end, or its batch sizes follow the noise "
+            "scale: pass it, or set max_steps, or max_epochs and limit_train_batches"
         )
     if settings.fast_dev_run:
         # A dry run, shorter than any schedule.

@@ -199,7 +199,7 @@ def test_refuses_a_bad_argument(arguments, message):
             [{"warmup_epochs": 0.5}],
             {"max_steps": 8},
             "LearningRateWarmup(warmup_epochs=0.5) has no length in steps, because the train loader or the "
-            "run has no end: pass warmup_steps",
+            "run has no end, or the batch sizes follow the noise scale: pass warmup_steps",
         ),
         (
             EndlessWalk,
