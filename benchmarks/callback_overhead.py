@@ -84,7 +84,8 @@ class Timed(TrustRatioMonitor):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        for watched in self._watched.values():
+        for report in self._reports.values():
+            watched = report.statistics
             watched.detach()
             watched._hooks = [
                 watched._optimizer.register_step_pre_hook(self._timed(watched._before_step)),

@@ -189,7 +189,7 @@ MUTATIONS = (
     ),
     # What is measured and clipped while training.
     Mutation(
-        "trust_ratios/step_statistics.py",
+        "trust_ratios/step_norms.py",
         "torch.where(has_rate, change / gradients, 0.0)",
         "torch.where(has_rate, gradients / change, 0.0)",
         "tests/callbacks/test_trust_ratio_monitor_without_ratios.py -k effective",

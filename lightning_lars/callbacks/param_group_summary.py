@@ -20,7 +20,7 @@ from lightning_lars.printing.tables import is_too_wide, print_table
 from lightning_lars.rules import is_whole, require
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trust_ratios.excluded_rate_peak import ExcludedRatePeak
-from lightning_lars.trust_ratios.step_statistics import HasTrustRatios
+from lightning_lars.trust_ratios.protocols import HasTrustRatios
 
 
 class ParamGroupSummary(Callback):

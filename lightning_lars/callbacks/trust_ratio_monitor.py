@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,23 +19,18 @@ from typing_extensions import override
 from lightning_lars.groups.optimizer_names import by_name, kinds
 from lightning_lars.groups.param_groups import check_holds_parameters
 from lightning_lars.groups.parameter_names import names_of
-from lightning_lars.optim.parameters import named_params
 from lightning_lars.rules import require
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trainer.logging import is_logging, log, logged_step, publish
 from lightning_lars.trainer.training_length import total_steps
-from lightning_lars.trust_ratios.alerts import TrustRatioAlerts
-from lightning_lars.trust_ratios.excluded_rate_peak import ExcludedRatePeak, excluded_as
 from lightning_lars.trust_ratios.history import TrustRatioHistory
+from lightning_lars.trust_ratios.layer_names import adapted_layers, check_patterns
+from lightning_lars.trust_ratios.layer_statistics import OverSteps
 from lightning_lars.trust_ratios.metrics import log_histograms, per_layer_metrics, summary_metrics
+from lightning_lars.trust_ratios.optimizer_report import OptimizerReport
 from lightning_lars.trust_ratios.plot import check_picture, plot_history, plot_trust_ratios, save_picture
-from lightning_lars.trust_ratios.step_statistics import (
-    FOR_ALERTS,
-    HasTrustRatios,
-    OverSteps,
-    StepStatistics,
-    names_by_number,
-)
+from lightning_lars.trust_ratios.protocols import HasTrustRatios
+from lightning_lars.trust_ratios.step_statistics import FOR_ALERTS
 from lightning_lars.trust_ratios.table import print_trust_ratios
 
 if TYPE_CHECKING:
@@ -148,9 +141,7 @@ class TrustRatioMonitor(Callback):
         self.table = table
         self._history = TrustRatioHistory()
         self._picture: Path | None = None
-        self._watched: dict[str, StepStatistics] = {}
-        self._excluded: dict[str, ExcludedRatePeak] = {}
-        self._alerts: dict[str, TrustRatioAlerts] = {}
+        self._reports: dict[str, OptimizerReport] = {}
         self._total_steps = math.inf
 
     @override
@@ -167,24 +158,7 @@ class TrustRatioMonitor(Callback):
                 "TrustRatioMonitor has nowhere to log to: give the Trainer a logger (logger=True), set "
                 "picture or table, or remove the callback"
             )
-        # Lightning's placeholder for none has no groups.
-        optimizers = [
-            each
-            for each in trainer.optimizers
-            if each.param_groups and isinstance(each, HasTrustRatios | Optimizer)
-        ]
-        if not optimizers:
-            raise MisconfigurationException(
-                "TrustRatioMonitor needs a torch.optim optimizer, got "
-                f"{kinds(trainer.optimizers) or 'none'}: return one from configure_optimizers or remove the "
-                "callback"
-            )
-        plain = [each for each in optimizers if not isinstance(each, HasTrustRatios)]
-        if plain and not self.update_to_weight and self.gradient_norm is False:
-            raise MisconfigurationException(
-                f"TrustRatioMonitor has nothing to measure of {kinds(plain)}, without trust ratios: leave "
-                "update_to_weight or gradient_norm on or remove the callback"
-            )
+        optimizers = self._observable(trainer)
         for optimizer in optimizers:
             check_holds_parameters(optimizer, trainer.model or pl_module)
         names = names_of(pl_module)
@@ -196,60 +170,54 @@ class TrustRatioMonitor(Callback):
             self._picture = Path(trainer.log_dir or trainer.default_root_dir, self.picture)
 
         self._total_steps = total_steps(trainer)
-        for name, watched in named.items():
-            has_ratios = isinstance(watched, HasTrustRatios)
-            self._watched[name] = StepStatistics(
-                watched,
+        for name, optimizer in named.items():
+            self._reports[name] = OptimizerReport(
+                optimizer,
                 partial(is_logging, trainer),
                 names,
                 updates=self.update_to_weight,
-                gradients=not has_ratios if self.gradient_norm is None else self.gradient_norm,
+                gradients=self.gradient_norm,
+                is_resumed=trainer.global_step > 0,
             )
-            if has_ratios:
-                self._excluded[name] = ExcludedRatePeak(cast(Any, watched))
-            plain_kind = excluded_as(watched.param_groups[0])
-            is_larc = all(group.get("trust_clip") == "larc" for group in watched.param_groups)
-            self._alerts[name] = TrustRatioAlerts(trainer.global_step > 0, plain_kind, clip_is_rule=is_larc)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        stepped = [watched.has_stepped for watched in self._watched.values()]
-        for name, watched in self._watched.items():
-            watched.has_stepped = False
+        has_stepped = False
+        for name, report in self._reports.items():
+            has_stepped |= report.statistics.has_stepped
+            report.statistics.has_stepped = False
             if self.alerts:
-                self._warn(name, self._alerts[name].check_first_steps(watched.flush_first_steps()))
+                self._warn(name, report.first_step_warnings())
         # Lightning logs on every batch that is accumulated for a step; the step is in the last one.
-        is_complete = any(stepped) or not pl_module.automatic_optimization
+        is_complete = has_stepped or not pl_module.automatic_optimization
         if not is_complete or not is_logging(trainer):
             return
-        taken = self._flush(trainer)
-        if not taken:
+        flushed = self._flush(trainer)
+        if not flushed:
             return
         summary: dict[str, float] = {}
         per_layer: dict[str, float] = {}
-        for name, quantities in taken.items():
+        for name, quantities in flushed.items():
             summary.update(summary_metrics(quantities, name))
             per_layer.update(per_layer_metrics(quantities, name, self.layers))
         log(trainer, {**summary, **per_layer})
         for logger in trainer.loggers:
-            for name, quantities in taken.items():
+            for name, quantities in flushed.items():
                 log_histograms(logger, quantities, name, logged_step(trainer))
         publish(trainer, summary)
-        for name, quantities in taken.items():
-            self._warn(name, self._alerts[name].check(quantities))
-            self._check_rates(trainer, name, self._total_steps)
+        for name, quantities in flushed.items():
+            self._warn_of(trainer, name, quantities, self._total_steps)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for name, quantities in self._flush(trainer).items():
-            self._warn(name, self._alerts[name].check(quantities))
-        for name, watched in self._watched.items():
-            self._check_rates(trainer, name, watched.peak.steps if watched.peak else 0)
+        flushed = self._flush(trainer)
+        for name in self._reports:
+            self._warn_of(trainer, name, flushed.get(name, {}), None)
         self._show(trainer)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._watched:
+        if self._reports:
             self._show(trainer)
         self._detach()
 
@@ -290,19 +258,57 @@ class TrustRatioMonitor(Callback):
         """
         return plot_history(self._history) if ax is None else plot_trust_ratios(self._history, ax)
 
+    def _observable(self, trainer: Trainer) -> list[Any]:
+        """Return the optimizers to monitor.
+
+        Raises:
+            MisconfigurationException: If there are none, or nothing of them is to be measured.
+        """
+        # Lightning's placeholder for no optimizer has no groups.
+        optimizers = [
+            each
+            for each in trainer.optimizers
+            if each.param_groups and isinstance(each, HasTrustRatios | Optimizer)
+        ]
+        if not optimizers:
+            raise MisconfigurationException(
+                "TrustRatioMonitor needs a torch.optim optimizer, got "
+                f"{kinds(trainer.optimizers) or 'none'}: return one from configure_optimizers or remove the "
+                "callback"
+            )
+        plain = [each for each in optimizers if not isinstance(each, HasTrustRatios)]
+        if plain and not self.update_to_weight and self.gradient_norm is False:
+            raise MisconfigurationException(
+                f"TrustRatioMonitor has nothing to measure of {kinds(plain)}, without trust ratios: leave "
+                "update_to_weight or gradient_norm on or remove the callback"
+            )
+        return optimizers
+
+    def _check_layers(self, optimizers: Sequence[Any], names: Mapping[Tensor, str]) -> None:
+        """Raise if a pattern matches nothing, and warn if there is nothing to log."""
+        adapted = [name for optimizer in optimizers for name in adapted_layers(optimizer, names)]
+        if not adapted:
+            rank_zero_warn(
+                f"TrustRatioMonitor has nothing to log: {[type(each).__name__ for each in optimizers]} hold "
+                "no adapted layer, because all are excluded or frozen. ParamGroupSummary() prints why"
+            )
+        # Frozen layers may be unfrozen, and added to an optimizer.
+        trained = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        frozen = [name for p, name in names.items() if p not in trained]
+        check_patterns(self.layers, [*adapted, *frozen])
+
     def _flush(self, trainer: Trainer) -> dict[str, dict[str, dict[str, OverSteps]]]:
-        taken = {name: of for name, watched in self._watched.items() if (of := watched.flush())}
-        together: dict[str, dict[str, OverSteps]] = {}
-        for name, quantities in taken.items():
+        """Return the statistics of each optimizer that has any, and add them to the history."""
+        flushed = {name: of for name, report in self._reports.items() if (of := report.statistics.flush())}
+        of_all: dict[str, dict[str, OverSteps]] = {}
+        for name, quantities in flushed.items():
             for quantity, layers in quantities.items():
-                if quantity in FOR_ALERTS:
-                    continue
-                together.setdefault(quantity, {}).update(
-                    {f"{name}{layer}": value for layer, value in layers.items()}
-                )
-        if together:
-            self._history.record(trainer.global_step, together)
-        return taken
+                if quantity not in FOR_ALERTS:
+                    prefixed = {f"{name}{layer}": value for layer, value in layers.items()}
+                    of_all.setdefault(quantity, {}).update(prefixed)
+        if of_all:
+            self._history.record(trainer.global_step, of_all)
+        return flushed
 
     def _show(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero or not self._history.steps:
@@ -319,53 +325,25 @@ class TrustRatioMonitor(Callback):
                 rank_zero_info(f"TrustRatioMonitor saved {self._picture}.")
 
     def _detach(self) -> None:
-        for watched in self._watched.values():
-            watched.detach()
-        for excluded in self._excluded.values():
-            excluded.detach()
-        self._watched.clear()
-        self._excluded.clear()
-        self._alerts.clear()
+        for report in self._reports.values():
+            report.detach()
+        self._reports.clear()
+
+    def _warn_of(
+        self,
+        trainer: Trainer,
+        optimizer: str,
+        quantities: Mapping[str, Mapping[str, OverSteps]],
+        total_steps: float | None,
+    ) -> None:
+        report = self._reports[optimizer]
+        self._warn(optimizer, report.layer_warnings(quantities))
+        if self.alerts:
+            # A fast_dev_run is shorter than any warmup.
+            checks_peak = not cast(Any, trainer).fast_dev_run
+            self._warn(optimizer, report.rate_warnings(total_steps, checks_peak=checks_peak))
 
     def _warn(self, optimizer: str, messages: Iterable[str]) -> None:
         if self.alerts:
             for message in messages:
                 rank_zero_warn(f"{optimizer.rstrip('/')}: {message}" if optimizer else message)
-
-    def _check_rates(self, trainer: Trainer, optimizer: str, total_steps: float) -> None:
-        if not self.alerts:
-            return
-        watched, alerts = self._watched[optimizer], self._alerts[optimizer]
-        # A fast_dev_run is shorter than any warmup.
-        if watched.peak is not None and not cast(Any, trainer).fast_dev_run:
-            self._warn(optimizer, alerts.check_peak(watched.peak, total_steps, watched.plain_rate))
-        excluded = self._excluded.get(optimizer)
-        message = excluded.message() if excluded else None
-        if message is not None:
-            self._warn(optimizer, [message])
-
-    def _check_layers(self, optimizers: Sequence[Any], names: Mapping[Tensor, str]) -> None:
-        """Raise if a pattern matches nothing, and warn if there is nothing to log."""
-        adapted: list[str] = []
-        held: set[Tensor] = set()
-        for optimizer in optimizers:
-            named = dict(named_params(optimizer.param_groups))
-            held.update(named.values())
-            by_number = names_by_number(named, names)
-            groups = [group for group in optimizer.param_groups if group.get("layer_adaptation", True)]
-            layers = {p for group in groups for p in group["params"]}
-            adapted += [by_number.get(name, name) for name, p in named.items() if p in layers]
-        if not adapted:
-            rank_zero_warn(
-                f"TrustRatioMonitor has nothing to log: {[type(each).__name__ for each in optimizers]} hold "
-                "no adapted layer, because all are excluded or frozen. ParamGroupSummary() prints why"
-            )
-        # Frozen layers may be unfrozen, and added to an optimizer.
-        known = [*adapted, *(name for p, name in names.items() if p not in held)]
-        for pattern in self.layers:
-            if known and not any(fnmatchcase(name, pattern) for name in known):
-                close = get_close_matches(pattern, known, n=3, cutoff=0.0)
-                raise ValueError(
-                    f"layers must match the name of an adapted layer, got {pattern!r}; the closest are "
-                    f"{', '.join(map(repr, close))}"
-                )

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 
 from lightning_lars.printing.name_folding import fold
+from lightning_lars.trust_ratios.layer_statistics import OverSteps
 from lightning_lars.trust_ratios.peak_rate import Peak
-from lightning_lars.trust_ratios.step_statistics import OverSteps
 
 PATIENCE = 3
 """Consecutive checks before a condition that may arise by chance is reported."""

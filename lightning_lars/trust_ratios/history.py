@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_lars.rules import is_whole, require
-from lightning_lars.trust_ratios.step_statistics import OverSteps
+from lightning_lars.trust_ratios.layer_statistics import OverSteps
 
 _DRAWN = ("trust_ratio", "update_to_weight", "effective_lr")
 
@@ -42,7 +42,7 @@ class TrustRatioHistory:
         max_records: Maximum number of records to keep, an even number above 0.
 
     Example:
-        >>> from lightning_lars.trust_ratios.step_statistics import OverSteps
+        >>> from lightning_lars.trust_ratios.layer_statistics import OverSteps
         >>> from lightning_lars.trust_ratios.history import TrustRatioHistory
         >>> history = TrustRatioHistory(max_records=2)
         >>> for step in range(5):

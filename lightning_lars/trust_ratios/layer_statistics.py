@@ -1,10 +1,21 @@
 """Mean, minimum, maximum and count of a quantity of every layer over steps, kept on the device."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+
+class OverSteps(NamedTuple):
+    """Statistics of one quantity of one layer over some steps."""
+
+    mean: float
+    minimum: float
+    maximum: float
+    steps: float = 1
+    """Number of steps in which it was measured."""
 
 
 class LayerStatistics(Metric):

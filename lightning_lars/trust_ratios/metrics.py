@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from lightning_lars.class_names import has_class_named
-from lightning_lars.trust_ratios.step_statistics import FLAGS, OverSteps
+from lightning_lars.trust_ratios.layer_statistics import OverSteps
+from lightning_lars.trust_ratios.protocols import FLAGS
 
 Quantities = Mapping[str, Mapping[str, OverSteps]]
 """Statistics from ``StepStatistics.flush``, by quantity and layer."""
@@ -25,7 +26,7 @@ def summary_metrics(quantities: Quantities, optimizer: str) -> dict[str, float]:
         optimizer: Prefix of the last component of its keys, ``""`` or ``"LARS-1/"``.
 
     Example:
-        >>> from lightning_lars.trust_ratios.step_statistics import OverSteps
+        >>> from lightning_lars.trust_ratios.layer_statistics import OverSteps
         >>> from lightning_lars.trust_ratios.metrics import summary_metrics
         >>> ratios = {"conv.weight": OverSteps(0.5, 0.25, 1.0), "fc.weight": OverSteps(0.75, 0.5, 2.0)}
         >>> summary_metrics({"trust_ratio": ratios}, "")

@@ -2,92 +2,22 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from lightning_lars.gradients.norms import gradient_norms
 from lightning_lars.optim.parameters import named_params
 from lightning_lars.sharding.norms import widest_float
-from lightning_lars.sharding.shards import find_shards, local
-from lightning_lars.trust_ratios.layer_statistics import LayerStatistics
+from lightning_lars.trust_ratios.layer_names import names_by_number
+from lightning_lars.trust_ratios.layer_statistics import LayerStatistics, OverSteps
 from lightning_lars.trust_ratios.peak_rate import Peak, PeakRate, largest
-from lightning_lars.trust_ratios.update_norms import update_norms
-
-FLAGS = ("at_trust_clip", "at_zero_rule", "by_decay_alone")
-"""Methods of LARS and LAMB that return a flag for each layer of their last step."""
-
+from lightning_lars.trust_ratios.protocols import FLAGS, HasTrustRatios, ReportsCauses
+from lightning_lars.trust_ratios.step_norms import Norms, StepNorms
 
 FOR_ALERTS = ("lr_from_zero", "lost_to_decay")
 """Quantities that are only used for warnings, not for logs or the history."""
-
-
-@runtime_checkable
-class HasTrustRatios(Protocol):
-    """A ``torch.optim.Optimizer`` that reports the trust ratio of every layer in its last step."""
-
-    param_groups: list[dict[str, Any]]
-
-    def trust_ratios(self) -> dict[str, Tensor]:
-        """Return 0-d tensors by parameter name."""
-        ...
-
-    def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
-        """Call the hook before every step."""
-        ...
-
-    def register_step_post_hook(self, hook: Any) -> RemovableHandle:
-        """Call the hook after every step."""
-        ...
-
-
-@runtime_checkable
-class ReportsCauses(Protocol):
-    """An optimizer that reports, for every layer with a trust ratio, why its last step moved it."""
-
-    param_groups: list[dict[str, Any]]
-
-    def from_zero(self) -> dict[str, Tensor]:
-        """Return, by name, whether the weights were all zero."""
-        ...
-
-    def by_decay_alone(self) -> dict[str, Tensor]:
-        """Return, by name, whether there was weight decay and no gradient."""
-        ...
-
-
-class OverSteps(NamedTuple):
-    """Statistics of one quantity of one layer over some steps."""
-
-    mean: float
-    minimum: float
-    maximum: float
-    steps: float = 1
-    """Number of steps in which it was measured."""
-
-
-def names_by_number(named: Mapping[str, Tensor], names: Mapping[Tensor, str]) -> dict[str, str]:
-    """Map the numbers that an optimizer uses for unnamed parameters to their names.
-
-    Args:
-        named: Parameters of the optimizer, by name or number.
-        names: Names of parameters, of this optimizer or others.
-
-    Example:
-        >>> import torch
-        >>> from lightning_lars.trust_ratios.step_statistics import names_by_number
-        >>> w = torch.nn.Parameter(torch.ones(2))
-        >>> names_by_number({"0": w}, {w: "head.weight"})
-        {'0': 'head.weight'}
-    """
-    return {
-        number: names[p]
-        for number, p in named.items()
-        if number.isdigit() and p in names and names[p] not in named
-    }
 
 
 class StepStatistics:
@@ -95,8 +25,8 @@ class StepStatistics:
 
     Args:
         optimizer: Any optimizer. ``trust_ratios()`` and the methods in ``FLAGS`` are used where it has them.
-        is_measured: Called before each step; whether to measure by how much it moves the weights, and with
-            which gradients. Must return the same on all ranks.
+        is_measured: Called before each step; whether to measure its updates and gradients. Must return the
+            same on all ranks.
         names: Names of parameters, for layers that are unnamed in the optimizer.
         updates: Whether updates are measured, which takes a copy of the weights.
         gradients: Whether gradients are measured.
@@ -112,8 +42,7 @@ class StepStatistics:
         gradients: bool = False,
     ) -> None:
         self._optimizer = optimizer
-        self._is_measured = is_measured
-        self._updates, self._gradients = updates, gradients
+        self._norms = StepNorms(is_measured, updates=updates, gradients=gradients)
         self._names = names or {}
         self._by_number: dict[str, str] = {}
         self._quantities: dict[str, LayerStatistics] = {}
@@ -127,8 +56,6 @@ class StepStatistics:
         """
         self._peak = PeakRate()
         self._lr: list[Any] = []
-        self._measured: list[Tensor] = []
-        self._before: dict[Tensor, Tensor] = {}
         self._known: set[str] = set()
         self._first_steps: list[tuple[list[str], Tensor]] = []
         self._hooks = [
@@ -204,32 +131,31 @@ class StepStatistics:
         scaled = [lr * group["trust_coefficient"] for lr, group in pairs if _moves_by_lr(group)]
         if scaled:
             self._peak.update(largest(scaled))
-        self._measured, self._before = [], {}
-        if (self._updates or self._gradients) and self._is_measured():
-            adapted = [group["params"] for group in groups if group.get("layer_adaptation", True)]
-            self._measured = [p for params in adapted for p in params]
-        if self._updates:
-            with torch.no_grad():
-                self._before = {p: local(p).clone() for p in self._measured}
+        self._norms.before_step(groups)
 
     def _after_step(self, *_: Any) -> None:
-        before, self._before = self._before, {}
-        measured, self._measured = self._measured, []
-        optimizer = self._optimizer
-        ratios = optimizer.trust_ratios() if isinstance(optimizer, HasTrustRatios) else None
-        if ratios is not None and not ratios:
-            return
-        self.has_stepped = True
-        if ratios is None and not measured:
-            return
-        named = dict(named_params(self._optimizer.param_groups))
-        self._by_number = names_by_number(named, self._names)
-        if ratios is None:
-            # The same on all ranks, which may have no gradient of an empty shard.
-            trained = {p for p in measured if p.requires_grad}
-            layers = [name for name, p in named.items() if p in trained]
-            self._add_norms(layers, [named[layer] for layer in layers], before, has_ratios=False)
-            return
+        ratios = self._optimizer.trust_ratios() if isinstance(self._optimizer, HasTrustRatios) else None
+        if ratios:
+            self._add_ratios(ratios)
+        elif ratios is None and self._norms.params:
+            self._add_updates()
+        if ratios is None or ratios:
+            self.has_stepped = True
+        self._norms.discard()
+
+    def _add_updates(self) -> None:
+        """Add the updates of an optimizer without trust ratios, in a step that is measured."""
+        named = self._named_params()
+        # The same layers on all ranks, which may have no gradient of an empty shard.
+        trained = {p for p in self._norms.params if p.requires_grad}
+        layers = [name for name, p in named.items() if p in trained]
+        rate = self._add_norms(layers, named).descent_rate()
+        if rate is not None:
+            self._add("effective_lr", layers, rate)
+
+    def _add_ratios(self, ratios: Mapping[str, Tensor]) -> None:
+        """Add the trust ratios of a step, the quantities that depend on them, and the updates."""
+        named = self._named_params()
         layers = list(ratios)
         ratio = _stack(ratios)
         self._add("trust_ratio", layers, ratio)
@@ -250,26 +176,21 @@ class StepStatistics:
             decays = [_decay(group) for group in self._optimizer.param_groups]
             decay = self._times(decays, layers, effective_lr, named)
             self._add("lost_to_decay", layers, decay.where(_stack(self._optimizer.by_decay_alone()), 0.0))
-        if measured:
-            self._add_norms(layers, [named[layer] for layer in layers], before, has_ratios=True)
+        self._add_norms(layers, named)
 
-    def _add_norms(
-        self, layers: list[str], params: list[Tensor], before: Mapping[Tensor, Tensor], has_ratios: bool
-    ) -> None:
-        if not layers:
-            return
-        shards = find_shards(zip(layers, params, strict=True))
-        change: Tensor | None = None
-        if self._updates:
-            change, weights = update_norms(params, before, shards)
-            self._add("update_to_weight", layers, torch.where(change == 0, 0.0, change / weights))
-        if self._gradients:
-            # Only now, as the closure may have computed them, and a scaler unscaled them, inside the step.
-            gradients = gradient_norms(params, shards, params[0].device)
-            self._add("gradient_norm", layers, gradients)
-            if change is not None and not has_ratios:
-                has_rate = (change != 0) & (gradients != 0)
-                self._add("effective_lr", layers, torch.where(has_rate, change / gradients, 0.0))
+    def _named_params(self) -> dict[str, Tensor]:
+        named = dict(named_params(self._optimizer.param_groups))
+        self._by_number = names_by_number(named, self._names)
+        return named
+
+    def _add_norms(self, layers: list[str], named: Mapping[str, Tensor]) -> Norms:
+        norms = self._norms.after_step(layers, [named[layer] for layer in layers])
+        update_to_weight = norms.update_to_weight()
+        if update_to_weight is not None:
+            self._add("update_to_weight", layers, update_to_weight)
+        if norms.gradients is not None:
+            self._add("gradient_norm", layers, norms.gradients)
+        return norms
 
     def _add(self, quantity: str, layers: list[str], values: Tensor) -> None:
         layers = [self._by_number.get(layer, layer) for layer in layers]

@@ -39,7 +39,7 @@ def trust_ratio_table(
 
     Example:
         >>> import rich
-        >>> from lightning_lars.trust_ratios.step_statistics import OverSteps
+        >>> from lightning_lars.trust_ratios.layer_statistics import OverSteps
         >>> from lightning_lars.trust_ratios.history import TrustRatioHistory
         >>> from lightning_lars.trust_ratios.table import trust_ratio_table
         >>> history = TrustRatioHistory()

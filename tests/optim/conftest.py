@@ -4,6 +4,12 @@ import pytest
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.support.chunks import small_chunks
+from tests.support.interpreter import prepare_once
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interpreter() -> None:
+    prepare_once()
 
 
 @pytest.fixture

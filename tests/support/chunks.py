@@ -6,6 +6,7 @@ from unittest.mock import patch
 import torch
 
 from lightning_lars.optim.backends import triton_table
+from tests.support.interpreter import prepare_once
 
 
 @contextmanager
@@ -19,6 +20,7 @@ def small_chunks():
         return
     from lightning_lars.optim.backends import triton
 
+    prepare_once()
     sizes = [(triton_table, "CHUNK", 64), (triton, "CHUNK", 64), (triton, "BLOCK", 32)]
     with ExitStack() as patches:
         for size in (*sizes, (triton, "_CHUNKS_AT_ONCE", 1)):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lightning_lars.trust_ratios.alerts import PATIENCE, TrustRatioAlerts
+from lightning_lars.trust_ratios.layer_statistics import OverSteps
 from lightning_lars.trust_ratios.peak_rate import PeakRate
-from lightning_lars.trust_ratios.step_statistics import OverSteps
 
 
 def over_steps(values):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_lars.trust_ratios.history import TrustRatioHistory
-from lightning_lars.trust_ratios.step_statistics import OverSteps
+from lightning_lars.trust_ratios.layer_statistics import OverSteps
 
 
 def same(*values):

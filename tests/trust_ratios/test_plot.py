@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from lightning_lars import TrustRatioMonitor
 from lightning_lars.trust_ratios.history import TrustRatioHistory
+from lightning_lars.trust_ratios.layer_statistics import OverSteps
 from lightning_lars.trust_ratios.plot import (
     layer_labels,
     plot_effective_lr,
@@ -20,7 +21,6 @@ from lightning_lars.trust_ratios.plot import (
     plot_trust_ratios,
     save_picture,
 )
-from lightning_lars.trust_ratios.step_statistics import OverSteps
 from tests.support.heatmap import cells
 
 RESNET = [f"layer{i}.{j}.conv{k}.weight" for i in range(1, 5) for j in range(5) for k in (1, 2, 3)]

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from lightning_lars.printing.tables import is_too_wide, print_table
 from lightning_lars.trust_ratios.history import TrustRatioHistory
-from lightning_lars.trust_ratios.step_statistics import OverSteps
+from lightning_lars.trust_ratios.layer_statistics import OverSteps
 from lightning_lars.trust_ratios.table import print_trust_ratios, trust_ratio_table
 
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lars import LAMB8bit, LARS8bit, param_groups
+from tests.support.interpreter import prepare_once
 
 CLASSES = {"LARS": LARS8bit, "LAMB": LAMB8bit}
 STEPS, RESUMED = 4, 2
@@ -109,6 +110,7 @@ def train(strategy, name):
 
 def in_triton():
     """The parameters after a step of the kernel for GPUs."""
+    prepare_once()
     net = fsdp2()
     optimizer = CLASSES["LAMB"](param_groups(net), lr=0.1, weight_decay=0.1, fused=True)
     with patch("lightning_lars.optim.backends.choice.TRITON_DEVICES", {"cpu"}):

@@ -1,0 +1,43 @@
+"""The methods of an optimizer that statistics of its steps are read from."""
+
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+FLAGS = ("at_trust_clip", "at_zero_rule", "by_decay_alone")
+"""Methods of LARS and LAMB that return a flag for each layer of their last step."""
+
+
+@runtime_checkable
+class HasTrustRatios(Protocol):
+    """A ``torch.optim.Optimizer`` that reports the trust ratio of every layer in its last step."""
+
+    param_groups: list[dict[str, Any]]
+
+    def trust_ratios(self) -> dict[str, Tensor]:
+        """Return 0-d tensors by parameter name."""
+        ...
+
+    def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
+        """Call the hook before every step."""
+        ...
+
+    def register_step_post_hook(self, hook: Any) -> RemovableHandle:
+        """Call the hook after every step."""
+        ...
+
+
+@runtime_checkable
+class ReportsCauses(Protocol):
+    """An optimizer that reports, for every layer with a trust ratio, why its last step moved it."""
+
+    param_groups: list[dict[str, Any]]
+
+    def from_zero(self) -> dict[str, Tensor]:
+        """Return, by name, whether the weights were all zero."""
+        ...
+
+    def by_decay_alone(self) -> dict[str, Tensor]:
+        """Return, by name, whether there was weight decay and no gradient."""
+        ...
