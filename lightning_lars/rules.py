@@ -21,6 +21,10 @@ class Rule(NamedTuple):
 
     holds: Callable[[Any], bool]
 
+    def check(self, argument: str, value: object) -> None:
+        """Raise ValueError if the value of this argument breaks the rule."""
+        require(argument, self.text, value, self.holds(value))
+
 
 def is_number(value: object) -> TypeGuard[float]:
     """Return whether the value is a real number; bools do not count."""
@@ -44,6 +48,7 @@ FLAG = Rule("True or False", lambda value: isinstance(value, bool))
 NONE_OR_FLAG = Rule("None, True or False", lambda value: value is None or isinstance(value, bool))
 NONE_OR_POSITIVE = Rule("None or above 0", lambda value: value is None or is_positive(value))
 WHOLE = Rule("a whole number, at least 0", lambda value: is_whole(value) and value >= 0)
+POSITIVE_WHOLE = Rule("a whole number above 0", lambda value: is_whole(value) and value > 0)
 
 
 def is_pair(value: object) -> TypeGuard[tuple[float, float]]:
@@ -71,7 +76,7 @@ def positive_or(word: str) -> Rule:
 def check(rules: Mapping[str, Rule], values: Mapping[str, Any]) -> None:
     """Raise ValueError for the first value that breaks its rule."""
     for name, rule in rules.items():
-        require(name, rule.text, values[name], rule.holds(values[name]))
+        rule.check(name, values[name])
 
 
 def require(argument: str, rule: str, value: object, holds: bool) -> None:

@@ -18,7 +18,7 @@ from lightning_lars.learning_rate.batch_scaling import (
     scaling_exponent,
     scaling_factor,
 )
-from lightning_lars.rules import require
+from lightning_lars.rules import FLAG
 from lightning_lars.trainer.batch_size import (
     accumulated_batches,
     data_parallel_replicas,
@@ -79,7 +79,7 @@ class BatchSizeScaling(Callback):
         if batch_size is not None:
             check_batch_size("batch_size", batch_size)
         scaling_exponent(rule)
-        require("scale_excluded", "True or False", scale_excluded, isinstance(scale_excluded, bool))
+        FLAG.check("scale_excluded", scale_excluded)
         self.base_batch_size = base_batch_size
         self.rule = rule
         self.batch_size = batch_size

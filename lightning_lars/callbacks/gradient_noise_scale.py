@@ -14,7 +14,7 @@ from lightning_lars.class_names import has_class_named
 from lightning_lars.gradients.backward_norms import BackwardNorms
 from lightning_lars.gradients.noise_scale import MovingNoiseScale, NoiseScale, describe, two_batch_estimates
 from lightning_lars.learning_rate.batch_scaling import check_batch_size
-from lightning_lars.rules import is_number, is_whole, require
+from lightning_lars.rules import FRACTION, POSITIVE_WHOLE
 from lightning_lars.trainer.batch_size import effective_batch_size
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trainer.logging import is_logging, log, publish
@@ -90,9 +90,8 @@ class GradientNoiseScale(Callback):
     """
 
     def __init__(self, every_n_steps: int = 10, decay: float = 0.99, batch_size: int | None = None) -> None:
-        rule = "a whole number above 0"
-        require("every_n_steps", rule, every_n_steps, is_whole(every_n_steps) and every_n_steps > 0)
-        require("decay", "in [0, 1)", decay, is_number(decay) and 0 <= decay < 1)
+        POSITIVE_WHOLE.check("every_n_steps", every_n_steps)
+        FRACTION.check("decay", decay)
         if batch_size is not None:
             check_batch_size("batch_size", batch_size)
         self.every_n_steps = every_n_steps

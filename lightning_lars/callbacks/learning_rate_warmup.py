@@ -9,7 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_lars.learning_rate.curves import WARMUPS
-from lightning_lars.rules import is_number, require
+from lightning_lars.rules import POSITIVE, POSITIVE_WHOLE, is_number, require
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trainer.learning_rate_owner import LearningRateOwner
 from lightning_lars.trainer.training_length import Beginning, steps_of_epochs, total_steps
@@ -62,11 +62,9 @@ class LearningRateWarmup(Callback):
         if len(given) != 1:
             raise ValueError(f"One of {list(lengths)} must be given, got {given or 'none'}")
         if warmup_steps is not None:
-            holds = type(warmup_steps) is int and warmup_steps >= 1
-            require("warmup_steps", "a whole number above 0", warmup_steps, holds)
+            POSITIVE_WHOLE.check("warmup_steps", warmup_steps)
         if warmup_epochs is not None:
-            holds = is_number(warmup_epochs) and 0 < warmup_epochs < math.inf
-            require("warmup_epochs", "above 0 and finite", warmup_epochs, holds)
+            POSITIVE.check("warmup_epochs", warmup_epochs)
         if warmup_fraction is not None:
             holds = is_number(warmup_fraction) and 0 < warmup_fraction <= 1
             require("warmup_fraction", "in (0, 1]", warmup_fraction, holds)

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import update_bn
 from typing_extensions import override
 
 from lightning_lars.batch_norm import PopulationStatistics, pool
-from lightning_lars.rules import is_whole, require
+from lightning_lars.rules import POSITIVE_WHOLE
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trainer.extra_passes import preserve_training_state, training_batches
 
@@ -70,8 +70,7 @@ class PreciseBatchNorm(Callback):
     """
 
     def __init__(self, num_batches: int = 32) -> None:
-        rule = "a whole number above 0"
-        require("num_batches", rule, num_batches, is_whole(num_batches) and num_batches > 0)
+        POSITIVE_WHOLE.check("num_batches", num_batches)
         self.num_batches = num_batches
         self._batch_norms: dict[str, _BatchNorm] = {}
         self._trained: dict[str, _BatchNorm] = {}

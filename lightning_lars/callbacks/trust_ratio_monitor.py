@@ -19,7 +19,7 @@ from typing_extensions import override
 from lightning_lars.groups.optimizer_names import by_name, kinds
 from lightning_lars.groups.param_groups import check_holds_parameters
 from lightning_lars.groups.parameter_names import names_of
-from lightning_lars.rules import require
+from lightning_lars.rules import FLAG, NONE_OR_FLAG, require
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trainer.logging import is_logging, log, logged_step, publish
 from lightning_lars.trainer.training_length import total_steps
@@ -126,11 +126,10 @@ class TrustRatioMonitor(Callback):
         patterns = (layers,) if isinstance(layers, str) else layers
         is_valid = isinstance(patterns, Sequence) and all(isinstance(pattern, str) for pattern in patterns)
         require("layers", "patterns over parameter names", layers, is_valid)
-        require("update_to_weight", "True or False", update_to_weight, isinstance(update_to_weight, bool))
-        is_flag = gradient_norm is None or isinstance(gradient_norm, bool)
-        require("gradient_norm", "None, True or False", gradient_norm, is_flag)
-        require("alerts", "True or False", alerts, isinstance(alerts, bool))
-        require("table", "True or False", table, isinstance(table, bool))
+        FLAG.check("update_to_weight", update_to_weight)
+        NONE_OR_FLAG.check("gradient_norm", gradient_norm)
+        FLAG.check("alerts", alerts)
+        FLAG.check("table", table)
         if picture is not None:
             check_picture("picture", picture)
         self.layers = tuple(patterns)

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from lightning_lars.sharding.norms import widest_float
 
-Number = TypeVar("Number", float, Tensor)
+_Square = TypeVar("_Square", float, Tensor)
 
 
 def two_batch_estimates(
-    small_square: Number, big_square: Number, small_batch: float, big_batch: float
-) -> tuple[Number, Number]:
+    small_square: _Square, big_square: _Square, small_batch: float, big_batch: float
+) -> tuple[_Square, _Square]:
     """Return the trace of the gradient's covariance, and the squared norm of the noise-free gradient.
 
     ::

@@ -13,7 +13,7 @@ from lightning_lars.groups.no_weight_decay import listed_in
 from lightning_lars.groups.original_shapes import is_flat, original_shape, sharded_shapes
 from lightning_lars.groups.parameter_names import aliases_of
 from lightning_lars.groups.parameter_roles import NORMS, Place, named_norm, running_statistics
-from lightning_lars.rules import require
+from lightning_lars.rules import FLAG
 
 Predicate = Callable[[str, nn.Parameter, nn.Module], bool]
 """Called with the name of a parameter, the parameter, and the module that owns it."""
@@ -106,7 +106,7 @@ def classify(
 def check_switches(**switches: bool) -> None:
     """Raise ValueError unless every switch (``exclude_norm`` and the like) is True or False."""
     for argument, value in switches.items():
-        require(argument, "True or False", value, isinstance(value, bool))
+        FLAG.check(argument, value)
 
 
 def _own_rule(place: Place, parameter: nn.Parameter, exclusions: Sequence[Exclusion], prefix: str) -> str:

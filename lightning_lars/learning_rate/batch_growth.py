@@ -1,7 +1,7 @@
 """Batch sizes that grow by the same increment, or by the same factor, again and again."""
 
 from lightning_lars.learning_rate.batch_scaling import check_batch_size
-from lightning_lars.rules import is_whole, require
+from lightning_lars.rules import POSITIVE_WHOLE, is_whole, require
 
 
 def additive_growth(start: int, end: int, increment: int, every: int) -> dict[int, int]:
@@ -95,4 +95,4 @@ def _check_growth(start: int, end: int, every: int) -> None:
     check_batch_size("start", start)
     check_batch_size("end", end)
     require("end", f"at least start={start}", end, end >= start)
-    require("every", "a whole number above 0", every, is_whole(every) and every > 0)
+    POSITIVE_WHOLE.check("every", every)

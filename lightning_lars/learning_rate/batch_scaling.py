@@ -3,7 +3,7 @@
 import math
 from typing import Literal
 
-from lightning_lars.rules import is_whole, require
+from lightning_lars.rules import POSITIVE_WHOLE
 
 ScalingRule = Literal["linear", "sqrt", "adam_sqrt", "none"]
 SCALING_RULES = ("linear", "sqrt", "adam_sqrt", "none")
@@ -91,4 +91,4 @@ def scale_adam(betas: tuple[float, float], eps: float, ratio: float) -> tuple[tu
 
 def check_batch_size(argument: str, value: object) -> None:
     """Raise ValueError unless the value is a whole number above 0."""
-    require(argument, "a whole number above 0", value, is_whole(value) and value > 0)
+    POSITIVE_WHOLE.check(argument, value)

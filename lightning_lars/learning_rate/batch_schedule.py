@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from typing_extensions import override
 
-from lightning_lars.rules import POSITIVE, check, is_whole, require
+from lightning_lars.rules import POSITIVE, is_whole, require
 
 
 class Progress(NamedTuple):
@@ -122,7 +122,7 @@ class BatchSizesByNoiseScale(BatchSizes):
         self, batch_sizes: Mapping[int, int], unit: Literal["steps", "samples"], noise_scale: float
     ) -> None:
         super().__init__(batch_sizes, unit)
-        check({"noise_scale": POSITIVE}, {"noise_scale": noise_scale})
+        POSITIVE.check("noise_scale", noise_scale)
         ascends = all(a < b for a, b in pairwise(self._sizes))
         require("batch_sizes", "ascending with noise_scale", self.batch_sizes, ascends)
         self.noise_scale = noise_scale

@@ -19,15 +19,12 @@ import math
 from abc import ABC, abstractmethod
 from collections import namedtuple
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from lightning_lars.optim.trust_ratio import ROUNDING, Number, TrustRatios
 from lightning_lars.rules import FLAG, NON_NEGATIVE, NONE_OR_FLAG, NONE_OR_POSITIVE, Rule, is_number
-
-if TYPE_CHECKING:
-    from lightning_lars.optim.backends.eager import Eager
 
 Hyperparameters = Any
 """The hyperparameters of a parameter group, as a named tuple."""
@@ -75,8 +72,8 @@ class Algorithm(ABC):
     norm_moment: ClassVar[str | None] = None
     """State key of a scalar moving average of the layer's norm, which :meth:`next_norm_moment` updates."""
 
-    cpu: ClassVar["type[Eager] | None"] = None
-    """The back end that uses torch's fused CPU kernels, if the algorithm has one."""
+    cpu: ClassVar[type[Any] | None] = None
+    """The back end on torch's fused CPU kernels, a subclass of ``Eager``, if the algorithm has one."""
 
     state_keys: ClassVar[frozenset[str]]
     Hyperparameters: ClassVar[Any]
