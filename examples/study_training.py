@@ -200,7 +200,8 @@ class Watch(lightning.Callback):
         self.peak_lr = max(self.peak_lr, optimizer.param_groups[0]["lr"])
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.losses.append(outputs["loss"].detach())
+        # Lightning divides the loss by the batches that it accumulates.
+        self.losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
 
 
 def be_quiet() -> None:

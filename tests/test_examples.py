@@ -171,6 +171,19 @@ def test_simclr_learns_features_that_a_few_labels_suffice_for(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_growing_batch_is_compared_with_a_decaying_rate(tmp_path):
+    arguments = ["--dataset", "digits", "--train-images", "1280", "--epochs", "8", "--seeds", "1"]
+    result = run(tmp_path, "growing_batch.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    row = r"(neither|the rate decays|the batch grows) +│ (\d+) +│ [\d.]+ +│ ([\d.]+)"
+    rows = re.findall(row, result.stdout)
+    steps = {way: int(count) for way, count, _ in rows}
+    # Epochs of 10 batches: 4 epochs of 10 steps, 2 of 512, 512 and 256 samples, 2 that are less than 2,048.
+    assert steps == {"neither": 80, "the rate decays": 80, "the batch grows": 40 + 6 + 2}
+    assert min(float(accuracy) for _, _, accuracy in rows) > 90
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_the_recipe_for_a_gpu_runs_at_toy_size(tmp_path, seeds):
     result = run(tmp_path, "gpu_recipe.py", "--toy", "--seeds", str(seeds), "--output-dir", "found")
