@@ -9,6 +9,7 @@ import torch
 
 from lightning_lars import LAMB, LARS
 from tests.support.ranks import on_ranks, once
+from tests.support.releases import has
 from tests.support.setups import ON_FOUR, SETUPS, Setup, alone
 from tests.support.slow import slow_unless
 from tests.support.small_network import CASES, STEPS, batches, deviation, network, trained
@@ -46,6 +47,9 @@ RESUMED = [(setup, "LAMB clipping") for setup in ALL if setup != "ddp_zero-2"]
 RESUMED += [("full_shard-2", "LARS nesterov"), ("fsdp2-2", "LARS nesterov")]
 # NovoGrad has a number of each layer beside, which all ranks hold.
 RESUMED += [("full_shard-2", "NovoGrad"), ("fsdp2-2", "NovoGrad")]
+# Two kinds of meshes with replicas too, which share checkpoints as they would without replicas, resume only
+# in the slow tests.
+RESUMED_SLOWLY = ["hsdp-4", "hybrid_shard-4"]
 # With parts of some layers on some processes only, and gradients that must be added up first.
 IN_TRITON = [("full_shard-2", "LARS nesterov"), ("sequence_parallel-2", "LAMB clipping")]
 IN_TRITON += [("full_shard-2", "NovoGrad"), ("fsdp2-4", "LARS nesterov")]
@@ -60,26 +64,32 @@ EXCHANGES = {
 }
 
 
-def over(runs):
-    runs = [slow_unless(case in QUICK[setup], setup, case) for setup, case in runs]
+def over(runs, left_out=()):
+    runs = [slow_unless(case in QUICK[setup] and setup not in left_out, setup, case) for setup, case in runs]
     return pytest.mark.parametrize(("setup", "case"), runs, ids=lambda value: value.replace(" ", "_"))
 
 
-def on_those_of(setup, what, *arguments):
-    name, ranks = setup.split("-")
-    return on_ranks(int(ranks), what, name, *arguments)
+over_resumed = over(RESUMED, left_out=RESUMED_SLOWLY)
 
 
 @once
-def seen_of(setup, cases):
-    resumed = [case for case in cases if (setup, case) in RESUMED]
-    return on_those_of(setup, equal_to_one_device.train_all, cases, resumed)
+def seen_of(setup, cases, resumes):
+    name, ranks = setup.split("-")
+    resumed = [case for case in cases if resumes and (setup, case) in RESUMED]
+    in_triton = [case for case in cases if (setup, case) in IN_TRITON and has("triton>=3.3")]
+    with_local_norms = CASES_OF_ALL[:1] if cases == tuple(QUICK[setup]) else []
+    return on_ranks(
+        int(ranks), equal_to_one_device.train_all, name, cases, resumed, in_triton, with_local_norms
+    )
 
 
-def seen(setup, case):
-    """What each process of a set-up saw."""
-    together = tuple(QUICK[setup]) if case in QUICK[setup] else (case,)
-    return [process[case] for process in seen_of(setup, together)]
+def seen(setup, case, way="here", resumes=False):
+    """What each process of a set-up saw, which trains all quick cases one after the other."""
+    is_slow = case not in QUICK[setup] and way != "with local norms"
+    is_alone = is_slow or (resumes and setup in RESUMED_SLOWLY)
+    cases = (case,) if is_alone else tuple(QUICK[setup])
+    ends = seen_of(setup, cases, is_alone or setup not in RESUMED_SLOWLY)
+    return [process[way][case] for process in ends]
 
 
 @cache
@@ -126,7 +136,7 @@ def test_a_step_all_reduces_as_often_as_documented(setup, case):
 @pytest.mark.parametrize("setup", ALL)
 def test_the_comparison_fails_with_norms_of_local_shards(setup):
     case = CASES_OF_ALL[0]
-    ends = on_those_of(setup, equal_to_one_device.train_with_local_norms, case)
+    ends = seen(setup, case, "with local norms")
     wrong = max(deviation(end, expected(case)[1][0]) for end in ends)
     if setup in WHOLE:
         assert wrong < TOLERANCE
@@ -137,25 +147,25 @@ def test_the_comparison_fails_with_norms_of_local_shards(setup):
 @over(IN_TRITON)
 def test_the_triton_kernel_takes_the_same_steps_of_shards(setup, case):
     pytest.importorskip("triton", minversion="3.3", reason="there is no triton for this system")
-    for process in on_those_of(setup, equal_to_one_device.train_in_triton, case):
+    for process in seen(setup, case, "in Triton"):
         steps = zip(process["values"], process["ratios"], expected(case)[:2], strict=True)
         for actual, ratios, (values, expected_ratios) in steps:
             assert deviation(actual, values) < TOLERANCE
             assert ratios == pytest.approx(expected_ratios, rel=1e-5)
 
 
-@over(RESUMED)
+@over_resumed
 @pytest.mark.parametrize("checkpoint", ["from shards", "from one device"])
 def test_a_resumed_run_matches_an_uninterrupted_one(setup, case, checkpoint):
-    for process in seen(setup, case):
+    for process in seen(setup, case, resumes=True):
         assert deviation(process[checkpoint], expected(case)[-1][0]) < TOLERANCE
 
 
-@over(RESUMED)
+@over_resumed
 def test_full_checkpoint_equals_that_of_one_device(setup, case):
     """Then whatever goes on from one of them goes on from the other."""
     model_here, here = state_on_one_device(case)
-    for process in seen(setup, case):
+    for process in seen(setup, case, resumes=True):
         model, optimizer = process["full"]
         assert deviation(model, model_here) < TOLERANCE
         assert optimizer["param_groups"] == here["param_groups"]
@@ -165,9 +175,9 @@ def test_full_checkpoint_equals_that_of_one_device(setup, case):
             torch.testing.assert_close(optimizer["state"][layer], state, rtol=0.0, atol=TOLERANCE)
 
 
-@over(RESUMED)
+@over_resumed
 def test_full_checkpoint_resumes_on_one_device(setup, case):
-    end = go_on(alone(case), seen(setup, case)[0]["full"], full=True)
+    end = go_on(alone(case), seen(setup, case, resumes=True)[0]["full"], full=True)
     assert deviation(end, expected(case)[-1][0]) < TOLERANCE
 
 

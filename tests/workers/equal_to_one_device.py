@@ -22,12 +22,16 @@ def step(setup, batch):
     return {str(operation): count for operation, count in communication.get_comm_counts().items()}
 
 
-def train_all(name, cases, resumed):
-    """Train with one optimizer after the other; by case, what was seen, and the ends of those that resume.
+def train_all(name, cases, resumed, in_triton, with_local_norms):
+    """Train with one optimizer after the other; return what was seen by case, by the way and the case.
 
     A rank learns how torch divides tensors with the first of them.
     """
-    return {case: train(name, case, case in resumed) for case in cases}
+    return {
+        "here": {case: train(name, case, case in resumed) for case in cases},
+        "in Triton": {case: train_in_triton(name, case) for case in in_triton},
+        "with local norms": {case: train_with_local_norms(name, case) for case in with_local_norms},
+    }
 
 
 def train(name, case, resumes):
@@ -83,7 +87,7 @@ def go_on(setup, saved, full):
 def train_with_local_norms(name, case):
     """Take two steps as an optimizer that takes the norm of a shard for that of its layer."""
     setup = SETUPS[name](case)
-    with patch("lightning_lars.sharding.norms.add_up", lambda squares, _: squares):
+    with patch("lightning_lars.sharding.norms.all_reduce_sums", lambda squares, _: squares):
         for batch in batches()[:2]:
             step(setup, batch)
     return setup.values()
