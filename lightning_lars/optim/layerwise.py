@@ -274,7 +274,9 @@ class LayerwiseOptimizer(LastTrustRatios, Algorithm, Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-        self._param_ndims = dimensions(p for _, p in named)
+        # In place, because torch 2.11 cannot compile an assignment to an attribute of an optimizer.
+        self._param_ndims.clear()
+        self._param_ndims.update(dimensions(p for _, p in named))
         self._storage.keep_only(self._param_ndims)
         if not torch.compiler.is_compiling():  # which cannot trace weak references; the state then stays
             self._absent_state.follow(self.state, self._param_ndims)
