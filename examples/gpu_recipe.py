@@ -1,18 +1,19 @@
 """Large batches on a GPU: ResNet-20 on Fashion-MNIST, and a transformer on the sources of Python.
 
     python examples/gpu_recipe.py --data-dir FOLDER
+    python examples/gpu_recipe.py --only text           # one of the two parts
     python examples/gpu_recipe.py --toy                # tiny, to see on a CPU that all of it runs
 
 Nothing is downloaded. Learning rates are those of a small batch size, transferred by rule
-(`BatchSizeScaling`), with a warmup (`LearningRateWarmup`) and cosine decay. Prints a table for each part, and
-writes CSV and PNG files to a folder. docs/gpu_recipe.md estimates how long it takes on a GPU, which has not
-been measured.
+(`BatchSizeScaling`), with a warmup (`LearningRateWarmup`) and cosine decay. Prints and saves each result as
+soon as it is known, draws a table and a plot for each part, and starts no run after eight minutes
+(`--seconds`). docs/gpu_recipe.md estimates how long it takes on a GPU, which has not been measured.
 """
 
 import argparse
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ import rich
 import torch
 from byte_transformer import ByteTransformer, standard_library
 from images import FASHION_MNIST, batches, digits, fashion_mnist
-from recipe_report import Row, report
+from recipe_report import Row, report, save
 from resnet20 import ImageClassifier, resnet20
 from study_training import be_quiet
 from torch.optim import SGD, AdamW
@@ -76,14 +77,13 @@ FULL = Size(16, 15, (128, 1024, 4096, 15000), 384, 6, 256, (64, 1024), 128_000)
 TOY = Size(4, 2, (64, 512), 64, 1, 32, (16, 64), 256)
 
 
-def train_images(data_dir: Path | None, size: Size, seeds: int) -> list[Row]:
+def train_images(data_dir: Path | None, size: Size, seeds: int) -> Iterator[Row]:
     """Train with SGD at the small batch size, with every optimizer at larger ones, and test each run."""
     train, test = digits() if data_dir is None else fashion_mnist(data_dir)
     small, *large = size.image_batches
     runs = [(small, "Nesterov SGD"), *itertools.product(large, IMAGES)]
-    rows = []
-    for seed, (batch_size, name) in itertools.product(range(seeds), runs):
-        announce("Images", len(rows), seeds * len(runs), name, batch_size, seed)
+    for number, (seed, (batch_size, name)) in enumerate(itertools.product(range(seeds), runs), 1):
+        announce("Images", number, seeds * len(runs), name, batch_size, seed)
         lightning.seed_everything(seed, verbose=False)
         steps = len(train) // batch_size * size.epochs
         model = ImageClassifier(resnet20(size.width), train, test, **arguments_of(IMAGES[name], steps))
@@ -94,18 +94,16 @@ def train_images(data_dir: Path | None, size: Size, seeds: int) -> list[Row]:
         callbacks = [PreciseBatchNorm(max(1, 8192 // batch_size))]
         trainer = trainer_of(IMAGES[name], size.epochs, steps, small, batch_size, callbacks)
         result = train_one(trainer, model, *loaders)
-        rows.append({"optimizer": name, "batch": batch_size, "seed": seed, **result})
-    return rows
+        yield {"optimizer": name, "batch": batch_size, "seed": seed, **result}
 
 
-def train_text(size: Size, seeds: int) -> list[Row]:
+def train_text(size: Size, seeds: int) -> Iterator[Row]:
     """Train on the same amount of text with every optimizer, in small and large batches, and test each."""
     train, held_out = standard_library(limit=2**16 if size is TOY else None)
     small = size.text_batches[0]
     runs = list(itertools.product(size.text_batches, TEXT))
-    rows = []
-    for seed, (batch_size, name) in itertools.product(range(seeds), runs):
-        announce("Text", len(rows), seeds * len(runs), name, batch_size, seed)
+    for number, (seed, (batch_size, name)) in enumerate(itertools.product(range(seeds), runs), 1):
+        announce("Text", number, seeds * len(runs), name, batch_size, seed)
         lightning.seed_everything(seed, verbose=False)
         steps = size.stretches // batch_size
         model = ByteTransformer(
@@ -123,13 +121,25 @@ def train_text(size: Size, seeds: int) -> list[Row]:
             batches(TensorDataset(every[:4096]), 256, shuffle=False),
         )
         result = train_one(trainer_of(TEXT[name], 1, steps, small, batch_size, []), model, *loaders)
-        rows.append({"optimizer": name, "batch": batch_size, "seed": seed, **result})
-    return rows
+        yield {"optimizer": name, "batch": batch_size, "seed": seed, **result}
 
 
-def announce(part: str, done: int, total: int, name: str, batch_size: int, seed: int) -> None:
+def announce(part: str, number: int, total: int, name: str, batch_size: int, seed: int) -> None:
     """Print which run comes next, above the progress bar of its Trainer."""
-    rich.print(f"{part}, {done + 1} of {total}: {name}, batch {batch_size:,}, seed {seed}")
+    rich.print(f"{part}, {number} of {total}: {name}, batch {batch_size:,}, seed {seed}")
+
+
+def train_part(title: str, rows: Iterator[Row], folder: Path, end: float) -> None:
+    """Train the runs of a part until the time is up, and report each as soon as it is done."""
+    done: list[Row] = []
+    while (in_time := time.monotonic() < end) and (row := next(rows, None)) is not None:
+        done.append(row)
+        rich.print(", ".join(f"{key}={value:.4g}" for key, value in row.items() if isinstance(value, float)))
+        save(title, done, folder)
+    if not in_time:
+        rich.print(f"{title}: the time is up after {len(done)} runs (--seconds)")
+    if done:
+        report(title, done, folder)
 
 
 def arguments_of(optimizer: Optimizer, steps: int) -> dict[str, Any]:
@@ -194,16 +204,21 @@ def main() -> None:
     )
     parser.add_argument("--toy", action="store_true", help="tiny networks, on scikit-learn's digits")
     parser.add_argument("--seeds", type=positive, default=1, help="repetitions of each run")
+    parser.add_argument(
+        "--only", nargs="+", choices=["images", "text"], default=["images", "text"], help="parts to train"
+    )
+    parser.add_argument("--seconds", type=positive, default=480, help="start no run after this time")
     parser.add_argument("--output-dir", type=Path, default=Path("gpu_recipe"), help="for CSV and PNG")
     arguments = parser.parse_args()
     be_quiet()
     size = TOY if arguments.toy else FULL
     data_dir = None if arguments.toy else arguments.data_dir
-    # Each part reports as soon as it is done.
-    images = train_images(data_dir, size, arguments.seeds)
-    report("Images by a ResNet-20", images, arguments.output_dir)
-    text = train_text(size, arguments.seeds)
-    report("Text by a transformer", text, arguments.output_dir)
+    end = time.monotonic() + arguments.seconds
+    if "images" in arguments.only:
+        images = train_images(data_dir, size, arguments.seeds)
+        train_part("Images by a ResNet-20", images, arguments.output_dir, end)
+    if "text" in arguments.only:
+        train_part("Text by a transformer", train_text(size, arguments.seeds), arguments.output_dir, end)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ Row = dict[str, str | int | float]
 
 
 def report(title: str, rows: Sequence[Row], folder: Path) -> None:
-    """Print the rows, aggregated over seeds, and save them individually as CSV, and as a plot."""
+    """Print the rows, aggregated over seeds, and save them as a plot."""
     metric = list(rows[0])[-1]
     runs: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
@@ -35,13 +35,21 @@ def report(title: str, rows: Sequence[Row], folder: Path) -> None:
             f"{statistics.mean(values):.3f}{spread}",
         )
     rich.print(table)
+    draw(title, metric, runs, path_of(title, folder).with_suffix(".png"))
+
+
+def save(title: str, rows: Sequence[Row], folder: Path) -> None:
+    """Save the rows individually as CSV."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / title.lower().replace(" ", "_")
-    with path.with_suffix(".csv").open("w", newline="") as file:
+    with path_of(title, folder).with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    draw(title, metric, runs, path.with_suffix(".png"))
+
+
+def path_of(title: str, folder: Path) -> Path:
+    """Return the path of the files of a part, without a suffix."""
+    return folder / title.lower().replace(" ", "_")
 
 
 def draw(title: str, metric: str, runs: Mapping[tuple[str, int], Sequence[Row]], path: Path) -> None:
