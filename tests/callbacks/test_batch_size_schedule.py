@@ -101,6 +101,52 @@ def test_a_step_that_an_epoch_gave_up_is_not_carried_into_the_next(tmp_path):
     )
 
 
+class Validated(Mean):
+    """Has validation data."""
+
+    def validation_step(self, batch, batch_idx):
+        self.w * batch.mean()
+
+    val_dataloader = Mean.train_dataloader
+
+
+def test_validation_between_the_batches_of_a_step_leaves_their_gradients(tmp_path):
+    module, told = Validated(), Reference({0: 6, 2: 10}, "steps")
+    walker(tmp_path, BatchSizeSchedule({0: 6, 2: 10}), val_check_interval=1).fit(module)
+    assert [g for g, _ in module.accumulated] == close([g for g, _ in told.accumulated])
+    assert module.stepped == close(told.stepped)
+
+
+class Reloaded(Mean):
+    """Has batches of twice the size in its second epoch."""
+
+    def train_dataloader(self):
+        return DataLoader(self.data, batch_size=SIZE * (1 + self.trainer.current_epoch), drop_last=True)
+
+
+def test_follows_a_loader_that_is_reloaded_with_another_batch_size(tmp_path):
+    module = Reloaded()
+    options = {"reload_dataloaders_every_n_epochs": 1}
+    walker(tmp_path, BatchSizeSchedule({0: 4, 8: 8}), **options).fit(module)
+    pairs, fours = numbers().unflatten(0, (-1, 2)).mean(1), numbers()[:20].unflatten(0, (-1, 4)).mean(1)
+    first = [*pairs[:10].unflatten(0, (-1, 2)).mean(1), pairs[10]]
+    second = [*fours[:2], fours[2:4].mean(), fours[4]]
+    assert module.stepped == close([each.item() for each in (*first, *second)])
+
+
+def test_several_loaders_make_up_a_batch_together(tmp_path):
+    module = Mean()
+    module.train_dataloader = lambda: {
+        "a": DataLoader(numbers(), batch_size=SIZE),
+        "b": DataLoader(numbers(), batch_size=2 * SIZE, drop_last=True),
+    }
+    module.training_step = lambda batch, batch_idx: module.w * batch["a"].mean()
+    walker(tmp_path, BatchSizeSchedule({0: 6, 1: 18, 2: 24})).fit(module)
+    means = numbers().unflatten(0, (-1, SIZE)).mean(1)
+    epochs = [[means[:1], means[1:4], means[4:8], means[8:]], [means[:4], means[4:8], means[8:]]]
+    assert module.stepped == close([step.mean().item() for steps in epochs for step in steps])
+
+
 class Interrupted(Mean):
     """Fails in the middle of a step."""
 

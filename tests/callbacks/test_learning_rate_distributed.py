@@ -2,9 +2,12 @@
 
 import pytest
 
-from lightning_lars import BatchSizeScaling, LearningRateWarmup
+from lightning_lars import BatchSizeScaling, BatchSizeSchedule, LearningRateWarmup
+from tests.support.mean import RATE, SIZE, Mean, numbers
 from tests.support.ranks import on_ranks
 from tests.support.walk import BATCH_SIZE, BATCHES, RATES, Walk, scaled, walk
+from tests.workers.batch_size_schedule import BATCH_SIZES, LIMIT
+from tests.workers.batch_size_schedule import train as train_with_schedule
 from tests.workers.learning_rate import BASE, WARMUP, train
 
 pytestmark = pytest.mark.distributed
@@ -49,3 +52,23 @@ def test_one_rank_continues_from_two_and_rescales(folder, tmp_path):
     counts = range(steps + 1, steps + BATCHES + 1)
     factors = [BATCH_SIZE / BASE * min(1.0, step / BATCHES) for step in counts]
     assert module.rates() == close(scaled([RATES] * BATCHES, factors))
+
+
+def test_a_scheduled_batch_size_is_that_of_both_ranks_and_one_rank_continues(tmp_path):
+    ranks = on_ranks(2, train_with_schedule, tmp_path)
+    # A batch of both ranks is the next four numbers.
+    means = numbers()[: 2 * SIZE * LIMIT].unflatten(0, (-1, 2 * SIZE)).mean(1)
+    told = [each.mean().item() for each in (means[:1], means[1:2], means[2:])]
+    moved = [-RATE * sum(told[:steps]) for steps in range(4)]
+    for rank in ranks:
+        assert rank["steps"] == [1, 2, 2, 2, 3]
+        assert rank["stepped"] == pytest.approx(told, rel=1e-12)
+        for (weights, step), steps in zip(rank["path"], rank["steps"], strict=True):
+            assert step == steps
+            assert weights == pytest.approx([moved[steps]] * 2, rel=1e-12)
+    # Of one rank, twice the batches: 12 samples for the step after 20, then 8.
+    module, schedule = Mean(), BatchSizeSchedule(BATCH_SIZES, unit="samples")
+    walk(tmp_path, module, schedule, ckpt_path=tmp_path / "two ranks.ckpt")
+    means = numbers().unflatten(0, (-1, SIZE)).mean(1)
+    told = [each.mean().item() for each in (means[:6], means[6:10], means[10:])]
+    assert module.stepped == pytest.approx(told, rel=1e-12)
