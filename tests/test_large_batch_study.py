@@ -9,7 +9,7 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-BASE, LARGE, EPOCHS, IMAGES = 32, 64, 2, 256
+BASE, LARGE, EPOCHS, IMAGES = 16, 32, 2, 128
 TOY = [
     *(
         "large_batch_study.py",
@@ -103,7 +103,7 @@ def test_lr_times_weight_decay_times_steps_is_the_same_at_every_batch_size(runs)
             for run in of_seed(runs, 11, model="mlp", base_optimizer=name, scales_weight_decay=True)
             if run["rule"] in ("none", "sqrt")
         ]
-        assert {int(run["batch_size"]) for run in of} == {BASE, 45, LARGE, 4 * LARGE}
+        assert {int(run["batch_size"]) for run in of} == {BASE, 23, LARGE, 4 * LARGE}
         shrunk = {
             run["batch_size"]: float(run["peak_lr"])
             / float(run["base_lr"])
