@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from importlib.util import find_spec
-from itertools import accumulate, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from lightning_lars.rules import require
 from lightning_lars.trust_ratios.history import TrustRatioHistory
+from lightning_lars.trust_ratios.layer_labels import MOST_LABELS, layer_labels, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MOST_LABELS = 60
-_LONGEST_LABEL = 48
 _WIDTH = 10
 _FEW_LINES, _MANY_LINES = 8, 60
 _TITLES = {"trust_ratio": "Trust ratio", "update_to_weight": "Update-to-weight ratio"}
@@ -26,15 +24,6 @@ _RATES = {
 }
 _GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 _NO_VALUE, _NOT_FINITE, _SCHEDULE = "0.92", "#d7191c", "0.9"
-
-
-class Label(NamedTuple):
-    """A label beside one or more rows of a heatmap."""
-
-    text: str
-    first: int
-    """Index of its first row."""
-    rows: int
 
 
 def check_picture(argument: str, path: str | Path) -> None:
@@ -93,7 +82,7 @@ def plot_trust_ratios(history: TrustRatioHistory, ax: Axes | None = None) -> tup
     ax.pcolormesh(edges, rows, not_finite, cmap=ListedColormap([_NOT_FINITE]), rasterized=True)
     ax.set_facecolor(_NO_VALUE)
     labels = layer_labels(list(series))
-    ax.set_yticks(list(map(_middle, labels)), [label.text for label in labels])
+    ax.set_yticks([label.middle for label in labels], [label.text for label in labels])
     ax.tick_params(axis="y", length=0, labelsize=8 if len(labels) > 20 else 9)
     for label in labels[1:] if len(labels) < len(series) else ():
         ax.axhline(label.first, color="white", linewidth=0.6)
@@ -147,7 +136,7 @@ def plot_effective_lr(history: TrustRatioHistory, ax: Axes | None = None) -> tup
         # Interleaved, so that not only the last layers are on top.
         order = 2 + i * _GOLDEN_RATIO % 1
         ax.plot(
-            history.steps, values[i], marker=marker, lw=width, color=color, label=_short(layer), zorder=order
+            history.steps, values[i], marker=marker, lw=width, color=color, label=shorten(layer), zorder=order
         )
     ax.set_yscale("log")
     if np.isfinite(values).any():
@@ -215,45 +204,6 @@ def save_picture(history: TrustRatioHistory, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def layer_labels(layers: list[str]) -> list[Label]:
-    """Return labels for rows of layers: layer names or, if there are many, module names.
-
-    Example:
-        >>> from lightning_lars.trust_ratios.plot import layer_labels
-        >>> layer_labels(["conv.weight", "head.weight"])
-        [Label(text='conv', first=0, rows=1), Label(text='head', first=1, rows=1)]
-        >>> blocks = [f"blocks.{i}.{part}.weight" for i in range(12) for part in "abcdef"]
-        >>> layer_labels(blocks)[:2]
-        [Label(text='blocks.0', first=0, rows=6), Label(text='blocks.1', first=6, rows=6)]
-    """
-    if all(layer.endswith(".weight") for layer in layers):
-        layers = [layer.removesuffix(".weight") for layer in layers]
-    paths = [layer.split(".") for layer in layers]
-    depths = range(max(map(len, paths)), 0, -1)
-    by_depth = [[(".".join(p), len(list(run))) for p, run in groupby(q[:d] for q in paths)] for d in depths]
-    # A single label for all is not informative.
-    informative = [runs for runs in by_depth if 6 * len(runs) >= min(len(layers), _MOST_LABELS)]
-    fitting = [runs for runs in informative if len(runs) <= _MOST_LABELS]
-    runs = fitting[0] if fitting else min(informative, key=len)
-    firsts = accumulate((rows for _, rows in runs), initial=0)
-    labels = [Label(_short(text), first, rows) for (text, rows), first in zip(runs, firsts, strict=False)]
-    kept = labels[:1]
-    for label in labels[1:]:
-        # There is no room for two labels this close to each other.
-        if _middle(label) - _middle(kept[-1]) >= len(layers) / _MOST_LABELS:
-            kept.append(label)
-    return kept
-
-
-def _middle(label: Label) -> float:
-    return label.first + label.rows / 2
-
-
-def _short(name: str) -> str:
-    half = _LONGEST_LABEL // 2
-    return name if len(name) <= _LONGEST_LABEL else f"{name[: half - 1]}…{name[-half:]}"
-
-
 def _check_recorded(history: TrustRatioHistory) -> None:
     if not history.series(history.leading):
         raise ValueError(
@@ -271,7 +221,7 @@ def _figure(height: float) -> Figure:
 
 
 def _heat_map_height(layers: int) -> float:
-    return 1.2 + 0.17 * min(max(layers, 8), _MOST_LABELS)
+    return 1.2 + 0.17 * min(max(layers, 8), MOST_LABELS)
 
 
 def _bar_aspect(layers: int) -> float:

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 
 from lightning_lars import TrustRatioMonitor
 from lightning_lars.trust_ratios.history import TrustRatioHistory
+from lightning_lars.trust_ratios.layer_labels import layer_labels
 from lightning_lars.trust_ratios.layer_statistics import OverSteps
 from lightning_lars.trust_ratios.plot import (
-    layer_labels,
     plot_effective_lr,
     plot_history,
     plot_trust_ratios,
