@@ -16,6 +16,7 @@ from lightning_lars.learning_rate.batch_schedule import BatchSizes, BatchSizesBy
 from lightning_lars.trainer.accumulation import AccumulatedBatches, check_is_free, give_back
 from lightning_lars.trainer.batch_size import data_parallel_replicas, per_device_batch_size, takes_steps
 from lightning_lars.trainer.callback import Callback
+from lightning_lars.trainer.logging import is_logging
 
 NOISE_SCALE = "gradient_noise_scale/B_simple"
 
@@ -36,9 +37,10 @@ class BatchSizeSchedule(Callback):
       learning rate (:func:`~lightning_lars.learning_rate.multiplicative_growth`).
 
     With ``noise_scale``, the schedule waits for the critical batch size: after the scheduled number of steps
-    or samples at one batch size, the next one follows once ``B_simple >= noise_scale * batch size`` of it.
-    The batch size never shrinks. A ``GradientNoiseScale`` beside it measures ``B_simple``, and publishes it
-    whenever Lightning logs (``log_every_n_steps``). The number of steps of such a run is unknown beforehand.
+    or samples at one batch size, the next one follows once ``B_simple`` is ``noise_scale`` times as large as
+    that next one. The batch size never shrinks. A ``GradientNoiseScale`` beside it measures ``B_simple``, and
+    publishes it whenever Lightning logs (``log_every_n_steps``). How many steps such a run takes is unknown
+    beforehand.
 
     The loader stays as it is. The batch size changes after any step, in the middle of an epoch too, and each
     step is the mean over exactly its own batches. An epoch ends with a step over the batches that are left;
@@ -73,7 +75,8 @@ class BatchSizeSchedule(Callback):
             per-device batch size times replicas; with ``Trainer(accumulate_grad_batches=...)``, a
             ``GradientAccumulationScheduler``, or a ``LearningRateFinder``, which tries rates at a single
             batch size; in manual optimization; with a ``training_step`` that takes ``dataloader_iter``, or
-            under DeepSpeed, which accumulates by itself.
+            under DeepSpeed, which accumulates by itself; with ``noise_scale``, if no ``GradientNoiseScale``
+            measures it, or if a step on a single device has one micro-batch.
 
     Example:
         >>> import lightning
@@ -125,6 +128,7 @@ class BatchSizeSchedule(Callback):
         self._accumulated = AccumulatedBatches(1)
         self._is_lost = False
         self._scheduled: int | None = None
+        self._has_logged = False
         self._is_fitting = self._is_loaded = False
 
     @property
@@ -155,7 +159,7 @@ class BatchSizeSchedule(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._scheduled = None
+        self._scheduled, self._has_logged = None, False
         self._read_batch_size(trainer)
         self._warn_of_short_epochs(trainer)
         if trainer.global_step == 0:
@@ -190,6 +194,7 @@ class BatchSizeSchedule(Callback):
     ) -> None:
         if not takes_steps(trainer) or trainer.global_step == self._steps_before:
             return
+        self._has_logged = is_logging(trainer)
         samples = (batch_idx + 1 - self._accumulated.first) * self._samples_per_batch
         self._samples += samples
         if not trainer.barebones:
@@ -243,7 +248,8 @@ class BatchSizeSchedule(Callback):
         return True
 
     def _begin_step(self, trainer: Trainer, first: int) -> None:
-        if self.noise_scale is not None and NOISE_SCALE in trainer.callback_metrics:
+        # Not at every step: on a GPU, Lightning waits for the metrics of the progress bar to return any.
+        if self.noise_scale is not None and self._has_logged and NOISE_SCALE in trainer.callback_metrics:
             self._schedule.observe(trainer.callback_metrics[NOISE_SCALE].item())
         scheduled = self._schedule.after(Progress(trainer.global_step, self._samples))
         batches = min(scheduled // self._samples_per_batch, trainer.num_training_batches - first)

@@ -17,7 +17,7 @@ from lightning_lars import (
     LearningRateWarmup,
     WarmupDecayLR,
 )
-from lightning_lars.trainer.logging import publish
+from lightning_lars.trainer.logging import is_logging, publish
 from lightning_lars.trainer.training_length import total_steps
 from tests.support.mean import SIZE, Mean
 from tests.support.walk import walker
@@ -41,14 +41,14 @@ class Long(Mean):
 
 
 class Told(GradientNoiseScale):
-    """Publishes the noise scale that it is told, after every step."""
+    """Publishes the noise scale that it is told, when it would publish what it measures."""
 
     def __init__(self, by_step):
         super().__init__()
         self.by_step = by_step
 
     def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step in self.by_step:
+        if is_logging(trainer) and trainer.global_step in self.by_step:
             publish(trainer, {KEY: self.by_step[trainer.global_step]})
 
 
@@ -81,7 +81,8 @@ CASES = {
 def test_grows_when_the_noise_scale_has_reached_the_next_batch_size(tmp_path, case):
     by_step, changes, told = CASES[case]
     module = Long()
-    walker(tmp_path, Told(by_step), BatchSizeSchedule(**{**LADDER, **changes}), max_epochs=1).fit(module)
+    schedule = BatchSizeSchedule(**{**LADDER, **changes})
+    walker(tmp_path, Told(by_step), schedule, max_epochs=1, log_every_n_steps=1).fit(module)
     assert module.sizes_of_steps() == told
 
 
@@ -94,7 +95,7 @@ def test_a_resumed_run_grows_as_the_uninterrupted_one(tmp_path):
         tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False
     )
     callbacks = Told({1: 99.0}), BatchSizeSchedule(**LADDER), every_step
-    walker(tmp_path, *callbacks, max_epochs=1).fit(straight)
+    walker(tmp_path, *callbacks, max_epochs=1, log_every_n_steps=1).fit(straight)
     for steps in (2, 4, 6):
         resumed = Long()
         trainer = walker(tmp_path, Told({}), BatchSizeSchedule(**LADDER), max_epochs=1)
