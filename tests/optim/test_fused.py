@@ -369,6 +369,18 @@ def test_a_weight_that_is_not_finite_stays_so_and_spoils_no_other(device, optimi
     close(*ends)
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_without_decay_a_weight_that_is_not_finite_spoils_no_other_of_its_layer_in_lamb(device):
+    ends = []
+    for fused in (True, False):
+        params = on(device, layers())
+        params["linear.weight"].data[0, 0] = torch.inf
+        walk(LAMB(groups(params), fused=fused, weight_decay=0.0, trust_clip=1.0), [0])
+        ends.append(values(params))
+        assert params["linear.weight"].isfinite().sum() == params["linear.weight"].numel() - 1
+    close(*ends)
+
+
 def adapted_layers(dtype=torch.float32):
     return {name: p for name, p in layers(dtype).items() if name not in EXCLUDED}
 
