@@ -176,6 +176,24 @@ MUTATIONS = (
         "tests/trainer/test_batch_size.py",
     ),
     Mutation(
+        "trainer/accumulation.py",
+        "return (index - self.first) % int(self)",
+        "return index % int(self)",
+        "tests/callbacks/test_batch_size_schedule.py -k mean",
+    ),
+    Mutation(
+        "callbacks/batch_size_schedule.py",
+        "(self._is_lost or batch_idx >= self._accumulated.end)",
+        "batch_idx >= self._accumulated.end",
+        "tests/callbacks/test_batch_size_schedule_resume.py",
+    ),
+    Mutation(
+        "learning_rate/batch_schedule.py",
+        "if reached and position - self._since >= every:",
+        "if reached:",
+        "tests/callbacks/test_batch_size_schedule_noise_scale.py",
+    ),
+    Mutation(
         "learning_rate/optimizer_steps.py",
         "if self._has_gradients and not self._is_skipped and not self._is_counted:",
         "if not self._is_skipped and not self._is_counted:",
