@@ -24,7 +24,7 @@ nitpicky = True
 _OTHERS = r"(collections\.abc|lightning|matplotlib|pathlib|rich|torch|torchmetrics)\..*"
 nitpick_ignore_regex = [
     ("py:.*", _OTHERS),
-    ("py:.*", r"Axes|Figure|MisconfigurationException|Path|Tensor|.*\.Number"),
+    ("py:.*", r"Axes|Figure|MisconfigurationException|Path|Tensor|.*\.(Number|_Square)"),
 ]
 
 # README's links are those of the pages' headings, as code hosts number them.
