@@ -388,12 +388,13 @@ def test_every_callback_works_in_the_trainer_and_the_cli_of_both_packages(tmp_pa
         "--trainer.logger=CSVLogger",
         "--trainer.logger.save_dir=.",
         "--trainer.enable_progress_bar=false",
-        "--trainer.accumulate_grad_batches=2",
     ]
     for callback in lightning_lars.callbacks.__all__:
         arguments.append(f"--trainer.callbacks+=lightning_lars.{callback}")
         if callback == "BatchSizeScaling":
             arguments.append("--trainer.callbacks.base_batch_size=4")
+        if callback == "BatchSizeSchedule":
+            arguments.append("--trainer.callbacks.batch_sizes={0: 8}")
         if callback == "LearningRateWarmup":
             arguments.append("--trainer.callbacks.warmup_steps=2")
         if callback == "TrustRatioMonitor":
