@@ -12,7 +12,7 @@ from lightning_lars.optim.state.eight_bit import EightBitState
 from tests.support.layers import give_gradients
 from tests.support.slow import slow_unless
 
-triton = pytest.importorskip("triton", reason="there is no triton for this system")
+triton = pytest.importorskip("triton", minversion="3.3", reason="there is no triton for this system")
 quantization = pytest.importorskip("torchao.optim.quant_utils", reason="there is no torchao for this system")
 
 kernels = pytest.importorskip("lightning_lars.optim.backends.triton_eight_bit")

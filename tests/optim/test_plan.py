@@ -16,7 +16,7 @@ from lightning_lars.optim.backends import choice
 from lightning_lars.optim.plan import Plan
 from tests.support.slow import slow_unless
 
-pytest.importorskip("triton", reason="there is no triton for this system")
+pytest.importorskip("triton", minversion="3.3", reason="there is no triton for this system")
 
 
 @pytest.fixture(autouse=True)
