@@ -109,7 +109,7 @@ class LayerwiseOptimizer(LastTrustRatios, Algorithm, Optimizer):
                 loss = closure()
 
         plan = None if torch.compiler.is_compiling() else self._plan
-        found = None if plan is None else plan.look(self.param_groups, self.state)
+        found = None if plan is None else plan.unchanged(self.param_groups, self.state)
         if found is None:
             self._refresh_shards()
             plan = None

@@ -72,7 +72,7 @@ class Plan:
         strides: Any = [list(tensor.stride()) for tensor in (*modified, *grads)]
         self._kinds = TensorGuards(*modified, *grads, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
 
-    def look(self, groups: Sequence[dict[str, Any]], states: States) -> Unchanged | None:
+    def unchanged(self, groups: Sequence[dict[str, Any]], states: States) -> Unchanged | None:
         """Return the layers of a step if nothing but values and gradient addresses has changed, else None."""
         if len(groups) != len(self._groups):
             return None
@@ -108,7 +108,7 @@ class Plan:
             for backend in self.backends
         ]
 
-    def begun(self, batches: Sequence[Batch], found: Unchanged) -> Sequence[Eager]:
+    def begin(self, batches: Sequence[Batch], found: Unchanged) -> Sequence[Eager]:
         """Begin the step of these batches, and return the back ends."""
         start = 0
         for backend, batch in zip(self.backends, batches, strict=True):

@@ -75,7 +75,7 @@ class Step:
             RuntimeError: If a layer cannot be updated; no layer has been updated then.
         """
         waiting = []
-        for backend in self._begun():
+        for backend in self._begin():
             batch = backend.batch
             opens = backend.holds_moments and not batch.in_eight_bit
             throughout = self.state.unpacked(self.states, batch) if opens else nullcontext()
@@ -98,13 +98,13 @@ class Step:
         for backend in self._taken:
             backend.end()
 
-    def _begun(self) -> Sequence[Eager]:
+    def _begin(self) -> Sequence[Eager]:
         """Return the back end of each batch, at the beginning of the step."""
         if self.plan is not None and self.found is not None:
             self.batches = self.plan.batches(self.found)
-            backends = self.plan.begun(self.batches, self.found)
+            backends = self.plan.begin(self.batches, self.found)
         else:
-            backends = self._chosen()
+            backends = self._choose_backends()
         bound = self.groups[0]["max_grad_norm"]
         scale = gradient_scale(backends, bound, params_of(self.groups), self.shards)
         if scale is not None:
@@ -112,7 +112,7 @@ class Step:
                 backend.scale_gradients(scale)
         return backends
 
-    def _chosen(self) -> Sequence[Eager]:
+    def _choose_backends(self) -> Sequence[Eager]:
         """Sort the layers into batches, and return a back end for each."""
         batches = [batch for group in self.groups for batch in self._sort(group)]
         chosen = [self._choose_backend(batch) for batch in batches]

@@ -61,28 +61,30 @@ def group_of(algorithm, options: dict[str, object]) -> dict[str, object]:
     return algorithm([torch.nn.Parameter(torch.ones(2))], **options).param_groups[0]
 
 
-def compiled(algorithm, options: dict[str, object], dtype, does: str, in_eight_bit: bool = False):
+def compiled(algorithm, options: dict[str, object], dtype, mode: str, in_eight_bit: bool = False):
     """Compile the kernel that :class:`~lightning_lars.optim.backends.triton.Triton` launches for a batch."""
     h = algorithm.hyperparameters(group_of(algorithm, options))
-    kept, has_ratio = algorithm.used_moments(h), does != "measure"
+    kept, has_ratio = algorithm.used_moments(h), mode != "measure"
     factors = factors_in_kernel(algorithm, has_ratio=has_ratio, is_first=False, h=h)
     return walk.warmup(
         *[WHOLE] * 5, FLOATS, DOUBLES, FLOATS if has_ratio else None,
         tuple(factor.number for factor in factors), tuple(tl.constexpr(factor.kind) for factor in factors),
-        0.1 if does == "move" else FLOATS[0], 0.1, FLOATS[0], 64, 64, triton.arguments(h),
+        0.1 if mode == "move" else FLOATS[0], 0.1, FLOATS[0], 64, 64, triton.arguments(h),
         (FLOATS,) * len(kept) if in_eight_bit else (),
-        tensor_lr=does != "move",
+        tensor_lr=mode != "move",
         numbers=len(factors) - 1,
         direction=triton.compiled(algorithm.direction),
-        measured=None if algorithm.adapts_direction(h) else triton.compiled(algorithm.denominator_vector),
+        denominator_vector=(
+            None if algorithm.adapts_direction(h) else triton.compiled(algorithm.denominator_vector)
+        ),
         moments=len(kept),
         absent=len(algorithm.moments) - len(kept),
         in_eight_bit=in_eight_bit,
         counts_steps=algorithm.counts_steps,
         dtype=dtype,
-        does=does,
+        mode=mode,
         decays=h.weight_decay != 0,
-        has_scale=does == "move",
+        has_scale=mode == "move",
         chunk_size=CHUNK,
         block=BLOCK,
         num_warps=WARPS,
@@ -111,12 +113,12 @@ if __name__ == "__main__":
         if name not in FEW and "few" in sys.argv:
             continue
         adapts = algorithm.adapts_direction(algorithm.hyperparameters(group_of(algorithm, options)))
-        for does in ("measure", "move", *(("apply",) if adapts else ())):
+        for mode in ("measure", "move", *(("apply",) if adapts else ())):
             for dtype in (tl.float32, tl.bfloat16) if name in HALF else (tl.float32,):
-                results[f"{name} {does} {dtype}"] = counted(compiled(algorithm, options, dtype, does))
-    for name, does in (("lars gradient", "move"), ("lamb", "measure"), ("lamb", "move")):
-        kernel = compiled(*CASES[name], tl.float32, does, in_eight_bit=True)
-        results[f"{name} {does} in 8 bits"] = counted(kernel)
+                results[f"{name} {mode} {dtype}"] = counted(compiled(algorithm, options, dtype, mode))
+    for name, mode in (("lars gradient", "move"), ("lamb", "measure"), ("lamb", "move")):
+        kernel = compiled(*CASES[name], tl.float32, mode, in_eight_bit=True)
+        results[f"{name} {mode} in 8 bits"] = counted(kernel)
     for name, (algorithm, options) in RATIOS.items():
         results[f"{name} ratio"] = counted(adapting(algorithm, options))
     for dtype in (tl.float32, tl.bfloat16):

@@ -145,21 +145,21 @@ class Triton(Eager):
         """Whether ``adapt`` increments the step, because :meth:`move` does not read it."""
         return self.batch.group["layer_adaptation"] and not self.batch.in_eight_bit
 
-    def _walk(self, does: str, sums: Tensor | None, ratio: Tensor | None) -> None:
+    def _walk(self, mode: str, sums: Tensor | None, ratio: Tensor | None) -> None:
         table, chunked, batch = self.table, self.table.chunked, self.batch
         if not table.chunks:
             return
         has_lr_tensor = isinstance(self.lr, Tensor)
-        of_rules = self._arguments_of(does, ratio is not None)
+        of_rules = self._arguments_of(mode, ratio is not None)
         self.launches(
             walk,
-            (does, has_lr_tensor, ratio is not None),
+            (mode, has_lr_tensor, ratio is not None),
             table.chunks,
             table.columns,
             chunked.sizes,
             chunked.layer_of_chunk,
             chunked.offset_of_chunk,
-            chunked.places,
+            chunked.direction_offsets,
             self.stored_direction,
             sums,
             ratio,
@@ -179,9 +179,9 @@ class Triton(Eager):
             self.moments,
             len(self.algorithm.moments) - self.moments,
             batch.in_eight_bit,
-            self.algorithm.counts_steps and does != "apply",
+            self.algorithm.counts_steps and mode != "apply",
             DTYPES[batch.weights[0].dtype],
-            does,
+            mode,
             self.h.weight_decay != 0,
             self.gradient_scale is not None,
             CHUNK,
@@ -217,9 +217,9 @@ class Triton(Eager):
             return TrustRatios(*of_layers.unbind())
         return of_layers[0], of_layers[1]
 
-    def _arguments_of(self, does: str, has_ratio: bool) -> "_Arguments":
+    def _arguments_of(self, mode: str, has_ratio: bool) -> "_Arguments":
         """Return the arguments of a kernel that depend on the hyperparameters, cached until these change."""
-        known = self._arguments.get((does, has_ratio))
+        known = self._arguments.get((mode, has_ratio))
         if known is None:
             h, is_first = self.h, self.batch.is_first
             factors = factors_in_kernel(self.algorithm, has_ratio=has_ratio, is_first=is_first, h=h)
@@ -228,7 +228,7 @@ class Triton(Eager):
                 tuple(tl.constexpr(factor.kind) for factor in factors),
                 arguments(h),
             )
-            self._arguments[does, has_ratio] = known
+            self._arguments[mode, has_ratio] = known
         return known
 
 

@@ -29,7 +29,7 @@ class Chunks(NamedTuple):
     first_chunk: Tensor
     """The index of the first chunk of each layer, then the number of chunks: shape ``(layers + 1,)``."""
 
-    places: Tensor
+    direction_offsets: Tensor
     """The offset of each layer in scratch memory for all of them, a multiple of 16, shape ``(layers,)``."""
 
     counts: tuple[int, int]
@@ -183,10 +183,10 @@ def _chunks(sizes: Iterable[int], device: torch.device, pinned: list[Tensor]) ->
     layer = torch.repeat_interleave(torch.arange(size.numel(), device="cpu"), count)
     offset = (torch.arange(layer.numel(), device="cpu") - first[layer]) * CHUNK
     ends = ((size + 15) // 16 * 16).cumsum(0)
-    places = torch.cat([ends.new_zeros(1), ends[:-1]])
-    on_device = (_on_device(tensor, device, pinned) for tensor in (size, layer, offset, first, places))
-    size, layer, offset, first, places = on_device
-    return Chunks(size, layer, offset, first, places, (int(count.max()), int(ends[-1])))
+    direction = torch.cat([ends.new_zeros(1), ends[:-1]])
+    on_device = (_on_device(tensor, device, pinned) for tensor in (size, layer, offset, first, direction))
+    size, layer, offset, first, direction = on_device
+    return Chunks(size, layer, offset, first, direction, (int(count.max()), int(ends[-1])))
 
 
 def _on_device(tensor: Tensor, device: torch.device, pinned: list[Tensor]) -> Tensor:

@@ -66,7 +66,7 @@ def walk(
     sizes,
     layer_of_chunk,
     offset_of_chunk,
-    places,
+    direction_offsets,
     directions,
     sums,
     ratios,
@@ -78,30 +78,30 @@ def walk(
     layers,
     chunks,
     h,
-    shares,
+    qmaps,
     tensor_lr: tl.constexpr,
     numbers: tl.constexpr,
     direction: tl.constexpr,
-    measured: tl.constexpr,
+    denominator_vector: tl.constexpr,
     moments: tl.constexpr,
     absent: tl.constexpr,
     in_eight_bit: tl.constexpr,
     counts_steps: tl.constexpr,
     dtype: tl.constexpr,
-    does: tl.constexpr,
+    mode: tl.constexpr,
     decays: tl.constexpr,
     has_scale: tl.constexpr,
     chunk_size: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Run one pass over the layers, which ``does`` selects.
+    """Run one pass over the layers, which ``mode`` selects.
 
-    ``"measure"`` sums the squares of the weights and of the vector ``d``. This is the denominator vector that
-    ``measured`` returns, or, where that is None, the direction; the pass then also stores the direction and
-    updates the moments. ``"move"`` updates weights and moments. ``"apply"`` updates the weights along the
-    stored direction.
+    ``"measure"`` sums the squares of the weights and of the vector ``d``. This is what ``denominator_vector``
+    returns, or, where that is None, the direction; the pass then also stores the direction and updates the
+    moments. ``"move"`` updates weights and moments. ``"apply"`` updates the weights along the stored
+    direction.
 
-    With moments in 8 bits, whose quantization maps are ``shares``, computing the direction twice moves fewer
+    With moments in 8 bits, whose quantization maps are ``qmaps``, computing the direction twice moves fewer
     bytes than storing it, so ``"measure"`` stores nothing but the sums.
     """
     chunk = tl.program_id(0)
@@ -119,10 +119,10 @@ def walk(
             moment_at = address_in(columns, 2 + i, layer, layers)
             every_at = every_at | moment_at
             moments_at = moments_at + (moment_at,)
-    keeps: tl.constexpr = measured is None and not in_eight_bit
+    stores_direction: tl.constexpr = denominator_vector is None and not in_eight_bit
     d_from = directions
-    if does == "apply" or keeps:
-        d_from = directions + tl.multiple_of(tl.load(places + layer), 16)
+    if mode == "apply" or stores_direction:
+        d_from = directions + tl.multiple_of(tl.load(direction_offsets + layer), 16)
     rate_of_all = learning_rate(lr, tensor_lr)
     t = 0.0
     if counts_steps:
@@ -131,9 +131,11 @@ def walk(
     if ratios is not None:
         ratio = tl.load(ratios + layer)
     rate = factor_of_layer(factors[0], kinds[0], rate_of_all, ratio, t)
-    of_layer = ()
+    factors_of_layer = ()
     for i in tl.static_range(numbers):
-        of_layer = of_layer + (factor_of_layer(factors[i + 1], kinds[i + 1], rate_of_all, ratio, t),)
+        factors_of_layer = factors_of_layer + (
+            factor_of_layer(factors[i + 1], kinds[i + 1], rate_of_all, ratio, t),
+        )
     is_narrow = ((offset + chunk_size > size) | ((every_at & 15) != 0)).to(tl.int32)
     w_squares = tl.zeros([block], tl.float64)
     d_squares = tl.zeros([block], tl.float64)
@@ -153,7 +155,7 @@ def walk(
                 w = load(w_from + at, mask, has_mask)
                 if h.decoupled_weight_decay:
                     w = w * (1 - rate_of_all * weight_decay)
-                if does == "apply":
+                if mode == "apply":
                     d = load(d_from + at, mask, has_mask)
                 else:
                     g = load(g_from + at, mask, has_mask)
@@ -161,11 +163,11 @@ def walk(
                         g = -g
                     if has_scale:
                         g = g * tl.load(gradient_scale)
-                    decaying = 0.0
+                    decayed_w = 0.0
                     if decays:
-                        decaying = w
-                    if does == "measure" and measured is not None:
-                        d = measured(decaying, g, h)
+                        decayed_w = w
+                    if mode == "measure" and denominator_vector is not None:
+                        d = denominator_vector(decayed_w, g, h)
                     else:
                         before = ()
                         for i in tl.static_range(moments):
@@ -175,22 +177,22 @@ def walk(
                                 before = before + (load(moments_from[i] + at, mask, has_mask),)
                         for i in tl.static_range(absent):
                             before = before + (0.0,)
-                        step = direction(decaying, g, *before, *of_layer, h)
+                        step = direction(decayed_w, g, *before, *factors_of_layer, h)
                         d = step[0]
                         for i in tl.static_range(moments):
                             if not in_eight_bit:
                                 store(moments_from[i] + at, step[i + 1], mask, has_mask)
-                            elif does == "move":
-                                quantize(moments_from[i], shares[i], at, mask, step[i + 1], block)
-                        if does == "measure" and keeps:
+                            elif mode == "move":
+                                quantize(moments_from[i], qmaps[i], at, mask, step[i + 1], block)
+                        if mode == "measure" and stores_direction:
                             store(d_from + at, d, mask, has_mask)
-                if does == "measure":
+                if mode == "measure":
                     if has_mask:
                         d = tl.where(mask, d, 0.0)  # 0 / 0 beyond the end of the layer, with eps=0
                     w_squares += square(w)
                     d_squares += square(d)
                 else:
                     store(w_from + at, w - rate * d, mask, has_mask)
-    if does == "measure":
+    if mode == "measure":
         tl.store(sums + chunk, tl.sum(w_squares, axis=0))
         tl.store(sums + chunks + chunk, tl.sum(d_squares, axis=0))
