@@ -94,7 +94,7 @@ def test_a_phase_of_the_session_on_a_gpu_costs_no_other(tmp_path, monkeypatch):
     monkeypatch.setitem(gpu_phases.PHASES, "canary", lambda say, dry: os.kill(os.getpid(), signal.SIGTERM))
     monkeypatch.setitem(gpu_phases.PHASES, "times", lambda say, dry: (say(began=True), time.sleep(60)))
     monkeypatch.setitem(gpu_phases.PHASES, "waits", lambda say, dry: say(known=True))
-    monkeypatch.setitem(LIMITS, "times", 0.5)
+    monkeypatch.setitem(LIMITS, "times", 3)
     monkeypatch.setattr(on_gpu, "_SHORTEST", 0)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     only = ["--only", "canary", "times", "waits"]
