@@ -22,6 +22,7 @@ from lightning_lars.rules import FLAG
 from lightning_lars.trainer.batch_size import (
     accumulated_batches,
     data_parallel_replicas,
+    most_accumulated_batches,
     per_device_batch_size,
     takes_steps,
 )
@@ -111,6 +112,7 @@ class BatchSizeScaling(Callback):
                         'BatchSizeScaling(rule="adam_sqrt") needs an optimizer with betas and eps, got '
                         f'{type(optimizer).__name__}: use rule="linear" or "sqrt"'
                     )
+            self._check_largest_batch(trainer)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         if self.scale_excluded and all(group.get("batch_size_scaling", True) for group in groups):
             rank_zero_warn(
@@ -167,15 +169,28 @@ class BatchSizeScaling(Callback):
         batch_size = prod(counts)
         scaled = {"lr": group["lr"] * scaling_factor(batch_size, self.base_batch_size, self.rule)}
         if self.rule == "adam_sqrt":
-            ratio = batch_size / self.base_batch_size
-            try:
-                scaled["betas"], scaled["eps"] = scale_adam(group["betas"], group["eps"], ratio)
-            except ValueError as error:
-                raise MisconfigurationException(f"BatchSizeScaling: {error}") from None
+            scaled["betas"], scaled["eps"] = self._scaled_adam(group, batch_size)
         return scaled
 
+    def _check_largest_batch(self, trainer: Trainer) -> None:
+        """Raise if the rule does not hold for the largest batch of the run, as far as that is known."""
+        counts = self._counts(trainer)
+        if counts is None:
+            return
+        largest = counts[0] * counts[1] * most_accumulated_batches(trainer)
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                if not self._skips(group):
+                    self._scaled_adam(group, largest)
+
+    def _scaled_adam(self, group: Mapping[str, Any], batch_size: int) -> tuple[Any, float]:
+        try:
+            return scale_adam(group["betas"], group["eps"], batch_size / self.base_batch_size)
+        except ValueError as error:
+            raise MisconfigurationException(f"BatchSizeScaling: {error}") from None
+
     def _log_scaling(self, trainer: Trainer) -> None:
-        """Log the effective batch size and the scaled rates, and again when they change."""
+        """Log the effective batch size and the scaled rates, and again if an epoch starts with others."""
         counts = self._counts(trainer)
         if counts is None:
             return

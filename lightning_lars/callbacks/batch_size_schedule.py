@@ -121,7 +121,7 @@ class BatchSizeSchedule(Callback):
         self._schedule = BatchSizes(batch_sizes, unit)
         if noise_scale is not None:
             self._schedule = BatchSizesByNoiseScale(batch_sizes, unit, noise_scale)
-        self._samples = 0
+        self._samples = self._samples_before_fit = 0
         self._steps_before = 0
         self._per_device, self._replicas = 1, 1
         # Batches of the latest step, and whether its gradients were lost, because a checkpoint has none.
@@ -134,7 +134,7 @@ class BatchSizeSchedule(Callback):
     @property
     def batch_sizes(self) -> dict[int, int]:
         """The effective batch sizes, by the number of steps or samples before them."""
-        return self._schedule.batch_sizes
+        return dict(self._schedule.batch_sizes)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -149,6 +149,17 @@ class BatchSizeSchedule(Callback):
                     f"BatchSizeSchedule(noise_scale={self.noise_scale}) needs a measured noise scale: add "
                     "GradientNoiseScale() to the callbacks, or remove noise_scale"
                 )
+            if self.noise_scale is not None and (
+                trainer.barebones or not cast(Any, trainer).log_every_n_steps
+            ):
+                raise MisconfigurationException(
+                    f"BatchSizeSchedule(noise_scale={self.noise_scale}) reads the noise scale when Lightning "
+                    "logs, got a Trainer that never does: set log_every_n_steps above 0, without barebones, "
+                    "or remove noise_scale"
+                )
+            if cast(Any, trainer).ckpt_path is None:
+                # Before the module configures schedulers, which may ask for the steps of this fit.
+                self._samples_before_fit = self._samples if trainer.global_step else 0
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -185,6 +196,11 @@ class BatchSizeSchedule(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if takes_steps(trainer) and not isinstance(trainer.accumulate_grad_batches, AccumulatedBatches):
+            raise MisconfigurationException(
+                "BatchSizeSchedule sets accumulate_grad_batches, but something else has set it to "
+                f"{trainer.accumulate_grad_batches} during training: leave it to one of the two"
+            )
         if takes_steps(trainer) and (self._is_lost or batch_idx >= self._accumulated.end):
             self._begin_step(trainer, first=batch_idx)
 
@@ -213,6 +229,7 @@ class BatchSizeSchedule(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "samples": self._samples,
+            "samples_before_fit": self._samples_before_fit,
             "accumulated": int(self._accumulated),
             "first": self._accumulated.first,
             "schedule": self._schedule.state(),
@@ -224,24 +241,35 @@ class BatchSizeSchedule(Callback):
         if self._is_fitting:
             self._is_loaded = True
             self._samples = state_dict["samples"]
+            self._samples_before_fit = state_dict["samples_before_fit"]
             self._schedule.load(state_dict["schedule"])
             self._accumulated = AccumulatedBatches(state_dict["accumulated"], state_dict["first"])
 
-    def steps_per_epoch(self, trainer: Trainer, epochs: int) -> list[float]:
-        """Return the optimizer steps of the first epochs, for a train loader that has a length.
+    def steps_per_epoch(self, trainer: Trainer, epochs: int, steps_before: int = 0) -> list[float]:
+        """Return the optimizer steps of the next epochs, for a train loader that has a length.
 
         They are ``inf`` with ``noise_scale``, because nobody knows beforehand.
+
+        Args:
+            trainer: A Trainer that is fitting.
+            epochs: Number of epochs.
+            steps_before: The steps before them: 0, or those before the current fit.
         """
         self._read_batch_size(trainer)
         if self.noise_scale is not None:
             return [math.inf] * epochs
-        steps, progress = [], Progress(0, 0)
+        steps, progress = [], Progress(steps_before, self._samples_before_fit if steps_before else 0)
         for _ in range(epochs):
             before = progress.steps
             batches = int(trainer.num_training_batches)
             progress = self._schedule.epoch(progress, batches, self._samples_per_batch)
             steps.append(float(progress.steps - before))
         return steps
+
+    @property
+    def most_accumulated_batches(self) -> int:
+        """The batches of the step with the largest scheduled batch size, once the fit has started."""
+        return max(self.batch_sizes.values()) // self._samples_per_batch
 
     def going_to_accumulate_grad_batches(self) -> bool:
         """Return True, as a ``GradientAccumulationScheduler`` does: steps may have several micro-batches."""

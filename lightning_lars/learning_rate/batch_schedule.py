@@ -40,7 +40,7 @@ class BatchSizes:
         require("batch_sizes", "a dict with a batch size from 0 on", batch_sizes, holds)
         for begin, size in batch_sizes.items():
             holds = is_whole(begin) and begin >= 0 and is_whole(size) and size > 0
-            rule = f"batch sizes above 0 by the number of {unit}, at least 0, both whole,"
+            rule = f"batch sizes above 0 by the number of {unit}, at least 0, both whole"
             require("batch_sizes", rule, {begin: size}, holds)
         self.unit = unit
         self.batch_sizes = dict(sorted(batch_sizes.items()))

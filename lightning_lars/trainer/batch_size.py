@@ -5,6 +5,7 @@ from typing import Any, cast
 
 from lightning.pytorch import Trainer
 
+from lightning_lars.class_names import has_class_named
 from lightning_lars.learning_rate.batch_scaling import check_batch_size
 
 
@@ -78,6 +79,17 @@ def accumulated_batches(trainer: Trainer, epoch: int | None = None) -> int:
             accumulated = callback.get_accumulate_grad_batches(epoch)
     # Lightning steps on the last batch of an epoch, however many have been accumulated by then.
     return int(max(1, min(accumulated, trainer.num_training_batches)))
+
+
+def most_accumulated_batches(trainer: Trainer) -> int:
+    """Return the largest number of batches that any optimizer step of the run accumulates."""
+    most = trainer.accumulate_grad_batches
+    for callback in cast(Any, trainer).callbacks:
+        if has_class_named(callback, "GradientAccumulationScheduler"):
+            most = max(most, *callback.scheduling.values())
+        if has_class_named(callback, "BatchSizeSchedule"):
+            most = max(most, callback.most_accumulated_batches)
+    return int(max(1, min(most, trainer.num_training_batches)))
 
 
 def takes_steps(trainer: Trainer) -> bool:

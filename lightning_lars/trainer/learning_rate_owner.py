@@ -43,9 +43,13 @@ class LearningRateOwner(Callback):
         """
         callbacks = cast(Any, trainer).callbacks
         owner = next((callback for callback in callbacks if isinstance(callback, cls)), None) or cls()
-        arranged: list[Any] = [owner, requester]
+        # BatchSizeSchedule sets the batch size of a step, which the requester reads.
+        schedules = [callback for callback in callbacks if has_class_named(callback, "BatchSizeSchedule")]
+        arranged: list[Any] = [*schedules, owner, requester]
         for callback in callbacks:
             if callback is requester or isinstance(callback, LearningRateOwner | _Window):
+                continue
+            if callback in schedules:
                 continue
             if has_class_named(callback, "LearningRateMonitor"):
                 arranged += [_Window(owner.open), callback, _Window(owner.close)]

@@ -33,8 +33,8 @@ def steps_of_epochs(trainer: Trainer, epochs: float, beginning: Beginning = _FIR
         trainer.fit_loop.setup_data()
     if math.isinf(trainer.num_training_batches) or math.isinf(epochs):
         return math.inf
-    first, whole = beginning.epoch, math.floor(epochs)
-    steps = _steps_per_epoch(trainer, first + whole + 1)[first:]
+    whole = math.floor(epochs)
+    steps = _steps_per_epoch(trainer, whole + 1, beginning)
     if math.inf in steps:
         return math.inf
     return sum(steps[:whole]) + (epochs - whole) * steps[whole]
@@ -51,15 +51,15 @@ def total_steps(trainer: Trainer, beginning: Beginning = _FIRST_FIT) -> float:
     return steps if trainer.max_steps == -1 else min(steps, max(0, trainer.max_steps - beginning.step))
 
 
-def _steps_per_epoch(trainer: Trainer, epochs: int) -> list[float]:
+def _steps_per_epoch(trainer: Trainer, epochs: int, beginning: Beginning) -> list[float]:
     for callback in cast(Any, trainer).callbacks:
         # BatchSizeSchedule changes the accumulated batches within an epoch.
         if hasattr(callback, "steps_per_epoch"):
-            return list(callback.steps_per_epoch(trainer, epochs))
+            return list(callback.steps_per_epoch(trainer, epochs, beginning.step))
     # Lightning steps on the last batch of an epoch, however many have been accumulated by then.
     return [
         math.ceil(trainer.num_training_batches / accumulated_batches(trainer, epoch))
-        for epoch in range(epochs)
+        for epoch in range(beginning.epoch, beginning.epoch + epochs)
     ]
 
 

@@ -8,7 +8,8 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 
 from lightning_lars import (
     LARS,
@@ -20,7 +21,7 @@ from lightning_lars import (
     WarmupDecayLR,
 )
 from lightning_lars.trainer.training_length import steps_of_epochs, total_steps
-from tests.support.mean import BATCHES, RATE, Mean, OtherMean, Reference
+from tests.support.mean import BATCHES, RATE, SIZE, Mean, OtherMean, Reference
 from tests.support.walk import walker
 
 SCHEDULES = {
@@ -116,6 +117,80 @@ def test_a_decay_and_a_warmup_end_with_the_run(tmp_path):
     walker(tmp_path, max_steps=steps).fit(alone)
     factors = [min(1.0, step / round(steps / 2)) for step in range(1, steps + 1)]
     assert module.rates == close([rate * f for rate, f in zip(alone.rates, factors, strict=True)])
+
+
+class Fails(lightning.pytorch.Callback):
+    """Fails once, in the middle of an epoch."""
+
+    has_failed = False
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 7 and not self.has_failed:
+            self.has_failed = True
+            raise RuntimeError("a device is lost")
+
+
+@pytest.mark.parametrize("unit", SCHEDULES)
+@pytest.mark.parametrize("before", ["two steps", "an exception", "another loader"])
+def test_a_decay_and_a_warmup_end_with_a_second_fit(tmp_path, unit, before):
+    module = Mixed(optimizer=lambda groups: torch.optim.SGD(groups, lr=RATE), lr_scheduler=DECAY)
+    callbacks = [BatchSizeSchedule(SCHEDULES[unit], unit=unit), LearningRateWarmup(warmup_fraction=0.5)]
+    callbacks += [Fails()] if before == "an exception" else []
+    steps = 2 if before == "two steps" else -1
+    trainer = walker(tmp_path, *callbacks, max_epochs=1, max_steps=steps)
+    if before == "an exception":
+        with pytest.raises(RuntimeError, match="a device is lost"):
+            trainer.fit(module)
+    else:
+        trainer.fit(module)
+    if before == "another loader":
+        module.data = module.data[: 5 * SIZE]
+    module.rates.clear()
+    trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = 4, -1
+    trainer.fit(module)
+    steps = len(module.rates)
+    assert trainer.lr_scheduler_configs[0].scheduler.total_steps == steps
+    alone = Mixed(optimizer=lambda groups: torch.optim.SGD(groups, lr=RATE), lr_scheduler=DECAY)
+    walker(tmp_path, max_epochs=-1, max_steps=steps).fit(alone)
+    factors = [min(1.0, step / round(steps / 2)) for step in range(1, steps + 1)]
+    assert module.rates == close([rate * f for rate, f in zip(alone.rates, factors, strict=True)])
+
+
+@pytest.mark.parametrize(
+    "larger",
+    [BatchSizeSchedule({0: 2, 6: 22}), GradientAccumulationScheduler({0: 1, 1: 11})],
+    ids=lambda each: type(each).__name__,
+)
+def test_a_rule_that_does_not_hold_for_a_later_batch_size_is_refused_at_the_start(tmp_path, larger):
+    module = Mean()
+    module.configure_optimizers = lambda: torch.optim.Adam(module.parameters(), lr=RATE, betas=(0.9, 0.999))
+    with pytest.raises(MisconfigurationException, match=r"adam_sqrt.*got 11 times"):
+        walker(tmp_path, BatchSizeScaling(2, "adam_sqrt"), larger).fit(module)
+    assert module.stepped == []
+
+
+def test_the_scaled_rate_is_said_of_the_step_that_an_epoch_starts_with(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        walker(tmp_path, BatchSizeScaling(2), BatchSizeSchedule({0: 10}), max_epochs=3).fit(Mean())
+    said = [each.getMessage() for each in caplog.records if each.getMessage().startswith("BatchSizeScaling")]
+    assert len(said) == 1
+    assert "effective batch size 10 = 2 per device" in said[0]
+
+
+def test_a_noise_scale_that_is_never_logged_is_refused(tmp_path):
+    callbacks = [GradientNoiseScale(), BatchSizeSchedule({0: 4, 3: 8}, noise_scale=1.0)]
+    with pytest.raises(MisconfigurationException, match="log_every_n_steps above 0"):
+        walker(tmp_path, *callbacks, log_every_n_steps=0).fit(Mean())
+
+
+class Interferes(lightning.pytorch.Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        trainer.accumulate_grad_batches = 2
+
+
+def test_something_else_that_sets_the_accumulated_batches_during_training_is_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match="something else has set it to 2"):
+        walker(tmp_path, BatchSizeSchedule({0: 6}), Interferes()).fit(Mean())
 
 
 def test_the_noise_scale_is_measured_beside_it(tmp_path):
