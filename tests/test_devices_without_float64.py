@@ -15,6 +15,7 @@ from lightning_lars.gradients.percentile_clipping import PercentileClipping
 from lightning_lars.sharding import norms
 from lightning_lars.sharding.shards import Shard
 from lightning_lars.trust_ratios.step_statistics import StepStatistics
+from tests.support.releases import has
 
 # Tensors of this device have no values, which is as well: nothing here may read one.
 DEVICE = torch.device("meta")
@@ -87,7 +88,8 @@ def test_callbacks_that_average():
     moving = MovingNoiseScale(0.9)
     moving.update(backward.accumulated(), backward.accumulated())
     assert moving._sums.device == DEVICE
-    PercentileClipping(10.0, 5).scales(torch.ones(2, device=DEVICE))
+    if not has("torch>=2.14"):  # which computes quantiles of this device in float64 itself
+        PercentileClipping(10.0, 5).scales(torch.ones(2, device=DEVICE))
     assert PopulationStatistics(nn.BatchNorm1d(3, device=DEVICE)).squares.dtype == torch.float32
 
 
