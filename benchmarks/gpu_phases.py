@@ -150,11 +150,13 @@ def _candidates(device: str) -> Iterator[tuple[str, Build]]:
     yield "SGD fused", lambda params: torch.optim.SGD(params, lr=1e-3, fused=True, **_LARS)
     yield "LARS fused", lambda params: _build(LARS, params, fused=True, **_LARS)
     yield "LARS fused, clipped", lambda params: _build(LARS, params, fused=True, **_LARS, **_CLIPPED)
+    yield "LARS 8-bit", lambda params: _build(LARS8bit, params, fused=True, **_LARS)
     yield "LARS unfused", lambda params: _build(LARS, params, fused=False, **_LARS)
     yield "timm LARS", lambda params: _timm("Lars")(params, lr=1e-3, **_LARS)
     yield "AdamW fused", lambda params: _adamw(params, device)
     yield "LAMB fused", lambda params: _build(LAMB, params, fused=True, **_LAMB)
     yield "LAMB fused, clipped", lambda params: _build(LAMB, params, fused=True, **_LAMB, **_CLIPPED)
+    yield "LAMB 8-bit", lambda params: _build(LAMB8bit, params, fused=True, **_LAMB)
     yield "LAMB unfused", lambda params: _build(LAMB, params, fused=False, **_LAMB)
     yield "timm LAMB", lambda params: _timm("Lamb")(params, lr=1e-3, **_LAMB)
 

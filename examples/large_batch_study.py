@@ -234,6 +234,9 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=Path("large_batch_study"), help="for CSV and plots")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="parallel runs")
+    parser.add_argument(
+        "--accelerator", choices=["cpu", "gpu"], default="cpu", help="every process uses the first GPU"
+    )
     parser.add_argument("--rates", type=int, default=RATES, help="rates per grid")
     parser.add_argument("--batch-sizes", action="store_true", help="also train at four batch sizes")
     parser.add_argument(
@@ -245,7 +248,13 @@ def main() -> None:
     arguments = parser.parse_args()
 
     data_dir = arguments.data_dir if arguments.dataset == "fashion-mnist" else None
-    settings = Settings(arguments.epochs, data_dir, arguments.train_images, arguments.validation_images)
+    settings = Settings(
+        arguments.epochs,
+        data_dir,
+        arguments.train_images,
+        arguments.validation_images,
+        arguments.accelerator,
+    )
     folder, models = arguments.folder, arguments.models
     folder.mkdir(parents=True, exist_ok=True)
     run_cache = RunCache(settings, folder / "runs.csv", arguments.processes)

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from study_training import Data, Outcome, Run, be_quiet, load, train
+from study_training import Choice, Data, Outcome, Run, be_quiet, load, train
+
+EXAMPLE = Run("cnn", Choice("SGD", 0.1, weight_decay=5e-4), 128, seed=0)  # for the names of the columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Settings:
     data_dir: Path | None
     train_images: int
     validation_images: int
+    accelerator: str = "cpu"
 
 
 class RunCache:
@@ -43,8 +46,12 @@ class RunCache:
         self._asked: set[tuple[str, ...]] = set()
         if path.exists():
             with path.open(newline="") as file:
-                for line in csv.DictReader(file):
-                    key = tuple(line[column] for column in self._columns_of_run())
+                lines = csv.DictReader(file)
+                columns = [field.name for field in dataclasses.fields(Outcome)]
+                if lines.fieldnames != [*self._line(EXAMPLE), *columns]:
+                    raise SystemExit(f"{path} has the columns of another study; choose another --folder")
+                for line in lines:
+                    key = tuple(line[column] for column in self._line(EXAMPLE))
                     self._known[key] = _outcome(line)
 
     @property
@@ -108,6 +115,7 @@ class RunCache:
             "epochs": self._settings.epochs,
             "train_images": self._settings.train_images,
             "validation_images": self._settings.validation_images,
+            "accelerator": self._settings.accelerator,
             "model": run.model,
             **{f"base_{key}": value for key, value in dataclasses.asdict(run.choice).items()},
             "batch_size": run.batch_size,
@@ -118,11 +126,6 @@ class RunCache:
 
     def _key(self, run: Run) -> tuple[str, ...]:
         return tuple("" if value is None else str(value) for value in self._line(run).values())
-
-    def _columns_of_run(self) -> list[str]:
-        with self._path.open(newline="") as file:
-            header = next(csv.reader(file))
-        return header[: header.index("seed") + 1]
 
 
 def describe(run: Run) -> str:
@@ -150,4 +153,4 @@ def _start(settings: Settings) -> None:
 def _train(run: Run) -> Outcome:
     assert _shared is not None
     settings, images = _shared
-    return train(run, settings.epochs, images)
+    return train(run, settings.epochs, images, settings.accelerator)

@@ -213,7 +213,7 @@ def be_quiet() -> None:
     warnings.filterwarnings("ignore", "`isinstance")
 
 
-def train(run: Run, epochs: int, data: Data) -> Outcome:
+def train(run: Run, epochs: int, data: Data, accelerator: str = "cpu") -> Outcome:
     """Train once. All runs warm up over a tenth of their steps."""
     started = time.process_time()
     lightning.seed_everything(run.seed, verbose=False)
@@ -241,7 +241,7 @@ def train(run: Run, epochs: int, data: Data) -> Outcome:
     if any(isinstance(layer, nn.BatchNorm2d) for layer in net.modules()):
         callbacks.append(PreciseBatchNorm(max(1, PRECISE_SAMPLES // run.batch_size)))
     trainer = lightning.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=1,
         max_epochs=passes,
         gradient_clip_val=None if choice.optimizer == "LARS" else choice.clip,
