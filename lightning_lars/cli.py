@@ -10,8 +10,8 @@ from lightning.pytorch import LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_lars.groups.excluded_rate import keep_excluded_rate
 from lightning_lars.groups.param_groups import build_optimizer
+from lightning_lars.groups.scheduled_rates import keep_group_rates
 from lightning_lars.trainer.strategy_checks import check_strategy
 from lightning_lars.trainer.training_length import scheduler_config
 
@@ -63,6 +63,18 @@ class _LateOptimizer(_EitherCLI):  # type: ignore[misc]
             type=float,
             default=1.0,
             help="The same as a factor on the learning rate of the rest; excludes excluded_lr.",
+        )
+        parser.add_argument(
+            "--param_groups.layer_decay",
+            type=float | None,
+            default=None,
+            help="Factor from the learning rate of a block to that of the block before it, for fine-tuning.",
+        )
+        parser.add_argument(
+            "--param_groups.layer_depth",
+            type=dict[str, int] | None,
+            default=None,
+            help="Layers by patterns over parameter names where the order of the modules is not the depth.",
         )
 
     def link_optimizers_and_lr_schedulers(self, parser: Any) -> None:
@@ -134,11 +146,12 @@ class _ConfigureOptimizers:
         if not self.lr_scheduler:
             return optimizer
         scheduler = lightning.pytorch.cli.instantiate_class(optimizer, self.lr_scheduler)
-        keep_excluded_rate(
+        keep_group_rates(
             scheduler,
             optimizer.param_groups,
             self.groups["excluded_lr"],
             self.groups["excluded_lr_scale"],
+            self.groups["layer_decay"],
         )
         config = scheduler_config(self.module, scheduler, self.lr_scheduler_interval)
         return {"optimizer": optimizer, "lr_scheduler": config}
@@ -174,7 +187,7 @@ class LargeBatchCLI(_LateOptimizer, lightning.pytorch.cli.LightningCLI):
 
     Takes the arguments of ``LightningCLI`` and, on the command line or in YAML, ``lr_scheduler_interval``
     (``step`` or ``epoch``) and ``param_groups`` (``exclude``, ``exclude_bias``, ``exclude_norm``,
-    ``exclude_gain``, ``excluded_lr``, ``excluded_lr_scale``). A
+    ``exclude_gain``, ``excluded_lr``, ``excluded_lr_scale``, ``layer_decay``, ``layer_depth``). A
     :class:`~lightning_lars.WarmupDecayLR` without ``total_steps`` gets the steps of the run.
     Import this module, or ``lightning_lars``, to use the short names ``LARS``, ``LAMB``, ``WarmupDecayLR``.
 

@@ -1,6 +1,6 @@
 """A mixin that gives a LightningModule its ``configure_optimizers``."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningModule
@@ -8,9 +8,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_lars.groups.excluded_rate import check_excluded_rate, keep_excluded_rate
+from lightning_lars.groups.excluded_rate import check_excluded_rate
 from lightning_lars.groups.introspection import check_switches
+from lightning_lars.groups.layer_depth import check_layer_decay
 from lightning_lars.groups.param_groups import build_optimizer
+from lightning_lars.groups.scheduled_rates import keep_group_rates
 from lightning_lars.optim import LARS
 from lightning_lars.rules import require
 from lightning_lars.trainer.safe_globals import LoadFromCheckpoint, trust_globals_of
@@ -54,6 +56,10 @@ class LargeBatchMixin:
             adapted ones.
         excluded_lr_scale: The same as a factor, above 0, on the rate of the adapted parameters. Mutually
             exclusive with ``excluded_lr``.
+        layer_decay: For fine-tuning, the factor, above 0 and at most 1, from the learning rate of each block
+            to that of the block before it, as in :func:`~lightning_lars.param_groups`. None: one rate.
+        layer_depth: With ``layer_decay``, the layers of parameters for which the order of the modules is not
+            the depth, by fnmatch patterns over their names: ``{"head.*": 13}``.
         **kwargs: Passed on to the next class.
 
     Raises:
@@ -93,6 +99,8 @@ class LargeBatchMixin:
         exclude_gain: bool = True,
         excluded_lr: float | None = None,
         excluded_lr_scale: float = 1.0,
+        layer_decay: float | None = None,
+        layer_depth: Mapping[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -124,6 +132,9 @@ class LargeBatchMixin:
         self._exclude_gain = exclude_gain
         self._excluded_lr = excluded_lr
         self._excluded_lr_scale = excluded_lr_scale
+        check_layer_decay(layer_decay, layer_depth)
+        self._layer_decay = layer_decay
+        self._layer_depth = layer_depth
         self._trust_arguments()
 
     def _trust_arguments(self) -> None:
@@ -154,8 +165,9 @@ class LargeBatchMixin:
             The optimizer, or Lightning's dict of optimizer and scheduler.
 
         Raises:
-            ValueError: If no parameter is trainable, an argument breaks its rule, or the scheduler does not
-                allow the excluded parameters a separate rate.
+            ValueError: If no parameter is trainable, an argument breaks its rule, the scheduler does not
+                allow the excluded parameters or the layers a separate rate, or ``layer_decay`` finds no stack
+                of blocks.
             TypeError: If ``optimizer`` does not return an optimizer.
             MisconfigurationException: If the strategy hides the layers from LARS or LAMB (DeepSpeed ZeRO).
         """
@@ -169,6 +181,8 @@ class LargeBatchMixin:
             exclude_gain=self._exclude_gain,
             excluded_lr=self._excluded_lr,
             excluded_lr_scale=self._excluded_lr_scale,
+            layer_decay=self._layer_decay,
+            layer_depth=self._layer_depth,
         )
         check_strategy(cast(LightningModule, self), optimizer)
         if self._build_lr_scheduler is None:
@@ -178,11 +192,12 @@ class LargeBatchMixin:
             raise TypeError(
                 f"lr_scheduler must return a scheduler, got {scheduler!r} from {self._build_lr_scheduler!r}"
             )
-        keep_excluded_rate(
+        keep_group_rates(
             scheduler,
             optimizer.param_groups,
             self._excluded_lr,
             self._excluded_lr_scale,
+            self._layer_decay,
         )
         config = scheduler_config(cast(LightningModule, self), scheduler, self._lr_scheduler_interval)
         return {"optimizer": optimizer, "lr_scheduler": config}

@@ -11,16 +11,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lars.groups.excluded_rate import (
-    check_end,
     check_excluded_rate,
-    excluded_scale,
     is_excluded,
     is_own_rate,
     mark_own_rate,
-    peak,
-    rescale,
     set_excluded_rate,
-    unknown_schedulers,
 )
 from lightning_lars.groups.introspection import check_switches, classify
 from lightning_lars.groups.param_groups import check_holds_parameters
@@ -32,6 +27,7 @@ from lightning_lars.groups.regrouping import (
     schedulers_in,
     split_groups,
 )
+from lightning_lars.groups.scheduled_rates import check_end, peak, rescale, scale_to, unknown_schedulers
 from lightning_lars.rules import require
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trainer.strategy_checks import check_strategy
@@ -155,8 +151,10 @@ class ExcludeNormAndBias(Callback):
         for index, group in enumerate(optimizer.param_groups):
             if is_excluded(group):
                 highest = peak(schedulers, group, index)
-                wanted = highest * self.excluded_lr_scale if self.excluded_lr is None else self.excluded_lr
-                rescale(schedulers, group, index, excluded_scale(wanted, highest))
+                wanted = highest * self.excluded_lr_scale
+                if self.excluded_lr is not None:
+                    wanted = self.excluded_lr * group.get("lr_scale", 1.0)
+                rescale(schedulers, group, index, scale_to(wanted, highest))
                 mark_own_rate(group, self.excluded_lr)
                 for scheduler in schedulers:
                     check_end(scheduler, optimizer.param_groups, index, wanted, f"excluded_lr={wanted:g}")

@@ -1,6 +1,5 @@
 """Decides which parameters are adapted, and by which rule the others are excluded."""
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from lightning_lars.groups.module_kinds import UNKNOWN, kinds_of
 from lightning_lars.groups.no_weight_decay import listed_in
 from lightning_lars.groups.original_shapes import is_flat, original_shape, sharded_shapes
-from lightning_lars.groups.parameter_names import aliases_of
+from lightning_lars.groups.parameter_names import aliases_of, closest
 from lightning_lars.groups.parameter_roles import NORMS, Place, named_norm, running_statistics
 from lightning_lars.rules import FLAG
 
@@ -132,10 +131,9 @@ def _check_exclusions(exclusions: Iterable[Exclusion], names: list[str], prefix:
     for exclusion in exclusions:
         if isinstance(exclusion, str):
             if not any(_matches(name, exclusion, prefix) for name in names):
-                closest = difflib.get_close_matches(exclusion, names, n=3, cutoff=0.0)
                 raise ValueError(
                     f"exclude must hold patterns that match a whole parameter name, got {exclusion!r}, which "
-                    f"matches none: the closest names are {closest}, and '*' stands for any part of a name"
+                    f"matches none: {closest(exclusion, names)}"
                 )
         elif (
             not callable(exclusion)

@@ -1,6 +1,6 @@
 """Builds parameter groups, and optimizers over them, by module introspection."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -9,7 +9,15 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_lars.groups.excluded_rate import check_excluded_rate, is_excluded, set_excluded_rate
-from lightning_lars.groups.introspection import Exclusion, classify
+from lightning_lars.groups.introspection import Exclusion, Layer, classify
+from lightning_lars.groups.layer_depth import (
+    LayerDepth,
+    check_layer_decay,
+    depths_of,
+    layer_prefix,
+    scale_rates,
+)
+from lightning_lars.rules import NON_NEGATIVE, require
 
 EXCLUDED = {"layer_adaptation": False, "weight_decay": 0.0}
 """The group keys for plain SGD or Adam steps without weight decay."""
@@ -23,6 +31,9 @@ def param_groups(
     exclude_bias: bool = True,
     exclude_gain: bool = True,
     prefix: str = "",
+    layer_decay: float | None = None,
+    layer_depth: LayerDepth | None = None,
+    lr: float | None = None,
 ) -> list[dict[str, Any]]:
     """Split a module's parameters into an adapted and decayed group and one excluded from both.
 
@@ -48,16 +59,29 @@ def param_groups(
         exclude_gain: Whether gains are excluded.
         prefix: Prepended, with a dot, to the names of parameters and groups, so that an optimizer can hold
             the groups of several modules: ``"backbone"``.
+        layer_decay: For fine-tuning, the factor, above 0 and at most 1, from the learning rate of each block
+            to that of the block before it (BEiT and MAE: 0.65 to 0.75). There are then two groups for each
+            layer, ``"layer_3.adapted"`` and ``"layer_3.excluded"``, with
+            ``lr_scale = layer_decay ** (n + 1 - layer)`` for n blocks: layer 0 is what comes before the first
+            block, i + 1 is block i, and n + 1 is what comes after the last, such as the head.
+        layer_depth: Where the order of the modules is not the depth, the layers of parameters, by fnmatch
+            patterns over their names (``{"head.*": 13}``, the first that matches), or by a function from a
+            name to a layer, or to None to leave it to the order. The highest layer has an ``lr_scale`` of 1.
+        lr: With ``layer_decay``, the learning rate of the highest layer: the groups have
+            ``lr = lr * lr_scale``. Without it they have no ``lr``, for a schedule that multiplies by
+            ``lr_scale`` itself, as those of timm, MAE and BEiT do, and torch's and this package's do not.
 
     Returns:
-        Up to two groups of ``(name, parameter)`` pairs for any ``torch.optim`` optimizer: ``"adapted"``,
-        and ``"excluded"`` with ``layer_adaptation=False, weight_decay=0.0``. Every trainable parameter is in
-        one of them once, a tied one under its first name.
+        Up to two groups, with ``layer_decay`` for each layer, of ``(name, parameter)`` pairs for any
+        ``torch.optim`` optimizer: ``"adapted"``, and ``"excluded"`` with
+        ``layer_adaptation=False, weight_decay=0.0``. Every trainable parameter is in one of them once, a tied
+        one under its first name.
 
     Raises:
         ValueError: If the module has no trainable parameter, a pattern matches none of its names, or a rule
             depends on unknown facts about a parameter: the original shape of a lazy one, or its module in an
-            exported graph that does not record it.
+            exported graph that does not record it. With ``layer_decay``, if the model has no stack of blocks
+            (an ``nn.ModuleList`` or ``nn.Sequential`` with two or more modules of one class), or several.
 
     Example:
         >>> from torch import nn
@@ -66,7 +90,25 @@ def param_groups(
         ...     print(group["name"], [name for name, _ in group["params"]])
         adapted ['0.weight']
         excluded ['0.bias', '1.weight', '1.bias']
+
+        An embedding, two blocks and a head:
+
+        >>> block = nn.TransformerEncoderLayer(8, 2, batch_first=True)
+        >>> net = nn.Sequential(nn.Embedding(9, 8), nn.TransformerEncoder(block, 2), nn.Linear(8, 3))
+        >>> for group in param_groups(net, layer_decay=0.5, lr=0.8):
+        ...     print(group["name"], group["lr_scale"], group["lr"])
+        layer_0.adapted 0.125 0.1
+        layer_1.adapted 0.25 0.2
+        layer_1.excluded 0.25 0.2
+        layer_2.adapted 0.5 0.4
+        layer_2.excluded 0.5 0.4
+        layer_3.adapted 1.0 0.8
+        layer_3.excluded 1.0 0.8
     """
+    check_layer_decay(layer_decay, layer_depth)
+    if lr is not None:
+        NON_NEGATIVE.check("lr", lr)
+        require("lr", "None without layer_decay: pass it to the optimizer", lr, layer_decay is not None)
     prefix = _with_dot(prefix)
     layers = classify(
         module,
@@ -77,15 +119,30 @@ def param_groups(
         prefix=prefix,
     )
     trained = [layer for layer in layers if layer.parameter.requires_grad]
-    named = {
-        group: [(layer.name, layer.parameter) for layer in trained if layer.group == group]
-        for group in ("adapted", "excluded")
-    }
-    if not any(named.values()):
+    if not trained:
         raise ValueError(
             f"module must have at least one parameter with requires_grad=True, got {type(module).__name__} "
             f"with {len(layers)} frozen ones: unfreeze some, or call this after the layers were created"
         )
+    if layer_decay is None:
+        return _two_groups(trained, prefix)
+    shapes = {layer.parameter: layer.shape for layer in layers}
+    depths = depths_of(module, shapes, layer_depth, prefix)
+    groups: list[dict[str, Any]] = []
+    for depth in sorted({depths.ids[layer.parameter] for layer in trained}):
+        at_depth = [layer for layer in trained if depths.ids[layer.parameter] == depth]
+        scale = depths.scale(depth, layer_decay)
+        rate = {"lr_scale": scale} if lr is None else {"lr_scale": scale, "lr": lr * scale}
+        groups += [{**group, **rate} for group in _two_groups(at_depth, layer_prefix(prefix, depth))]
+    return groups
+
+
+def _two_groups(layers: Sequence[Layer], prefix: str) -> list[dict[str, Any]]:
+    """Return the adapted and the excluded group of these layers, without empty ones."""
+    named = {
+        group: [(layer.name, layer.parameter) for layer in layers if layer.group == group]
+        for group in ("adapted", "excluded")
+    }
     groups: list[dict[str, Any]] = [
         {"params": named["adapted"], "name": f"{prefix}adapted"},
         {"params": named["excluded"], "name": f"{prefix}excluded", **EXCLUDED},
@@ -101,6 +158,8 @@ def explain_param_groups(
     exclude_bias: bool = True,
     exclude_gain: bool = True,
     prefix: str = "",
+    layer_decay: float | None = None,
+    layer_depth: LayerDepth | None = None,
 ) -> Table:
     """Show where :func:`param_groups` puts every parameter, and why.
 
@@ -111,11 +170,14 @@ def explain_param_groups(
         exclude_bias: As for :func:`param_groups`.
         exclude_gain: As for :func:`param_groups`.
         prefix: As for :func:`param_groups`.
+        layer_decay: As for :func:`param_groups`.
+        layer_depth: As for :func:`param_groups`.
 
     Returns:
         A table to print with rich, of name, original shape, class of the owning module, group (``"frozen"``
         for parameters without ``requires_grad``), and the rule that decided: the criterion for a
-        normalization layer, ``bias``, ``gain``, ``no_weight_decay``, or your own.
+        normalization layer, ``bias``, ``gain``, ``no_weight_decay``, or your own. With ``layer_decay``, also
+        of ``lr_scale``.
 
     Raises:
         ValueError: As :func:`param_groups`, though not for a module without trainable parameters.
@@ -134,6 +196,7 @@ def explain_param_groups(
         │ 1.bias   │ (2,)   │ LayerNorm │ excluded │ LayerNorm │
         └──────────┴────────┴───────────┴──────────┴───────────┘
     """
+    check_layer_decay(layer_decay, layer_depth)
     prefix = _with_dot(prefix)
     layers = classify(
         module,
@@ -143,15 +206,24 @@ def explain_param_groups(
         exclude_gain=exclude_gain,
         prefix=prefix,
     )
-    table = Table("Name", "Shape", "Module", "Group", "Rule")
+    depths = None
+    if layer_decay is not None:
+        shapes = {layer.parameter: layer.shape for layer in layers}
+        depths = depths_of(module, shapes, layer_depth, prefix)
+    table = Table("Name", "Shape", "Module", "Group", *(["LR scale"] if depths else []), "Rule")
     for layer in layers:
         shape = "lazy" if is_lazy(layer.parameter) else "(unknown)"
         if layer.shape is not None:
             shape = str(tuple(layer.shape))
         trained = layer.parameter.requires_grad
         group, rule = (prefix + layer.group, layer.rule) if trained else ("frozen", "requires_grad=False")
+        scale = []
+        if depths is not None and layer_decay is not None:
+            depth = depths.ids[layer.parameter]
+            group = layer_prefix(prefix, depth) + layer.group if trained else group
+            scale = [f"{depths.scale(depth, layer_decay):.4g}"]
         style = None if layer.group == "adapted" and trained else "dim"
-        table.add_row(layer.name, shape, layer.module, group, rule, style=style)
+        table.add_row(layer.name, shape, layer.module, group, *scale, rule, style=style)
     return table
 
 
@@ -166,6 +238,8 @@ def build_optimizer(
     prefix: str = "",
     excluded_lr: float | None = None,
     excluded_lr_scale: float = 1.0,
+    layer_decay: float | None = None,
+    layer_depth: LayerDepth | None = None,
     **optimizer_kwargs: Any,
 ) -> Optimizer:
     """Build an optimizer over :func:`param_groups`, for use in ``configure_optimizers``.
@@ -187,6 +261,9 @@ def build_optimizer(
         excluded_lr_scale: The same as a factor, above 0, on ``lr`` (Barlow Twins: 0.024). Mutually exclusive
             with ``excluded_lr``. Schedulers that set one rate for all groups overwrite both: pass a list, as
             in ``OneCycleLR(optimizer, max_lr=[3.2, 0.05])``.
+        layer_decay: As for :func:`param_groups`: the rate of each group, the excluded ones included, is
+            multiplied by its ``lr_scale``.
+        layer_depth: As for :func:`param_groups`.
         **optimizer_kwargs: Passed to ``optimizer``.
 
     Returns:
@@ -194,7 +271,8 @@ def build_optimizer(
 
     Raises:
         ValueError: As :func:`param_groups`; if ``excluded_lr`` or ``excluded_lr_scale`` is not above 0, if
-            both are given, or if there is no excluded group to apply them to.
+            both are given, or if there is no excluded group to apply them to; if the groups of the optimizer
+            have no ``lr`` to multiply by ``lr_scale``.
         TypeError: If ``optimizer`` is not callable, or does not return an optimizer.
 
     Example:
@@ -217,6 +295,8 @@ def build_optimizer(
         exclude_bias=exclude_bias,
         exclude_gain=exclude_gain,
         prefix=prefix,
+        layer_decay=layer_decay,
+        layer_depth=layer_depth,
     )
     built = optimizer(groups, **optimizer_kwargs)
     if not isinstance(built, Optimizer):
@@ -226,6 +306,8 @@ def build_optimizer(
             # A scheduler writes into the tensor of each group: a shared tensor would be scaled twice.
             group["lr"] = group["lr"].clone()
     excluded = [group for group in built.param_groups if is_excluded(group)]
+    if layer_decay is not None:
+        scale_rates(built.param_groups)
     set_excluded_rate(excluded, excluded_lr, excluded_lr_scale)
     return built
 

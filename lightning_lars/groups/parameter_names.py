@@ -1,6 +1,8 @@
 """Names of parameters, free of wrapper prefixes, and the modules that own them."""
 
+import difflib
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -76,6 +78,23 @@ def clean_path(path: str, modules: dict[str, nn.Module]) -> str:
         for depth, part in enumerate(parts)
         if part not in _WRAPPED and not (part == "module" and _is_parallel(modules[".".join(parts[:depth])]))
     )
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module inside of any wrappers."""
+    while True:
+        inner = [name for name in _WRAPPED if isinstance(getattr(module, name, None), nn.Module)]
+        if not inner and _is_parallel(module):
+            inner = ["module"]
+        if not inner:
+            return module
+        module = getattr(module, inner[0])
+
+
+def closest(pattern: str, names: Sequence[str]) -> str:
+    """Say which names a pattern that matches none may have meant."""
+    found = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+    return f"the closest names are {found}, and '*' stands for any part of a name"
 
 
 def without_wrappers(name: str) -> str:

@@ -149,9 +149,9 @@ WRAPPERS = {
 }
 
 
-def rows(module):
+def rows(module, **options):
     """Names, shapes, modules, groups and rules."""
-    columns = explain_param_groups(module).columns
+    columns = explain_param_groups(module, **options).columns
     return list(zip(*(column.cells for column in columns), strict=True))
 
 
@@ -159,6 +159,14 @@ def rows(module):
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_names_groups_and_rules_match_the_module(name):
     assert rows(WRAPPERS[name](Net())) == rows(Net())
+
+
+@pytest.mark.usefixtures("_ranks")
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_layers_match_the_module(name):
+    groups = rows(WRAPPERS[name](Net()), layer_decay=0.5)
+    assert groups == rows(Net(), layer_decay=0.5)
+    assert {group.split(".")[0] for _, _, _, group, *_ in groups} == {f"layer_{depth}" for depth in range(4)}
 
 
 @pytest.mark.parametrize("compiles", [False, True])
