@@ -26,7 +26,7 @@ from pathlib import Path
 
 from benchmarks.gpu_report import read, report
 
-LIMITS = {"canary": 60, "times": 150, "waits": 60, "tests": 140, "sweep": 60, "memcheck": 60, "compiled": 90}
+LIMITS = {"canary": 60, "times": 180, "waits": 60, "tests": 140, "sweep": 60, "memcheck": 60, "compiled": 90}
 """Time limit of each phase in seconds."""
 
 WITHOUT_GPU = 3

@@ -7,7 +7,7 @@
 Nothing is downloaded. Learning rates are those of a small batch size, transferred by rule
 (`BatchSizeScaling`), with a warmup (`LearningRateWarmup`) and cosine decay. Prints and saves each result as
 soon as it is known, draws a table and a plot for each part, and starts no run after eight minutes
-(`--seconds`). docs/gpu_recipe.md estimates how long it takes on a GPU, which has not been measured.
+(`--seconds`), half of them for each part. docs/gpu_recipe.md says what has been measured.
 """
 
 import argparse
@@ -73,7 +73,7 @@ class Size(NamedTuple):
     """Number of text sequences in a run."""
 
 
-FULL = Size(16, 15, (128, 1024, 4096, 15000), 384, 6, 256, (64, 1024), 128_000)
+FULL = Size(16, 6, (128, 1024, 4096, 15000), 384, 6, 256, (64, 1024), 128_000)
 TOY = Size(4, 2, (64, 512), 64, 1, 32, (16, 64), 256)
 
 
@@ -129,8 +129,9 @@ def announce(part: str, number: int, total: int, name: str, batch_size: int, see
     rich.print(f"{part}, {number} of {total}: {name}, batch {batch_size:,}, seed {seed}")
 
 
-def train_part(title: str, rows: Iterator[Row], folder: Path, end: float) -> None:
+def train_part(title: str, rows: Iterator[Row], folder: Path, seconds: float) -> None:
     """Train the runs of a part until the time is up, and report each as soon as it is done."""
+    end = time.monotonic() + seconds
     done: list[Row] = []
     while (in_time := time.monotonic() < end) and (row := next(rows, None)) is not None:
         done.append(row)
@@ -164,6 +165,7 @@ def trainer_of(
         accelerator="auto",
         devices=1,
         precision="bf16-mixed",
+        benchmark=True,
         max_epochs=epochs,
         logger=False,
         enable_checkpointing=False,
@@ -213,12 +215,12 @@ def main() -> None:
     be_quiet()
     size = TOY if arguments.toy else FULL
     data_dir = None if arguments.toy else arguments.data_dir
-    end = time.monotonic() + arguments.seconds
+    seconds = arguments.seconds / len(set(arguments.only))
     if "images" in arguments.only:
         images = train_images(data_dir, size, arguments.seeds)
-        train_part("Images by a ResNet-20", images, arguments.output_dir, end)
+        train_part("Images by a ResNet-20", images, arguments.output_dir, seconds)
     if "text" in arguments.only:
-        train_part("Text by a transformer", train_text(size, arguments.seeds), arguments.output_dir, end)
+        train_part("Text by a transformer", train_text(size, arguments.seeds), arguments.output_dir, seconds)
 
 
 if __name__ == "__main__":
