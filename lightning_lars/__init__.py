@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_lars.advice.advise import advise
     from lightning_lars.callbacks import (
         BatchSizeScaling,
         BatchSizeSchedule,
@@ -40,6 +41,7 @@ __all__ = [
     "PreciseBatchNorm",
     "TrustRatioMonitor",
     "WarmupDecayLR",
+    "advise",
     "build_optimizer",
     "effective_batch_size",
     "explain_param_groups",
@@ -48,6 +50,7 @@ __all__ = [
 
 # Imported when first asked for: optimizers and groups need torch alone, and Lightning takes seconds.
 _MODULES = {
+    "lightning_lars.advice.advise": ("advise",),
     "lightning_lars.callbacks": (
         "BatchSizeScaling",
         "BatchSizeSchedule",

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch.cli
@@ -10,6 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_lars.advice.advise import advise
 from lightning_lars.groups.param_groups import build_optimizer
 from lightning_lars.groups.scheduled_rates import keep_group_rates
 from lightning_lars.trainer.strategy_checks import check_strategy
@@ -85,6 +87,37 @@ class _LateOptimizer(_EitherCLI):  # type: ignore[misc]
             if not parser._lr_schedulers:
                 parser.add_lr_scheduler_args()
         super().link_optimizers_and_lr_schedulers(parser)
+
+    # Lightning's subcommands are the methods of its Trainer; only private methods add a function to them.
+    def _add_subcommands(self, parser: Any, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        if "advise" in self._subcommand_parsers:
+            return  # a method of the user's own Trainer
+        description = "Measures, in a short run, what a larger batch size would gain and need."
+        advising = self.init_parser(**{**kwargs.get("fit", {}), "description": description})
+        self._add_arguments(advising)
+        self._subcommand_method_arguments["advise"] = advising.add_function_arguments(
+            advise, skip={"model", "train_dataloaders", "datamodule", "trainer"}
+        )
+        advising.add_argument(
+            "--json", type=str | None, default=None, help='File to write JSON to, or "-" to print it instead.'
+        )
+        self._subcommand_parsers["advise"] = advising
+        parser._subcommands_action.add_subcommand("advise", advising, help=description)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand != "advise" or "advise" in self.subcommands():
+            super()._run_subcommand(subcommand)
+            return
+        advice = advise(**self._prepare_subcommand_kwargs(subcommand), trainer=self.trainer)
+        if self.trainer.is_global_zero:
+            path = self._get(self.config_init, "json")
+            if path == "-":
+                print(advice.to_json())
+                return
+            if path is not None:
+                Path(path).write_text(f"{advice.to_json()}\n")
+            advice.print()
 
     def instantiate_classes(self) -> None:
         """Replace the model's ``configure_optimizers``, which runs after ``configure_model``."""
@@ -189,6 +222,11 @@ class LargeBatchCLI(_LateOptimizer, lightning.pytorch.cli.LightningCLI):
     (``step`` or ``epoch``) and ``param_groups`` (``exclude``, ``exclude_bias``, ``exclude_norm``,
     ``exclude_gain``, ``excluded_lr``, ``excluded_lr_scale``, ``layer_decay``, ``layer_depth``). A
     :class:`~lightning_lars.WarmupDecayLR` without ``total_steps`` gets the steps of the run.
+
+    ``python train.py advise --config config.yaml`` takes the arguments of ``fit`` and those of
+    :func:`~lightning_lars.advise`, and prints what a larger batch size would gain and need; ``--json FILE``
+    writes it too. ``python -m lightning_lars`` is this CLI for any module: ``--model package.Module``.
+
     Import this module, or ``lightning_lars``, to use the short names ``LARS``, ``LAMB``, ``WarmupDecayLR``.
 
     Example:

@@ -19,7 +19,8 @@ PACKAGE = ROOT / "lightning_lars"
 TOPICS = {"batch_norm", "gradients", "groups", "learning_rate", "trust_ratios"}
 GROUND = {"class_names", "rules", "sharding", "printing"}
 ARROWS = {
-    "cli": {"trainer", "groups"},
+    "advice": {"callbacks", "recipes", "trainer", "optim", *TOPICS, *GROUND},
+    "cli": {"advice", "trainer", "groups"},
     "mixin": {"trainer", "groups", "optim", "rules"},
     "recipes": {"learning_rate", "optim", "rules"},
     "callbacks": {"trainer", "optim", *TOPICS, *GROUND},
@@ -158,7 +159,14 @@ def test_every_public_name_has_an_example(name):
 
 @pytest.mark.parametrize(
     ("path", "refused"),
-    [("optim/lars.py", 1), ("groups/param_groups.py", 1), ("mixin.py", 0), ("callbacks/a.py", 0)],
+    [
+        ("optim/lars.py", 1),
+        ("groups/param_groups.py", 1),
+        ("mixin.py", 0),
+        ("callbacks/a.py", 0),
+        ("advice/advise.py", 0),
+        ("advice/table.py", 1),
+    ],
 )
 def test_the_linter_refuses_lightning_in_torch_only_modules(path, refused):
     run = subprocess.run(

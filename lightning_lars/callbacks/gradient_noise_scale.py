@@ -105,6 +105,10 @@ class GradientNoiseScale(Callback):
         self._effective_batch_size: int | None = None
         self._has_stepped = self._has_news = False
 
+    def read(self) -> NoiseScale | None:
+        """Return the averages so far, in one device-to-host copy; None before the first measurement."""
+        return self._moving.read()
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
