@@ -16,21 +16,48 @@ from lightning_lars.recipes.mlperf import (
     mlperf_resnet50,
 )
 from lightning_lars.recipes.recipe import Recipe
-from lightning_lars.recipes.self_supervised import barlow_twins, byol, moco_v3, simclr, swav
+from lightning_lars.recipes.self_supervised import barlow_twins, byol, moco_v3, simclr, swav, vicreg
 from lightning_lars.recipes.starting_points import lamb, lars
+from lightning_lars.recipes.supervised import (
+    DEIT3,
+    DEIT3_IMAGENET21K,
+    RESNET_STRIKES_BACK,
+    deit3,
+    deit3_imagenet21k,
+    resnet_strikes_back,
+)
+from lightning_lars.recipes.transfer import (
+    MAE_FINETUNING,
+    MOCO_V3_LINEAR_PROBING,
+    mae_finetuning,
+    mae_linear_probing,
+    moco_v3_linear_probing,
+)
 
 __all__ = [
+    "DEIT3",
+    "DEIT3_IMAGENET21K",
     "IMAGENET",
+    "MAE_FINETUNING",
     "MLPERF_BERT",
     "MLPERF_RESNET50",
+    "MOCO_V3_LINEAR_PROBING",
+    "RESNET_STRIKES_BACK",
     "Recipe",
     "barlow_twins",
     "byol",
+    "deit3",
+    "deit3_imagenet21k",
     "lamb",
     "lars",
+    "mae_finetuning",
+    "mae_linear_probing",
     "mlperf_bert",
     "mlperf_resnet50",
     "moco_v3",
+    "moco_v3_linear_probing",
+    "resnet_strikes_back",
     "simclr",
     "swav",
+    "vicreg",
 ]

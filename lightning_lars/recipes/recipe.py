@@ -17,6 +17,7 @@ class Recipe(TypedDict):
     exclude_gain: bool
     excluded_lr: float | None
     excluded_lr_scale: float
+    layer_decay: float | None
 
 
 def recipe(
@@ -26,6 +27,7 @@ def recipe(
     excludes: bool = True,
     excluded_lr: float | None = None,
     excluded_lr_scale: float = 1.0,
+    layer_decay: float | None = None,
     **schedule: Any,
 ) -> Recipe:
     """Return a recipe.
@@ -36,6 +38,7 @@ def recipe(
         excludes: Whether norms, biases and gains are excluded.
         excluded_lr: The learning rate of excluded parameters; None keeps the optimizer's.
         excluded_lr_scale: The factor on the learning rate of excluded parameters.
+        layer_decay: The factor from the learning rate of each block to that of the block before it.
         **schedule: Arguments of :class:`~lightning_lars.WarmupDecayLR`.
     """
     return Recipe(
@@ -46,13 +49,15 @@ def recipe(
         exclude_gain=excludes,
         excluded_lr=excluded_lr,
         excluded_lr_scale=excluded_lr_scale,
+        layer_decay=layer_decay,
     )
 
 
+_Key = TypeVar("_Key", int, str)
 _Row = TypeVar("_Row")
 
 
-def row_of(argument: str, value: int, rows: dict[int, _Row]) -> _Row:
+def row_of(argument: str, value: _Key, rows: dict[_Key, _Row]) -> _Row:
     """Return the row of a table, or raise ValueError if there is none for this value of the argument."""
     require(argument, f"one of {tuple(rows)}, for which the source has numbers", value, value in rows)
     return rows[value]

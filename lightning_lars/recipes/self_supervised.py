@@ -23,7 +23,7 @@ def simclr(batch_size: int = 4096, steps_per_epoch: int = 312, base_lr: float = 
         >>> simclr(batch_size=1024)["optimizer"].keywords["lr"]
         1.2
     """
-    optimizer = _lars(base_lr * batch_size / 256, 1e-6, lr_in_momentum=True)
+    optimizer = lars_of_self_supervision(base_lr * batch_size / 256, 1e-6, lr_in_momentum=True)
     return recipe(optimizer, 10 * steps_per_epoch, decay="cosine")
 
 
@@ -43,7 +43,9 @@ def byol(batch_size: int = 4096, steps_per_epoch: int = 312, epochs: int = 1000)
     """
     presets = {40: (0.45, 1e-6), 100: (0.45, 1e-6), 300: (0.3, 1e-6), 1000: (0.2, 1.5e-6)}
     base, weight_decay = row_of("epochs", epochs, presets)
-    return recipe(_lars(base * batch_size / 256, weight_decay), 10 * steps_per_epoch, decay="cosine")
+    return recipe(
+        lars_of_self_supervision(base * batch_size / 256, weight_decay), 10 * steps_per_epoch, decay="cosine"
+    )
 
 
 def barlow_twins(batch_size: int = 2048, steps_per_epoch: int = 626) -> Recipe:
@@ -56,7 +58,7 @@ def barlow_twins(batch_size: int = 2048, steps_per_epoch: int = 626) -> Recipe:
         batch_size: Effective batch size, in images.
         steps_per_epoch: Optimizer steps per epoch; the default is ImageNet's at batch 2048.
     """
-    optimizer = _lars(0.2 * batch_size / 256, 1e-6)
+    optimizer = lars_of_self_supervision(0.2 * batch_size / 256, 1e-6)
     warmup_steps = 10 * steps_per_epoch
     return recipe(optimizer, warmup_steps, decay="cosine", end_factor=1e-3, excluded_lr_scale=0.024)
 
@@ -98,10 +100,32 @@ def moco_v3(batch_size: int = 4096, steps_per_epoch: int = 312, epochs: int = 30
         ValueError: If the source has no rate for this number of epochs.
     """
     base, weight_decay = row_of("epochs", epochs, {100: (0.6, 1e-6), 300: (0.3, 1e-6), 1000: (0.3, 1.5e-6)})
-    return recipe(_lars(base * batch_size / 256, weight_decay), 10 * steps_per_epoch, decay="cosine")
+    return recipe(
+        lars_of_self_supervision(base * batch_size / 256, weight_decay), 10 * steps_per_epoch, decay="cosine"
+    )
 
 
-def _lars(lr: float, weight_decay: float, **options: Any) -> partial[Any]:
+def vicreg(batch_size: int = 2048, steps_per_epoch: int = 626, epochs: int = 1000) -> Recipe:
+    """VICReg of ResNet-50 (Bardes et al. 2022, https://github.com/facebookresearch/vicreg, ``README.md``).
+
+    ``lr = base * batch_size / 256`` with a base of 0.3 for 100 epochs at batch 512, 0.2 for 1000 at batch
+    2048; weight decay 1e-6; 10 epochs of warmup, cosine decay to a thousandth of the peak. Vectors, which are
+    the norms and biases, are neither adapted nor decayed (``main_vicreg.py``).
+
+    Args:
+        batch_size: Effective batch size, in images.
+        steps_per_epoch: Optimizer steps per epoch; the default is ImageNet's at batch 2048.
+        epochs: Length of the run, which determines the rate: 100 or 1000.
+
+    Raises:
+        ValueError: If the source has no rate for this number of epochs.
+    """
+    base = row_of("epochs", epochs, {100: 0.3, 1000: 0.2})
+    optimizer = lars_of_self_supervision(base * batch_size / 256, 1e-6)
+    return recipe(optimizer, 10 * steps_per_epoch, decay="cosine", end_factor=1e-3)
+
+
+def lars_of_self_supervision(lr: float, weight_decay: float, **options: Any) -> partial[Any]:
     """Return LARS in the variant of the self-supervised methods."""
     return partial(
         LARS,

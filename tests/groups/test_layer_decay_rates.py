@@ -5,19 +5,16 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader
 
 from lightning_lars import (
     LAMB,
     LARS,
     BatchSizeScaling,
     ExcludeNormAndBias,
-    LargeBatchMixin,
     LearningRateWarmup,
     ParamGroupSummary,
     TrustRatioMonitor,
@@ -27,29 +24,14 @@ from lightning_lars import (
 )
 from lightning_lars.cli import LargeBatchCLI
 from tests.support.boring import trainer
-from tests.support.vit import ViT
+from tests.support.vit import PlainViT, TrainedViT, ViT
 
 LR, DECAY = 0.5, 0.5
 STEPS = 8
 SCALES = {"layer_0": 0.125, "layer_1": 0.25, "layer_2": 0.5, "layer_3": 1.0}
 
 
-class Plain(LightningModule):
-    """Holds the model, as modules do, and says nothing of its optimizer."""
-
-    def __init__(self, layers: int = 2):
-        super().__init__()
-        self.model = ViT(layers)
-
-    def training_step(self, batch, batch_idx):
-        return self.model(batch).logsumexp(1).mean()
-
-    def train_dataloader(self):
-        generator = torch.Generator().manual_seed(1)
-        return DataLoader(torch.rand(16, 3, 8, 8, generator=generator), batch_size=2)
-
-
-class Module(LargeBatchMixin, Plain):
+class Module(TrainedViT):
     """Notes the rates inside of every step."""
 
     def on_train_start(self):
@@ -230,7 +212,7 @@ def test_resuming_in_the_middle_is_exact(tmp_path):
 
 @pytest.mark.parametrize("scheduler", [None, SCHEDULERS["cosine"]])
 def test_a_rate_that_the_callback_sets_is_multiplied_too(tmp_path, scheduler):
-    class Built(Plain):
+    class Built(PlainViT):
         def configure_optimizers(self):
             optimizer = build_optimizer(self, LARS, lr=LR, layer_decay=DECAY)
             return optimizer if scheduler is None else [[optimizer], [scheduler(optimizer)]]
@@ -257,7 +239,7 @@ def test_a_file_gives_the_layers_to_the_command_line(tmp_path, monkeypatch):
         "param_groups:\n  layer_decay: 0.5\n  layer_depth: {model.pos_embed: 3}\n"
         "trainer: {accelerator: cpu, fast_dev_run: 1, enable_progress_bar: false}\n"
     )
-    cli = LargeBatchCLI(Plain, args=["--config", str(config)], run=False)
+    cli = LargeBatchCLI(PlainViT, args=["--config", str(config)], run=False)
     cli.trainer.fit(cli.model)
     (optimizer,) = cli.trainer.optimizers
     assert {group["name"]: group["initial_lr"] for group in optimizer.param_groups} == {

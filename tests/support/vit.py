@@ -1,7 +1,11 @@
 """A small vision transformer, and the parameter groups of MAE, written from its ``util/lr_decay.py``."""
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_lars import LargeBatchMixin
 
 
 class Block(nn.Module):
@@ -37,6 +41,25 @@ class ViT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens)
         return self.head(self.norm(tokens).mean(1))
+
+
+class PlainViT(LightningModule):
+    """Holds the model, as modules do, and says nothing of its optimizer; 8 batches of 2."""
+
+    def __init__(self, layers: int = 2):
+        super().__init__()
+        self.model = ViT(layers)
+
+    def training_step(self, batch, batch_idx):
+        return self.model(batch).logsumexp(1).mean()
+
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(1)
+        return DataLoader(torch.rand(16, 3, 8, 8, generator=generator), batch_size=2)
+
+
+class TrainedViT(LargeBatchMixin, PlainViT):
+    """With the optimizer of the mixin."""
 
 
 def mae_groups(model, weight_decay, layer_decay):
