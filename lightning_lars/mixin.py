@@ -15,6 +15,7 @@ from lightning_lars.groups.param_groups import build_optimizer
 from lightning_lars.groups.scheduled_rates import keep_group_rates
 from lightning_lars.optim import LARS
 from lightning_lars.rules import require
+from lightning_lars.trainer.hyperparameters import as_logged
 from lightning_lars.trainer.safe_globals import LoadFromCheckpoint, trust_globals_of
 from lightning_lars.trainer.strategy_checks import check_strategy
 from lightning_lars.trainer.training_length import scheduler_config
@@ -142,6 +143,14 @@ class LargeBatchMixin:
         trust_globals_of(self._build_optimizer, self._build_lr_scheduler)
 
     load_from_checkpoint = LoadFromCheckpoint(_trust_arguments)
+
+    @property
+    def hparams_initial(self) -> Any:
+        """The saved hyperparameters as loggers get them: a partial is its ``class_path`` and ``init_args``.
+
+        Checkpoints take ``hparams``, where a partial is a partial.
+        """
+        return as_logged(cast(Any, super()).hparams_initial)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         cast(Any, super()).__setstate__(state)

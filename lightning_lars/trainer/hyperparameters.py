@@ -1,0 +1,44 @@
+"""Writes optimizers and schedulers among saved hyperparameters as loggers can store them."""
+
+from collections.abc import MutableMapping
+from functools import partial
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+def as_logged(hyperparameters: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Replace partials, and classes of optimizers and schedulers, by ``class_path`` and ``init_args``.
+
+    That is what ``LightningCLI`` saves for the same arguments, so that a logger can compare the learning
+    rates of runs from either. Of a partial, Weights & Biases would store nothing, the others its ``repr``.
+
+    Args:
+        hyperparameters: Hyperparameters by name; changed in place.
+
+    Returns:
+        The same mapping.
+
+    Example:
+        >>> from functools import partial
+        >>> from lightning_lars import LARS
+        >>> from lightning_lars.trainer.hyperparameters import as_logged
+        >>> as_logged({"width": 8, "optimizer": partial(LARS, lr=3.2)})["optimizer"]
+        {'class_path': 'lightning_lars.optim.lars.LARS', 'init_args': {'lr': 3.2}}
+    """
+    for name, value in hyperparameters.items():
+        is_class = isinstance(value, type) and issubclass(value, Optimizer | LRScheduler)
+        if is_class or (isinstance(value, partial) and hasattr(value.func, "__qualname__")):
+            hyperparameters[name] = _described(value)
+    return hyperparameters
+
+
+def _described(value: Any) -> dict[str, Any]:
+    built = value.func if isinstance(value, partial) else value
+    described: dict[str, Any] = {"class_path": f"{built.__module__}.{built.__qualname__}"}
+    if isinstance(value, partial):
+        if value.args:
+            described["args"] = list(value.args)
+        described["init_args"] = dict(value.keywords)
+    return described
