@@ -29,6 +29,9 @@ from lightning_lars.trainer.batch_size import (
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trainer.learning_rate_owner import LearningRateOwner
 
+# A rate tuned at 256 reaches it linearly below 32 samples, where few train with this package on purpose.
+_SMALL_FACTOR = 1 / 8
+
 
 class BatchSizeScaling(Callback):
     """Scales the learning rate of every step with the effective batch size, by a rule.
@@ -41,7 +44,8 @@ class BatchSizeScaling(Callback):
     ``group["lr"]`` is always the scheduler's value, except inside the step and where ``LearningRateMonitor``
     reads it; so a checkpoint resumed on a different number of devices is rescaled. Follows a
     ``GradientAccumulationScheduler`` or ``BatchSizeSchedule``. Logs the batch size that it found and the
-    resulting rates.
+    resulting rates, and warns once if they are less than an eighth of the schedule's without ``batch_size``:
+    some loaders count time series or graphs, and the samples of a step are many more.
 
     Groups with ``batch_size_scaling=False`` are not scaled: those that
     :func:`~lightning_lars.build_optimizer` gives an ``excluded_lr``, and any others with this key.
@@ -88,6 +92,7 @@ class BatchSizeScaling(Callback):
         self._first_batch_size: int | None = None
         self._counts_of_steps: tuple[int, int, int] | None = None
         self._last_message: str | None = None
+        self._has_warned = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -105,6 +110,7 @@ class BatchSizeScaling(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_batch_size = self._counts_of_steps = self._last_message = None
+        self._has_warned = False
         if self.rule == "adam_sqrt":
             for optimizer in trainer.optimizers:
                 if not all("betas" in group and "eps" in group for group in optimizer.param_groups):
@@ -204,6 +210,7 @@ class BatchSizeScaling(Callback):
         if found == self._last_message:
             return
         self._last_message = found
+        self._warn_of_few_samples(prod(counts), factor)
         rates = []
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
@@ -214,6 +221,17 @@ class BatchSizeScaling(Callback):
                 else:
                     rates.append(f"{before} -> {float(self._scaled(trainer, group)['lr']):.6g}")
         rank_zero_info(f"{found} ({', '.join(rates)}).")
+
+    def _warn_of_few_samples(self, batch_size: int, factor: float) -> None:
+        """Warn, once, of a rate that nearly vanishes by a batch size that nobody has stated."""
+        if self.batch_size is None and factor < _SMALL_FACTOR and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                f"BatchSizeScaling multiplies the learning rate by {factor:.3g}, as the effective batch size "
+                f"{batch_size} is far below base_batch_size={self.base_batch_size}. If the train loader "
+                "counts something larger than samples (time series, graphs, files), pass the samples as "
+                "batch_size; if the rate was tuned at another batch size, pass that as base_batch_size"
+            )
 
 
 def _batch_size_of(batch: Any) -> int:

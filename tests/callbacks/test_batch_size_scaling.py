@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from functools import partial
 
 import pytest
@@ -42,6 +43,7 @@ def test_multiplies_by_the_factor_of_the_rule(tmp_path, rule, accumulated):
     assert module.rates() == times(*[factor] * (2 * BATCHES // accumulated))
 
 
+@pytest.mark.filterwarnings("ignore:BatchSizeScaling multiplies the learning rate by")
 def test_the_base_batch_size_is_256(tmp_path):
     module = walk(tmp_path, Walk(), BatchSizeScaling())
     assert module.rates() == times(*[BATCH_SIZE / 256] * 2 * BATCHES)
@@ -50,6 +52,52 @@ def test_the_base_batch_size_is_256(tmp_path):
 def test_a_batch_size_that_is_given_is_believed(tmp_path):
     module = walk(tmp_path, Walk(), BatchSizeScaling(BASE, batch_size=12), accumulate_grad_batches=2)
     assert module.rates() == times(*[24 / BASE] * BATCHES)
+
+
+def small_rates(run):
+    """The warnings of rates that nearly vanish."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    texts = [str(each.message) for each in caught]
+    return [text for text in texts if text.startswith("BatchSizeScaling multiplies")]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "accumulated", "factor"),
+    [
+        (BatchSizeScaling(), 1, "0.00781"),
+        (BatchSizeScaling(), 4, "0.0312"),
+        (BatchSizeScaling(17), 1, "0.118"),
+        (BatchSizeScaling(rule="sqrt"), 1, "0.0884"),
+        (BatchSizeScaling(16), 1, None),
+        (BatchSizeScaling(rule="none"), 1, None),
+        (BatchSizeScaling(rule="sqrt"), 4, None),
+        (BatchSizeScaling(batch_size=2), 1, None),
+    ],
+)
+def test_a_rate_that_nearly_vanishes_by_a_batch_size_that_was_read_warns_once(
+    tmp_path, scaling, accumulated, factor
+):
+    (*texts,) = small_rates(lambda: walk(tmp_path, Walk(), scaling, accumulate_grad_batches=accumulated))
+    assert len(texts) == (factor is not None)
+    for text in texts:
+        assert f"by {factor}, as the effective batch size {BATCH_SIZE * accumulated} is far below" in text
+        assert f"base_batch_size={scaling.base_batch_size}." in text
+        assert "pass the samples as batch_size" in text
+
+
+def test_a_rate_that_nearly_vanishes_warns_in_every_fit(tmp_path):
+    scaling = BatchSizeScaling()
+    for _ in range(2):
+        assert len(small_rates(lambda: walk(tmp_path, Walk(), scaling))) == 1
+
+
+def test_a_rate_that_nearly_vanishes_by_the_size_of_the_first_batch_warns(tmp_path):
+    module = Walk()
+    module.train_dataloader = lambda: DataLoader([torch.zeros(2, 1)] * 4, batch_size=None)
+    (text,) = small_rates(lambda: walk(tmp_path, module, BatchSizeScaling(64)))
+    assert "by 0.0312, as the effective batch size 2 is far below base_batch_size=64" in text
 
 
 def test_follows_a_gradient_accumulation_scheduler_at_its_epochs(tmp_path):

@@ -107,6 +107,7 @@ def test_the_effective_rate_of_sgd_is_its_learning_rate(tmp_path, options):
             assert row["gradient_norm/max"] <= 0.01 * (1 + 1e-5)  # after clipping
 
 
+@pytest.mark.filterwarnings("ignore:BatchSizeScaling multiplies the learning rate by")
 def test_the_callbacks_of_the_readme_go_around_a_module_with_adam(tmp_path):
     logger = CSVLogger(tmp_path)
     callbacks = [
