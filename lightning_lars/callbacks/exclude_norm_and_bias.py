@@ -41,6 +41,9 @@ class ExcludeNormAndBias(Callback):
     learning rates and schedulers, or gives the excluded parameters a separate rate. If that fails, optimizers
     and schedulers are unchanged.
 
+    An optimizer that does not read the key ``layer_adaptation`` (Adam, another package's LAMB) excludes them
+    from weight decay only: whether it adapts them is its own rule.
+
     Args:
         exclude: fnmatch patterns over parameter names to exclude in addition to norms, biases and gains.
         exclude_bias: Whether biases are excluded.

@@ -12,7 +12,14 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
-from lightning_lars.groups.contents import FROZEN, LOST, Entry, entries_of, groups_by_name
+from lightning_lars.groups.contents import (
+    FROZEN,
+    LOST,
+    Entry,
+    entries_of,
+    groups_by_name,
+    reads_layer_adaptation,
+)
 from lightning_lars.groups.excluded_rate import part_of
 from lightning_lars.groups.optimizer_names import kinds
 from lightning_lars.printing.name_folding import fold
@@ -33,6 +40,9 @@ class ParamGroupSummary(Callback):
 
     The reason for excluding a parameter is the rule of :func:`~lightning_lars.param_groups`, for groups with
     its names; ``own rule`` where its defaults would have decided otherwise, and ``-`` for other groups.
+    Layer adaptation is ``-`` for an optimizer that does not read the key ``layer_adaptation``, such as Adam
+    or another package's LAMB: whether that adapts a group is its own rule.
+
     Parameters that require a gradient but are in no optimizer come first, with a warning.
 
     Prints on rank 0, through ``rich.get_console()``, at full width unless that is a terminal. It also prints
@@ -95,7 +105,15 @@ class ParamGroupSummary(Callback):
             f"Parameter groups of {', '.join(kinds(trainer.optimizers)) or 'no optimizer'}", highlight=False
         )
         print_table(console, table)
-        print_table(console, _group_table(entries, groups))
+        others = [each for each in trainer.optimizers if not reads_layer_adaptation(each)]
+        unread = [group for each in others for group in each.param_groups]
+        print_table(console, _group_table(entries, groups, unread))
+        if any(part_of(group) for group in unread):
+            console.print(
+                f"{', '.join(kinds(others))} does not read layer_adaptation: the groups set weight decay and "
+                "learning rate, and whether a layer is adapted is the optimizer's own rule.",
+                highlight=False,
+            )
         lost = [entry.name for entry in entries if entry.group == LOST]
         if lost:
             rank_zero_warn(
@@ -161,7 +179,10 @@ def _parameter_table(entries: Sequence[Entry], folded: bool, max_rows: int, narr
     return table
 
 
-def _group_table(entries: Sequence[Entry], groups: Mapping[str, dict[str, Any]]) -> Table:
+def _group_table(
+    entries: Sequence[Entry], groups: Mapping[str, dict[str, Any]], unread: Sequence[dict[str, Any]]
+) -> Table:
+    """Return the table of groups; those in ``unread`` have no layer adaptation to show."""
     tensors, elements = Counter[str](), Counter[str]()
     for entry in entries:
         tensors[entry.group] += 1
@@ -173,7 +194,8 @@ def _group_table(entries: Sequence[Entry], groups: Mapping[str, dict[str, Any]])
     for name in (*groups, LOST, FROZEN):
         if name in groups or tensors[name]:
             group = groups.get(name, {})
-            settings = [group.get(key) for key in ("layer_adaptation", "weight_decay", "lr")]
+            adaptation = None if any(group is each for each in unread) else group.get("layer_adaptation")
+            settings = [adaptation, group.get("weight_decay"), group.get("lr")]
             counts = str(tensors[name]), get_human_readable_count(elements[name])
             style = "bold red" if name == LOST else None
             table.add_row(Text(name), *counts, *map(_setting, settings), style=style)

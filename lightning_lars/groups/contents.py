@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from lightning_lars.groups.excluded_rate import part_of
 from lightning_lars.groups.introspection import Layer, classify
 from lightning_lars.groups.optimizer_names import by_name
+from lightning_lars.groups.regrouping import inner_optimizer
 
 # In parentheses, because users choose the names of groups.
 LOST, FROZEN = "(in no optimizer)", "(frozen)"
@@ -55,6 +56,24 @@ def entries_of(module: nn.Module, groups: Mapping[str, dict[str, Any]]) -> list[
         for group_name, name in names_by_group.items():
             entries.append(Entry(name, "not of the module", *_size(p, None), group_name, "-"))
     return entries
+
+
+def reads_layer_adaptation(optimizer: Any) -> bool:
+    """Return whether the optimizer, or one in it, reads the key ``layer_adaptation`` of its groups.
+
+    One that does has a default for it; in the groups of any other the key has no effect.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lars import LARS
+        >>> from lightning_lars.groups.contents import reads_layer_adaptation
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> optimizers = LARS(layer.parameters()), torch.optim.Adam(layer.parameters())
+        >>> [reads_layer_adaptation(each) for each in optimizers]
+        [True, False]
+    """
+    defaults = [getattr(each, "defaults", {}) for each in (optimizer, inner_optimizer(optimizer))]
+    return any("layer_adaptation" in each for each in defaults)
 
 
 def _why(layer: Layer, group: Mapping[str, Any]) -> str:

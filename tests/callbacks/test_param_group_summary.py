@@ -327,3 +327,61 @@ def test_one_of_two_ranks_prints_whole_shapes(tmp_path):
             ["excluded", "5", "31"],
             ["(in no optimizer)", "1", "3"],
         ]
+
+
+class Lamb(Adam):
+    """Another package's, which adapts every layer, whatever the groups say."""
+
+
+@pytest.mark.parametrize("optimizer", [Lamb, Adam, partial(SGD, lr=0.1)])
+@pytest.mark.parametrize("split", ["callback", "build_optimizer"])
+def test_the_adaptation_of_an_optimizer_that_does_not_read_the_key_is_its_own(
+    tmp_path, capsys, optimizer, split
+):
+    if split == "callback":
+        build, callbacks = lambda module: optimizer(module.parameters()), [ExcludeNormAndBias()]
+    else:
+        build, callbacks = lambda module: build_optimizer(module, optimizer), []
+    out = printed(capsys, tmp_path, Module(build), *callbacks, ParamGroupSummary())
+    _, groups = tables(out)
+    assert [(name, adaptation) for name, _, _, adaptation, *_ in groups] == [
+        ("adapted", "-"),
+        ("excluded", "-"),
+    ]
+    kind = getattr(optimizer, "func", optimizer).__name__
+    assert f"\n{kind} does not read layer_adaptation: the groups set weight decay" in out
+
+
+def test_beside_another_optimizer_lars_shows_its_adaptation(tmp_path, capsys):
+    def build(module):
+        return [build_optimizer(module.net[:2], LARS), build_optimizer(module.net[2:], Lamb)]
+
+    out = printed(capsys, tmp_path, Manual(build))
+    _, groups = tables(out)
+    assert [(name, adaptation) for name, _, _, adaptation, *_ in groups] == [
+        ("LARS/adapted", "yes"),
+        ("LARS/excluded", "no"),
+        ("Lamb/adapted", "-"),
+        ("Lamb/excluded", "-"),
+    ]
+    assert "\nLamb does not read layer_adaptation" in out
+
+
+def test_an_optimizer_that_all_groups_of_another_hold_shows_what_it_reads(tmp_path, capsys):
+    class Around(torch.optim.Optimizer):
+        def __init__(self, inner):
+            super().__init__(inner.param_groups, {})
+            self.inner = inner
+
+        def step(self, closure=None):
+            return self.inner.step(closure)
+
+    out = printed(capsys, tmp_path, Module(lambda module: Around(build_optimizer(module, LARS, lr=0.5))))
+    _, groups = tables(out)
+    assert [adaptation for _, _, _, adaptation, *_ in groups] == ["yes", "no"]
+    assert "does not read" not in out
+
+
+def test_an_optimizer_whose_groups_nobody_split_is_not_said_to_ignore_them(tmp_path, capsys):
+    out = printed(capsys, tmp_path, Module(lambda module: Adam(module.parameters())))
+    assert "layer_adaptation" not in out
