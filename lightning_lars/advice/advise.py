@@ -90,8 +90,8 @@ def advise(
         What was measured, and what it means: ``print()`` shows tables, ``to_json()`` returns JSON.
 
     Raises:
-        ValueError: If an argument breaks its rule, or the Trainer has run.
-        TypeError: If the Trainer or the module cannot be copied.
+        ValueError: If an argument breaks its rule, or the Trainer has run, or has no steps to take.
+        TypeError: If they are no LightningModule and Trainer, or cannot be copied.
         MisconfigurationException: If :class:`~lightning_lars.GradientNoiseScale` cannot measure: manual
             optimization, a strategy that shards, or a module without an optimizer.
 
@@ -118,6 +118,11 @@ def advise(
     FLAG.check("train_copy", train_copy)
     if batch_size is not None:
         check_batch_size("batch_size", batch_size)
+    # By name, because lightning.pytorch and pytorch_lightning each define both.
+    for argument, value, kind in (("model", model, "LightningModule"), ("trainer", trainer, "Trainer")):
+        unwrapped = getattr(value, "_orig_mod", value)  # what torch.compile has wrapped
+        if not has_class_named(unwrapped, kind) and value is not None:
+            raise TypeError(f"{argument} must be a {kind}, got {value!r}")
     knows_length = trainer is not None
     if trainer is None:
         trainer = Trainer(devices=1, max_epochs=_UNKNOWN_EPOCHS, logger=False)
@@ -126,7 +131,7 @@ def advise(
     measures = max_steps > 0
     noise_scale = GradientNoiseScale(1, max(0.0, 1 - 3 / max_steps), batch_size) if measures else None
     stop = StopAfterSteps(max_steps, "Measuring the noise scale" if has_progress_bar(trainer) else None)
-    watch = _Watch(noise_scale, stop, accumulated, batch_size, knows_length=knows_length)
+    watch = _Watch(noise_scale, stop, batch_size, knows_length=knows_length)
     try:
         run_trial(
             trainer,
@@ -147,6 +152,11 @@ def advise(
             f"advise measures with a callback that cannot measure here. {error}. Or pass max_steps=0, which "
             "reports everything else without training"
         ) from error
+    if not watch.has_begun or (measures and not stop.steps):
+        raise ValueError(
+            "trainer must have steps to take, got one without (limit_train_batches=0, max_steps=0), or a "
+            "ckpt_path from the end of its run: raise its limits, or pass max_steps=0 to advise"
+        )
     return watch.advice()
 
 
@@ -157,16 +167,15 @@ class _Watch(Callback):
         self,
         noise_scale: GradientNoiseScale | None,
         stop: StopAfterSteps,
-        accumulated: int,
         batch_size: int | None,
         *,
         knows_length: bool,
     ) -> None:
         self._noise_scale = noise_scale
         self._stop = stop
-        self._accumulated = accumulated
         self._given = batch_size
         self._knows_length = knows_length
+        self.has_begun = False
         self._peak = PeakRate()
         self._history: list[tuple[int, NoiseScale | None]] = []
         self._micro_batch: int | None = None
@@ -180,21 +189,21 @@ class _Watch(Callback):
                 "advise reads the parameter groups of an optimizer, got none: return one from "
                 "configure_optimizers"
             )
+        self.has_begun = True
         self._optimizer = ", ".join(kinds(optimizers))
         self._is_linear = all(has_class_named(each, *LINEAR) for each in optimizers)
-        self._steps = self._steps_of_whole_run(trainer)
+        self._steps = total_steps(trainer) if self._knows_length else math.inf
         schedulers: dict[Any, list[Any]] = {each: [] for each in optimizers}
         for config in trainer.lr_scheduler_configs:
-            schedulers.setdefault(cast(Any, config.scheduler).optimizer, []).append(config.scheduler)
+            schedulers.setdefault(getattr(config.scheduler, "optimizer", None), []).append(config.scheduler)
         rates = peak_rates(optimizers, schedulers)
         # On every rank, because they may call code of the model that communicates with other ranks.
         self._groups = overview(pl_module, optimizers, rates)
         self._unusual = unusual(pl_module, optimizers, rates, self._steps)
         self._is_distributed = trainer.world_size > 1
         replicas = data_parallel_replicas(trainer)
-        self._measured_samples = replicas * accumulated_batches(trainer)
-        by_callback = accumulates_by_callback(trainer)
-        self._own_samples = self._measured_samples if by_callback else replicas * self._accumulated
+        # The copy accumulates what the Trainer does, until all callbacks have seen that training starts.
+        self._own_samples = replicas * accumulated_batches(trainer)
         scaling = [each for each in cast(Any, trainer).callbacks if has_class_named(each, "BatchSizeScaling")]
         self._scaled_from = scaling[0].base_batch_size if scaling else None
         params = [p for each in optimizers for group in each.param_groups for p in group["params"]]
@@ -219,16 +228,15 @@ class _Watch(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        is_due = self._stop.steps % max(1, self._stop.max_steps // HISTORY) == 0
-        if is_due and (not self._history or self._history[-1][0] < self._stop.steps):
+        if self._stop.count(trainer) % max(1, self._stop.max_steps // HISTORY) == 0:
             self._record()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._noise_scale is None:
             return
-        if not self._history or self._history[-1][0] < self._stop.steps:
-            self._record()
+        self._record()
+        self._measured_samples = data_parallel_replicas(trainer) * accumulated_batches(trainer)
         states = [state for each in trainer.optimizers for state in each.state.values()]
         self._state_bytes = {self._optimizer: held_bytes(states)}
 
@@ -289,11 +297,14 @@ class _Watch(Callback):
         )
 
     def _record(self) -> None:
-        if self._noise_scale is not None and self._stop.steps:
-            self._history.append((self._stop.steps, self._noise_scale.read()))
+        steps = self._stop.steps
+        if self._noise_scale is not None and steps > (self._history[-1][0] if self._history else 0):
+            self._history.append((steps, self._noise_scale.read()))
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        self._peak.update(largest([group["lr"] for group in optimizer.param_groups]))
+        rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
+        if rates:
+            self._peak.update(largest(rates))
 
     def _nominal_batch_size(self, trainer: Trainer) -> int | None:
         try:
@@ -302,18 +313,6 @@ class _Watch(Callback):
             if self._noise_scale is None:
                 raise
             return None  # the first batch tells
-
-    def _steps_of_whole_run(self, trainer: Trainer) -> float:
-        if not self._knows_length:
-            return math.inf
-        # As many as if the copy did not accumulate more batches than the Trainer of the whole run.
-        accumulated = trainer.accumulate_grad_batches
-        if not accumulates_by_callback(trainer):
-            trainer.accumulate_grad_batches = self._accumulated
-        try:
-            return total_steps(trainer)
-        finally:
-            trainer.accumulate_grad_batches = accumulated
 
 
 def _main_group(groups: Sequence[ParameterGroup]) -> ParameterGroup | None:

@@ -47,7 +47,7 @@ def of_run(
     if critical is not None and critical.batch_size != batch_size:
         sentences.append(
             f"On one device the noise scale needs two micro-batches: the steps were measured at an effective "
-            f"batch size of {critical.batch_size} by accumulation, with the learning rate for {batch_size}."
+            f"batch size of {critical.batch_size} by accumulation, in the schedule of steps of {batch_size}."
         )
     if is_in_warmup:
         sentences.append(

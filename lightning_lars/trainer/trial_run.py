@@ -28,6 +28,7 @@ _LEFT_OUT = (
     "LearningRateMonitor",
     "ModelSummary",
     "ParamGroupSummary",
+    "PreciseBatchNorm",
     "ProgressBar",
     "SaveConfigCallback",
     "ThroughputMonitor",
@@ -69,10 +70,24 @@ class StopAfterSteps(Callback):
         # iterating over the old one.
         kept = [each for each in cast(Any, trainer).callbacks if not _is_left_out(each) or each in self._ours]
         cast(Any, trainer).callbacks = kept
+        # Until training starts, the optimizers and schedules of the whole run are configured.
+        own, accumulated = self._accumulated
+        if own != accumulated:
+            trainer.accumulate_grad_batches = own
 
-    def attach(self, trainer: Trainer, others: Sequence[Any]) -> None:
-        """Add this callback and others to a Trainer that has not run yet, and remove its lower limits."""
-        self._ours = [self, *others]
+    def attach(self, trainer: Trainer, others: Sequence[Any], accumulate_grad_batches: int) -> None:
+        """Add this callback and others to a Trainer that has not run yet, and remove its lower limits.
+
+        Args:
+            trainer: The Trainer.
+            others: The other callbacks.
+            accumulate_grad_batches: Batches to accumulate when training starts. Schedules are still those of
+                the Trainer's own.
+        """
+        # Last, because a setup hook may check what is accumulated.
+        self._ours = [*others, self]
+        self._accumulated = trainer.accumulate_grad_batches, accumulate_grad_batches
+        trainer.accumulate_grad_batches = accumulate_grad_batches
         cast(Any, trainer).callbacks = [*cast(Any, trainer).callbacks, *self._ours]
         # Lightning would go on to the end of what these ask for.
         trainer.fit_loop.min_epochs = 0
@@ -80,6 +95,9 @@ class StopAfterSteps(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        own, accumulated = self._accumulated
+        if own != accumulated:
+            trainer.accumulate_grad_batches = accumulated
         self._begin = trainer.global_step
         trainer.should_stop = self.max_steps == 0
         # These wait for metrics of a validation that does not run.
@@ -92,11 +110,16 @@ class StopAfterSteps(Callback):
             self._progress.add_task(self._description, total=self.max_steps)
             self._progress.start()
 
+    def count(self, trainer: Trainer) -> int:
+        """Return the optimizer steps of this fit so far."""
+        self.steps = trainer.global_step - self._begin
+        return self.steps
+
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.steps = trainer.global_step - self._begin
+        self.count(trainer)
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=self.steps)
         if self.steps >= self.max_steps:
@@ -162,12 +185,12 @@ def run_trial(
     if attached is not None:
         memo[id(attached)] = copied
     trained = _copy(model, "model", memo) if train_copy else model
-    stop.attach(copied, callbacks)
+    stop.attach(copied, callbacks, accumulate_grad_batches or copied.accumulate_grad_batches)
     cast(Any, copied).limit_val_batches = 0
     cast(Any, copied).num_sanity_val_steps = 0
-    if accumulate_grad_batches is not None:
-        copied.accumulate_grad_batches = accumulate_grad_batches
     with _random_state_kept(), nullcontext() if train_copy else _restored(model), warnings.catch_warnings():
+        # There is no validation, and the callbacks that the checkpoint has more are left out.
+        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create")
         warnings.filterwarnings("ignore", "You defined a `validation_step` but have no `val_dataloader`")
         copied.fit(
             trained,
@@ -243,7 +266,7 @@ def _restored(model: LightningModule) -> Iterator[None]:
     try:
         yield
     finally:
-        model.load_state_dict(state)
+        model.load_state_dict(state, strict=False)  # configure_model may have added to it
         model.to(device)
         model.zero_grad()
         for module, mode in modes.items():

@@ -258,6 +258,19 @@ def test_the_schedule_is_that_of_the_whole_run(tmp_path):
     assert not any("had not reached its peak" in sentence for sentence in warm.unknown)
 
 
+def test_accumulation_on_one_device_does_not_shorten_the_schedule(tmp_path):
+    lengths = []
+
+    class Scheduled(WithAdam):
+        def configure_optimizers(self):
+            lengths.append(self.trainer.estimated_stepping_batches)
+            return super().configure_optimizers()
+
+    advice = advise(Scheduled(), trainer=trainer(tmp_path, max_epochs=5), max_steps=2)
+    assert lengths == [40]
+    assert (advice.steps, advice.critical.batch_size) == (40, 8)
+
+
 def test_goes_on_from_a_checkpoint(tmp_path):
     fitting, model = trainer(tmp_path, max_epochs=2), boring()
     fitting.fit(model)
@@ -384,6 +397,67 @@ def test_refuses_a_trainer_that_has_run_or_takes_too_few_steps_or_starts_process
         advise(WithAdam(), trainer=trainer(tmp_path, fast_dev_run=True))
     with pytest.raises(ValueError, match=r"ddp_spawn.*use devices=1"):
         advise(WithAdam(), trainer=trainer(tmp_path, strategy="ddp_spawn"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "kind"),
+    [
+        ("model", nn.Linear(2, 2), "LightningModule"),
+        ("model", WithAdam, "LightningModule"),
+        ("trainer", 3, "Trainer"),
+    ],
+    ids=["module", "class", "number"],
+)
+def test_refuses_what_is_no_module_or_trainer(argument, value, kind):
+    with pytest.raises(TypeError, match=f"^{argument} must be a {kind}, got"):
+        advise(**{"model": WithAdam(), argument: value})
+
+
+def test_takes_compiled_modules_and_those_that_are_made_when_they_are_configured(tmp_path):
+    class Late(WithAdam):
+        def __init__(self):
+            super().__init__()
+            del self.net
+
+        def configure_model(self):
+            if not hasattr(self, "net"):
+                self.net = nn.Linear(4, 2)
+
+    late = Late()
+    for model in (late, torch.compile(WithAdam(), backend="eager")):
+        assert advise(model, trainer=trainer(tmp_path), max_steps=2).measured_steps == 2
+    assert not hasattr(late, "net")
+    assert advise(late, trainer=trainer(tmp_path), max_steps=2, train_copy=False).measured_steps == 2
+
+
+def test_an_optimizer_without_a_learning_rate_gets_none(tmp_path):
+    class Mine(torch.optim.Optimizer):
+        def step(self, closure=None):
+            return closure()
+
+    class WithMine(WithAdam):
+        def configure_optimizers(self):
+            return Mine(self.parameters(), {})
+
+    advice = advise(WithMine(), trainer=trainer(tmp_path), max_steps=2)
+    assert (advice.optimizer, advice.measured_steps, advice.groups[0].lr) == ("Mine", 2, None)
+    assert {(row.lr_sqrt, row.lr_linear) for row in advice.batch_sizes} == {(None, None)}
+    assert Advice.from_json(advice.to_json()) == advice
+    advice.print()
+
+
+@pytest.mark.filterwarnings("ignore:`Trainer.limit_train_batches=0`")
+@pytest.mark.filterwarnings("ignore:.*The checkpoint.*")
+def test_refuses_a_run_without_a_step(tmp_path):
+    for options in ({"limit_train_batches": 0}, {"max_steps": 0}, {"max_epochs": 0}):
+        for max_steps in (0, 9) if "limit_train_batches" in options else (9,):
+            with pytest.raises(ValueError, match="trainer must have steps to take"):
+                advise(OwnBatches(), trainer=trainer(tmp_path, **options), max_steps=max_steps)
+    fitting = trainer(tmp_path)
+    fitting.fit(WithAdam())
+    fitting.save_checkpoint(tmp_path / "end.ckpt")
+    with pytest.raises(ValueError, match="ckpt_path from the end of its run"):
+        advise(WithAdam(), trainer=trainer(tmp_path), ckpt_path=tmp_path / "end.ckpt")
 
 
 @pytest.mark.parametrize(
