@@ -25,6 +25,7 @@ ARROWS = {
     "recipes": {"learning_rate", "optim", "rules"},
     "callbacks": {"trainer", "optim", *TOPICS, *GROUND},
     "trainer": {"class_names", "groups", "learning_rate", "optim", "rules"},
+    "run_report": set(),
     "trust_ratios": {"gradients", "optim", *GROUND},
     "gradients": {"sharding"},
     "batch_norm": {"sharding"},

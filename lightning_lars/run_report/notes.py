@@ -1,0 +1,68 @@
+"""What stands out in the numbers of a run, in sentences."""
+
+import math
+from collections.abc import Iterator, Mapping
+from statistics import median
+
+from lightning_lars.run_report.run import Points, Run
+
+FAR = 30.0
+"""Factor between the mean of a layer and that of the median layer that is worth a sentence."""
+_NAMES = 4
+_SHARES = {
+    "at_trust_clip": "{share:.0%} of the layers were at trust_clip in the last log: the clip, not the layer, "
+    "determines how far they move.",
+    "at_zero_rule": "{share:.0%} of the layers had a trust ratio of 1 by the zero rule in the last log: "
+    "their weights, or their gradients, are 0.",
+    "by_decay_alone": "{share:.0%} of the layers were moved by weight decay alone in the last log: they have "
+    "no gradient, and shrink.",
+}
+
+
+def notes(run: Run) -> list[str]:
+    """Return what stands out.
+
+    Example:
+        >>> from lightning_lars.run_report.notes import notes
+        >>> from lightning_lars.run_report.run import Run
+        >>> notes(Run(metrics={"loss": {0: 1.0, 10: float("nan")}}))
+        ['loss is not finite from step 10 on.']
+    """
+    return [*_not_finite(run.metrics), *_shares(run.metrics), *_of_layers(run.layers.get("trust_ratio", {}))]
+
+
+def _not_finite(metrics: Mapping[str, Points]) -> Iterator[str]:
+    for key, points in metrics.items():
+        step = next((step for step, value in points.items() if not math.isfinite(value)), None)
+        if step is not None:
+            yield f"{key} is not finite from step {step} on."
+
+
+def _shares(metrics: Mapping[str, Points]) -> Iterator[str]:
+    for key, points in metrics.items():
+        folder, _, name = key.rpartition("/")
+        if folder.startswith("trust_ratio") and name in _SHARES and points:
+            share = list(points.values())[-1]
+            if share > 0:
+                yield _SHARES[name].format(share=share)
+
+
+def _of_layers(layers: Mapping[str, Points]) -> Iterator[str]:
+    broken = [name for name, points in layers.items() if not all(map(math.isfinite, points.values()))]
+    if broken:
+        yield f"Trust ratios of {_list(broken)} are not finite: their weights or gradients are not."
+    means = {
+        name: sum(points.values()) / len(points)
+        for name, points in layers.items()
+        if points and name not in broken
+    }
+    typical = median(means.values()) if means else 0.0
+    if typical > 0:
+        far = [name for name, mean in means.items() if not 1 / FAR < mean / typical < FAR]
+        if far:
+            yield f"Trust ratios of {_list(far)} are far from {typical:.3g}, that of the median layer."
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+    return f"{', '.join(names[:_NAMES])}{more}"

@@ -1,0 +1,55 @@
+"""What is known of a finished run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Points = dict[int, float]
+"""Values by step, in ascending order."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A parameter group, as text."""
+
+    optimizer: str
+    name: str
+    tensors: str
+    elements: str
+    lr: str
+    weight_decay: str
+    layer_adaptation: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one source tells of a run."""
+
+    metrics: dict[str, Points] = field(default_factory=dict)
+    """Logged numbers, by key."""
+    layers: dict[str, dict[str, Points]] = field(default_factory=dict)
+    """The same of every layer, by quantity, such as ``trust_ratio``, and name."""
+    groups: tuple[Group, ...] = ()
+    settings: dict[str, str] = field(default_factory=dict)
+    """Hyperparameters, versions and progress."""
+
+    def merged(self, other: "Run") -> "Run":
+        """Return what both tell; where they differ, and for the order of layers, ``other`` counts.
+
+        Of a layer's values, the longer series counts: a checkpoint holds fewer steps than a log, and counts
+        them from 1.
+        """
+        return Run(
+            metrics={**self.metrics, **other.metrics},
+            layers={
+                quantity: _in_order(self.layers.get(quantity, {}), other.layers.get(quantity, {}))
+                for quantity in {**self.layers, **other.layers}
+            },
+            groups=other.groups or self.groups,
+            settings={**self.settings, **other.settings},
+        )
+
+
+def _in_order(first: Mapping[str, Points], second: Mapping[str, Points]) -> dict[str, Points]:
+    """Return the layers in the order of the second, then those of the first that it does not have."""
+    names = [*second, *(name for name in first if name not in second)]
+    return {name: max(first.get(name, {}), second.get(name, {}), key=len) for name in names}
