@@ -5,7 +5,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_lars.sharding.norms import by_device_and_dtype, norm_of_each, whole_norms, widest_float
+from lightning_lars.sharding.norms import (
+    by_device_and_dtype,
+    norm_of_each,
+    stacked_norms,
+    whole_norms,
+    widest_float,
+)
 from lightning_lars.sharding.shards import Shard, local, local_gradient
 
 
@@ -32,7 +38,10 @@ def gradient_norms(params: Sequence[Tensor], shards: Mapping[Tensor, Shard], dev
         tensor([5., 0.], dtype=torch.float64)
     """
     with_grad = [p for p in params if p.grad is not None]
-    local_norms = norm_of_each([values_of(local_gradient(p)) for p in with_grad])
+    gradients = [values_of(local_gradient(p)) for p in with_grad]
+    if len(with_grad) == len(params) and not any(p in shards for p in params):
+        return stacked_norms(gradients).to(device)
+    local_norms = norm_of_each(gradients)
     norms = dict(zip(with_grad, local_norms, strict=True))
     sharded = [p for p in params if p in shards and shards[p].groups]
     if sharded:
@@ -56,11 +65,8 @@ def scale_gradients(params: Sequence[Tensor], scales: Tensor) -> None:
     for (device, dtype), indices in by_device_and_dtype(grads).items():
         these = [grad for i in indices if (grad := grads[i]) is not None]
         wide = torch.promote_types(dtype, torch.float32)
-        if len(scales) == 1:
-            torch._foreach_mul_(these, scales[0].to(device, wide))
-        else:
-            factors = torch.stack([scales[i] for i in indices])
-            torch._foreach_mul_(these, factors.to(device, wide).unbind())
+        factors = scales.to(device, wide).unbind()
+        torch._foreach_mul_(these, factors[0] if len(factors) == 1 else [factors[i] for i in indices])
 
 
 def _in_place(grad: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """L2 norms of whole layers, sharded or not, accumulated in at least float32."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -76,6 +76,24 @@ def _flat(tensor: Tensor) -> Tensor:
         return tensor.view(-1)
     strides = tensor.stride()
     return tensor.permute(sorted(range(tensor.ndim), key=lambda d: -strides[d])).reshape(-1)
+
+
+def stacked_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the L2 norms of tensors, shape ``(len(tensors),)``, on the device of the first one.
+
+    Devices and dtypes may be mixed; where they are not, this takes few operations, whatever the number of
+    tensors.
+    """
+    if len(by_device_and_dtype(tensors)) == 1:
+        return layer_norms(list(tensors))
+    norms = norm_of_each(tensors)
+    zero = torch.zeros((), dtype=widest_of(norms), device=norms[0].device)
+    return torch.stack([norm.to(zero) for norm in norms])
+
+
+def widest_of(norms: Iterable[Tensor]) -> torch.dtype:
+    """Return float64 if any norm is in float64, otherwise float32."""
+    return torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
 
 
 def norm_of_each(tensors: Sequence[Tensor]) -> list[Tensor]:

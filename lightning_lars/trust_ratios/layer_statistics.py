@@ -1,4 +1,4 @@
-"""Mean, minimum, maximum and count of a quantity of every layer over steps, kept on the device."""
+"""Mean, minimum, maximum and count of quantities of every layer over steps, kept on the device."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,18 +19,20 @@ class OverSteps(NamedTuple):
 
 
 class LayerStatistics(Metric):
-    """Mean, minimum, maximum and number of updates, for each layer that had a value.
+    """Mean, minimum, maximum and number of updates, for each quantity of each layer that had a value.
 
-    Every rank has the statistics of whole layers, so no synchronization across ranks is needed.
+    Every rank has the statistics of whole layers, so no synchronization across ranks is needed. All
+    quantities are in one vector, so that a step takes few operations.
 
     Example:
         >>> import torch
         >>> from lightning_lars.trust_ratios.layer_statistics import LayerStatistics
         >>> statistics = LayerStatistics()
-        >>> statistics.update(["first", "second"], torch.tensor([1.0, 5.0]))
-        >>> statistics.update(["first"], torch.tensor([2.0]))
-        >>> statistics.layers
-        ['first', 'second']
+        >>> ratios = [("trust_ratio", "first"), ("trust_ratio", "second")]
+        >>> statistics.update(ratios, torch.tensor([1.0, 5.0]))
+        >>> statistics.update([("trust_ratio", "first")], torch.tensor([2.0]))
+        >>> statistics.labels
+        [('trust_ratio', 'first'), ('trust_ratio', 'second')]
         >>> statistics.compute()
         tensor([[1.5000, 5.0000],
                 [1.0000, 5.0000],
@@ -46,32 +48,35 @@ class LayerStatistics(Metric):
 
     def __init__(self) -> None:
         super().__init__(sync_on_compute=False)
-        self.layers: list[str] = []
+        self.labels: list[tuple[str, str]] = []
+        """Quantity and layer of each column."""
         for state in ("count", "total", "minimum", "maximum"):
             self.add_state(state, torch.zeros(0, device="cpu"), dist_reduce_fx=None)
 
-    def update(self, layers: Sequence[str], values: Tensor) -> None:
+    def update(self, labels: Sequence[tuple[str, str]], values: Tensor) -> None:
         """Add one step.
 
         Args:
-            layers: Names of layers; new ones are appended.
-            values: Their values, of shape ``(layers,)``. The first call determines device and dtype.
+            labels: Quantities and layers; new ones are appended.
+            values: Their values, of shape ``(labels,)``. The first call determines device and dtype.
         """
-        if not self.layers:
+        labels = list(labels)
+        if not self.labels:
             self.count, self.total = values.new_zeros(0), values.new_zeros(0)
             self.minimum, self.maximum = values.new_zeros(0), values.new_zeros(0)
-        known = set(self.layers)
-        new = [layer for layer in layers if layer not in known]
+        is_prefix = labels == self.labels[: len(labels)]
+        known = set() if is_prefix else set(self.labels)
+        new = [] if is_prefix else [label for label in labels if label not in known]
         if new:
-            self.layers = [*self.layers, *new]
+            self.labels = [*self.labels, *new]
             self.count = torch.cat([self.count, self.count.new_zeros(len(new))])
             self.total = torch.cat([self.total, self.total.new_zeros(len(new))])
             self.minimum = torch.cat([self.minimum, self.minimum.new_full((len(new),), torch.inf)])
             self.maximum = torch.cat([self.maximum, self.maximum.new_full((len(new),), -torch.inf)])
-        where: Tensor | slice = slice(None)
-        if list(layers) != self.layers:
-            number = {layer: i for i, layer in enumerate(self.layers)}
-            indices = torch.tensor([number[layer] for layer in layers], device="cpu")
+        where: Tensor | slice = slice(len(labels))
+        if labels != self.labels[: len(labels)]:
+            number = {label: i for i, label in enumerate(self.labels)}
+            indices = torch.tensor([number[label] for label in labels], device="cpu")
             where = indices.to(values.device, non_blocking=True)
         self.count[where] += 1
         self.total[where] += values
@@ -79,10 +84,10 @@ class LayerStatistics(Metric):
         self.maximum[where] = torch.maximum(self.maximum[where], values)
 
     def compute(self) -> Tensor:
-        """Return mean, minimum, maximum and number of steps, of shape ``(4, layers)``."""
+        """Return mean, minimum, maximum and number of steps, of shape ``(4, labels)``."""
         return torch.stack([self.total / self.count, self.minimum, self.maximum, self.count])
 
     def reset(self) -> None:
-        """Remove all steps and all layers."""
+        """Remove all steps and all labels."""
         super().reset()
-        self.layers = []
+        self.labels = []

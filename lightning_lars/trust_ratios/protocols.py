@@ -5,6 +5,8 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from lightning_lars.optim.last_trust_ratios import StackedTrustRatios
+
 FLAGS = ("at_trust_clip", "at_zero_rule", "by_decay_alone")
 """Methods of LARS and LAMB that return a flag for each layer of their last step."""
 
@@ -29,15 +31,9 @@ class HasTrustRatios(Protocol):
 
 
 @runtime_checkable
-class ReportsCauses(Protocol):
-    """An optimizer that reports, for every layer with a trust ratio, why its last step moved it."""
+class StacksTrustRatios(Protocol):
+    """An optimizer that also reports, for every layer with a trust ratio, why its last step moved it."""
 
-    param_groups: list[dict[str, Any]]
-
-    def from_zero(self) -> dict[str, Tensor]:
-        """Return, by name, whether the weights were all zero."""
-        ...
-
-    def by_decay_alone(self) -> dict[str, Tensor]:
-        """Return, by name, whether there was weight decay and no gradient."""
+    def stacked_trust_ratios(self) -> StackedTrustRatios | None:
+        """Return vectors over the layers of the last step, or None if there was none."""
         ...

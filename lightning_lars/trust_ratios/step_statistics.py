@@ -1,19 +1,19 @@
 """Statistics of what an optimizer did to every layer, since they were last flushed."""
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_lars.optim.last_trust_ratios import StackedTrustRatios
 from lightning_lars.optim.parameters import named_params
-from lightning_lars.sharding.norms import widest_float
 from lightning_lars.trust_ratios.layer_names import names_by_number
 from lightning_lars.trust_ratios.layer_statistics import LayerStatistics, OverSteps
 from lightning_lars.trust_ratios.peak_rate import Peak, PeakRate, largest
-from lightning_lars.trust_ratios.protocols import FLAGS, HasTrustRatios, ReportsCauses
+from lightning_lars.trust_ratios.protocols import FLAGS, HasTrustRatios, StacksTrustRatios
 from lightning_lars.trust_ratios.step_norms import Norms, StepNorms
 
 FOR_ALERTS = ("lr_from_zero", "lost_to_decay")
@@ -45,7 +45,8 @@ class StepStatistics:
         self._norms = StepNorms(is_measured, updates=updates, gradients=gradients)
         self._names = names or {}
         self._by_number: dict[str, str] = {}
-        self._quantities: dict[str, LayerStatistics] = {}
+        self._statistics = LayerStatistics()
+        self._of_step: list[tuple[str, list[str], Tensor]] = []
         self.has_stepped = False
         """Whether there was a step, of an optimizer with trust ratios one that had any, since this was set to
         False."""
@@ -103,21 +104,16 @@ class StepStatistics:
             else 0) and ``lost_to_decay`` (the fraction of its norm that decay removed from a layer in a step,
             before momentum, if decay alone moved it, else 0).
         """
-        quantities, self._quantities = self._quantities, {}
-        if not quantities:
+        labels = self._statistics.labels
+        if not labels:
             return {}
-        tables = [statistics.compute() for statistics in quantities.values()]
-        device = tables[0].device
-        is_wide = any(table.dtype == torch.float64 for table in tables)
-        dtype = widest_float(device) if is_wide else torch.float32
-        columns = [table.T.flatten().to(device, dtype) for table in tables]
-        peak = self._peak.state()
-        values = torch.cat([*columns, peak.to(device, dtype)]).cpu()
-        rows = iter(values[: -len(peak)].view(-1, len(tables[0])).tolist())
-        flushed = {
-            quantity: {layer: OverSteps(*next(rows)) for layer in statistics.layers}
-            for quantity, statistics in quantities.items()
-        }
+        table, peak = self._statistics.compute(), self._peak.state()
+        values = torch.cat([table.T.flatten(), peak.to(table)]).cpu()
+        self._statistics.reset()
+        rows = values[: -len(peak)].view(len(labels), -1).tolist()
+        flushed: dict[str, dict[str, OverSteps]] = {}
+        for (quantity, layer), row in zip(labels, rows, strict=True):
+            flushed.setdefault(quantity, {})[layer] = OverSteps(*row)
         self.peak = self._peak.read(values[-len(peak) :].tolist())
         return flushed
 
@@ -134,14 +130,23 @@ class StepStatistics:
         self._norms.before_step(groups)
 
     def _after_step(self, *_: Any) -> None:
-        ratios = self._optimizer.trust_ratios() if isinstance(self._optimizer, HasTrustRatios) else None
-        if ratios:
-            self._add_ratios(ratios)
-        elif ratios is None and self._norms.params:
+        optimizer = self._optimizer
+        has_stepped = True
+        if isinstance(optimizer, StacksTrustRatios):
+            stacked = optimizer.stacked_trust_ratios()
+            if stacked is not None:
+                self._add_stacked(stacked)
+            has_stepped = stacked is not None
+        elif isinstance(optimizer, HasTrustRatios):
+            ratios = optimizer.trust_ratios()
+            if ratios:
+                self._add_ratios(ratios)
+            has_stepped = bool(ratios)
+        elif self._norms.params:
             self._add_updates()
-        if ratios is None or ratios:
-            self.has_stepped = True
+        self.has_stepped = self.has_stepped or has_stepped
         self._norms.discard()
+        self._add_step()
 
     def _add_updates(self) -> None:
         """Add the updates of an optimizer without trust ratios, in a step that is measured."""
@@ -153,8 +158,31 @@ class StepStatistics:
         if rate is not None:
             self._add("effective_lr", layers, rate)
 
-    def _add_ratios(self, ratios: Mapping[str, Tensor]) -> None:
+    def _add_stacked(self, stacked: StackedTrustRatios) -> None:
         """Add the trust ratios of a step, the quantities that depend on them, and the updates."""
+        named = self._named_params()
+        layers, ratio = stacked.layers, stacked.trust_ratio
+        self._add("trust_ratio", layers, ratio)
+        for quantity in FLAGS:
+            self._add(quantity, layers, getattr(stacked, quantity).to(ratio))
+        number = self._group_numbers(named)
+        effective_lr = _times(self._lr, [number[layer] for layer in layers], ratio)
+        self._add("effective_lr", layers, effective_lr)
+        lr_from_zero = effective_lr.where(stacked.from_zero, 0.0)
+        self._add("lr_from_zero", layers, lr_from_zero)
+        if not self._known.issuperset(layers):
+            self._known.update(layers)
+            self._first_steps.append((layers, lr_from_zero))
+        decays = [_decay(group) for group in self._optimizer.param_groups]
+        decay = _times(decays, [number[layer] for layer in layers], effective_lr)
+        self._add("lost_to_decay", layers, decay.where(stacked.by_decay_alone, 0.0))
+        if self._norms.params:
+            # In the order of the parameters, which is the same on all ranks.
+            has_ratio = set(layers)
+            self._add_norms([name for name in named if name in has_ratio], named)
+
+    def _add_ratios(self, ratios: Mapping[str, Tensor]) -> None:
+        """Add the trust ratios of a step of an optimizer that reports them for one layer at a time."""
         named = self._named_params()
         layers = list(ratios)
         ratio = _stack(ratios)
@@ -163,20 +191,10 @@ class StepStatistics:
             flags: dict[str, Tensor] = getattr(self._optimizer, quantity, dict)()
             if flags:
                 self._add(quantity, list(flags), _stack(flags).to(ratio))
-        if not ratios.keys() <= named.keys():
-            return
-        effective_lr = self._times(self._lr, layers, ratio, named)
-        self._add("effective_lr", layers, effective_lr)
-        if isinstance(self._optimizer, ReportsCauses):
-            lr_from_zero = effective_lr.where(_stack(self._optimizer.from_zero()), 0.0)
-            self._add("lr_from_zero", layers, lr_from_zero)
-            if not self._known.issuperset(layers):
-                self._known.update(layers)
-                self._first_steps.append((layers, lr_from_zero))
-            decays = [_decay(group) for group in self._optimizer.param_groups]
-            decay = self._times(decays, layers, effective_lr, named)
-            self._add("lost_to_decay", layers, decay.where(_stack(self._optimizer.by_decay_alone()), 0.0))
-        self._add_norms(layers, named)
+        if ratios.keys() <= named.keys():
+            number = self._group_numbers(named)
+            self._add("effective_lr", layers, _times(self._lr, [number[layer] for layer in layers], ratio))
+            self._add_norms(layers, named)
 
     def _named_params(self) -> dict[str, Tensor]:
         named = dict(named_params(self._optimizer.param_groups))
@@ -193,21 +211,29 @@ class StepStatistics:
         return norms
 
     def _add(self, quantity: str, layers: list[str], values: Tensor) -> None:
-        layers = [self._by_number.get(layer, layer) for layer in layers]
-        # Creating a metric takes longer than all that a step adds to it.
-        if quantity not in self._quantities:
-            self._quantities[quantity] = LayerStatistics()
-        self._quantities[quantity].update(layers, values)
+        self._of_step.append((quantity, layers, values))
 
-    def _times(
-        self, factors: Sequence[Any], layers: list[str], values: Tensor, named: Mapping[str, Tensor]
-    ) -> Tensor:
-        """Multiply the value of each layer by the factor of its group."""
-        number = {p: i for i, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
-        # Layers of a group are consecutive: one product for each group, not for each layer.
-        runs = [(group, len(list(run))) for group, run in groupby(number[named[layer]] for layer in layers)]
-        parts = torch.split(values, [length for _, length in runs])
-        return torch.cat([part * factors[group] for (group, _), part in zip(runs, parts, strict=True)])
+    def _add_step(self) -> None:
+        """Add all quantities of a step to the statistics at once."""
+        of_step, self._of_step = self._of_step, []
+        if of_step:
+            name = self._by_number.get
+            labels = [(quantity, name(layer, layer)) for quantity, layers, _ in of_step for layer in layers]
+            first = of_step[0][2]
+            self._statistics.update(labels, torch.cat([values.to(first.device) for _, _, values in of_step]))
+
+    def _group_numbers(self, named: Mapping[str, Tensor]) -> dict[str, int]:
+        sizes = [len(group["params"]) for group in self._optimizer.param_groups]
+        numbers = chain.from_iterable([number] * size for number, size in enumerate(sizes))
+        return dict(zip(named, numbers, strict=True))
+
+
+def _times(factors: Sequence[Any], groups: Sequence[int], values: Tensor) -> Tensor:
+    """Multiply the value of each layer by the factor of its group."""
+    # Layers of a group are consecutive: one product for each group, not for each layer.
+    runs = [(group, len(list(run))) for group, run in groupby(groups)]
+    parts = torch.split(values, [length for _, length in runs])
+    return torch.cat([part * factors[group] for (group, _), part in zip(runs, parts, strict=True)])
 
 
 def _moves_by_lr(group: Mapping[str, Any]) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_lars.sharding.norms import norm_of_each, whole_norms
+from lightning_lars.sharding.norms import norm_of_each, stacked_norms, whole_norms
 from lightning_lars.sharding.shards import Shard, local
 
 
@@ -35,7 +35,11 @@ def update_norms(
     """
     after = [local(p) for p in params]
     # In place in the copy, if that is in single precision.
-    change = [before[p].float().sub_(now) for p, now in zip(params, after, strict=True)]
+    change = [before[p].float() for p in params]
+    torch._foreach_sub_(change, after)
+    if not any(p in shards for p in params):
+        of_change, of_weights = stacked_norms(change), stacked_norms(after)
+        return of_change, of_weights.to(of_change)
     of_params = [shards.get(p, Shard((), p.device)) for p in params]
     norms = whole_norms(norm_of_each([*change, *after]), [*of_params, *of_params])
     of_change, of_weights = torch.stack([norm.to(norms[0]) for norm in norms]).view(2, -1)

@@ -131,3 +131,35 @@ def test_a_ratio_that_is_not_a_number_is_not_reported_as_clipped():
     optimizer.step()
     assert optimizer.trust_ratios()["w"].isnan()
     assert not optimizer.at_trust_clip()["w"]
+
+
+@pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
+@pytest.mark.parametrize("fused", [None, False])
+def test_vectors_over_layers_say_what_the_methods_say_of_each(optimizer_class, fused):
+    sizes = ((1, 1, float), (0, 1, None), (8, 1, None), (1, 0, float), (3, 2, None), (1, 1, None))
+    named = []
+    for number, (w, g, kind) in enumerate(sizes):
+        p = Parameter(torch.tensor([float(w), 0.0], dtype=torch.float64 if kind else torch.float32))
+        p.grad = torch.tensor([0.0, float(g)]).to(p)
+        named.append((f"layer{number}", p))
+    groups = [
+        {"params": named[:4], "trust_clip": 0.01},
+        {"params": named[4:5], "weight_decay": 0.1},
+        {"params": named[5:], "layer_adaptation": False},
+    ]
+    optimizer = optimizer_class(groups, lr=0.5, fused=fused)
+    assert optimizer.stacked_trust_ratios() is None
+    optimizer.step()
+    for left in (5, 4):
+        stacked = optimizer.stacked_trust_ratios()
+        assert len(stacked.layers) == left
+        for quantity, vector in zip(stacked._fields[1:], stacked[1:], strict=True):
+            method = "trust_ratios" if quantity == "trust_ratio" else quantity
+            expected = getattr(optimizer, method)()
+            assert dict(zip(stacked.layers, vector.tolist(), strict=True)) == {
+                name: flag.item() for name, flag in expected.items()
+            }
+        # Regrouping may have moved a layer elsewhere since the step.
+        del optimizer.param_groups[0]["params"][0], optimizer.param_groups[0]["param_names"][0]
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.stacked_trust_ratios() is None
