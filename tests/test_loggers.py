@@ -29,8 +29,7 @@ from lightning_lars import (
 )
 from lightning_lars.cli import LargeBatchCLI
 from tests.support.boring import trainer
-
-PAGE = (Path(__file__).parents[1] / "docs/with_your_library.md").read_text()
+from tests.support.page import lines_for
 
 pytestmark = [
     # Of the libraries themselves.
@@ -267,7 +266,6 @@ class Plain(LightningModule):
     "name", ["csv", *(pytest.param(n, marks=pytest.mark.slow) for n in ("wandb", "mlflow"))]
 )
 def test_the_lines_of_the_page_log_the_configuration_of_the_cli(tmp_path, name, monkeypatch):
-    lines = re.findall(r"^```\n(.*?)^```", PAGE.partition("<!-- loggers -->")[2], re.DOTALL | re.MULTILINE)[0]
     kind = {"csv": "CSVLogger", "wandb": "WandbLogger", "mlflow": "MLFlowLogger"}[name]
     if name in ("wandb", "mlflow"):
         pytest.importorskip(name)
@@ -290,7 +288,7 @@ def test_the_lines_of_the_page_log_the_configuration_of_the_cli(tmp_path, name, 
     ]
     monkeypatch.chdir(tmp_path)
     names = {"LargeBatchCLI": partial(LargeBatchCLI, args=arguments), "Net": Plain}
-    exec(lines, names)
+    exec(lines_for("loggers"), names)
     logger = names["cli"].trainer.logger
     stored = dict(flat(hyperparameters(name, logger)))
     assert str(stored["config/optimizer/init_args/lr"]) == "3.2"

@@ -1,31 +1,11 @@
 """The lines of docs/with_your_library.md work with the library that they are for, where it is installed."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 from lightning_lars import LAMB, LARS, LargeBatchMixin, WarmupDecayLR, build_optimizer, param_groups
-
-PAGE = (Path(__file__).parents[1] / "docs/with_your_library.md").read_text()
-
-
-def lines_for(library, number=0):
-    """A block of the page: the first after the library's mark, or a later one."""
-    return re.findall(r"^```\n(.*?)^```", PAGE.partition(f"<!-- {library} -->")[2], re.DOTALL | re.MULTILINE)[
-        number
-    ]
-
-
-def groups(optimizer):
-    """By name, whether each parameter is adapted, and its weight decay."""
-    return {
-        name: (group.get("layer_adaptation", True), group["weight_decay"])
-        for group in optimizer.param_groups
-        for name in group["param_names"]
-    }
+from tests.support.page import groups, lines_for
 
 
 class Sentences(torch.utils.data.Dataset):

@@ -113,6 +113,7 @@ class ParamGroupSummary(Callback):
                 f"{', '.join(kinds(others))} does not read layer_adaptation: the groups set weight decay and "
                 "learning rate, and whether a layer is adapted is the optimizer's own rule.",
                 highlight=False,
+                soft_wrap=True,
             )
         lost = [entry.name for entry in entries if entry.group == LOST]
         if lost:
