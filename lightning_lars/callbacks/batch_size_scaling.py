@@ -1,6 +1,6 @@
 """Scales the learning rate with the batch size."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, cast
 
@@ -213,13 +213,16 @@ class BatchSizeScaling(Callback):
         self._warn_of_few_samples(prod(counts), factor)
         rates = []
         for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
+            highest, lower = _highest_layer(optimizer.param_groups)
+            for group in highest:
                 name = "/".join(filter(None, [type(optimizer).__name__, group.get("name")]))
                 before = f"{name} {float(group['lr']):.6g}"
                 if self._skips(group):
                     rates.append(f"{before}, a separate rate, not scaled: scale_excluded=True scales it too")
                 else:
                     rates.append(f"{before} -> {float(self._scaled(trainer, group)['lr']):.6g}")
+            if lower:
+                rates.append(f"likewise {len(lower)} groups with a smaller lr_scale")
         rank_zero_info(f"{found} ({', '.join(rates)}).")
 
     def _warn_of_few_samples(self, batch_size: int, factor: float) -> None:
@@ -232,6 +235,13 @@ class BatchSizeScaling(Callback):
                 "counts something larger than samples (time series, graphs, files), pass the samples as "
                 "batch_size; if the rate was tuned at another batch size, pass that as base_batch_size"
             )
+
+
+def _highest_layer(groups: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the groups with the largest ``lr_scale`` or none, and those that ``layer_decay`` puts below."""
+    largest = max((group.get("lr_scale", 1.0) for group in groups), default=1.0)
+    lower = [group for group in groups if group.get("lr_scale", largest) < largest]
+    return [group for group in groups if group.get("lr_scale", largest) >= largest], lower
 
 
 def _batch_size_of(batch: Any) -> int:

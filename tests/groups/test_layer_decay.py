@@ -203,6 +203,13 @@ def test_blocks_are_counted_in_order_through_all_stages(name):
     assert runs == list(range(blocks + 2))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_scripted_and_traced_models_have_the_same_layers():
+    model = ViT(layers=3)
+    assert depths(torch.jit.script(model)) == depths(model)
+    assert depths(torch.jit.trace(model, torch.rand(2, 3, 8, 8))) == depths(model)
+
+
 def test_a_downsampling_layer_belongs_to_the_block_after_it():
     found = depths(held_stages())
     assert found["part1.1.part0.weight"] == found["part1.1.part1.0.norm.weight"] == 3

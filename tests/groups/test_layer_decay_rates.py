@@ -170,7 +170,7 @@ def test_parts_of_a_model_have_layers_of_their_own():
     }
 
 
-def test_callbacks_and_loggers_show_and_scale_the_rate_of_every_layer(tmp_path, capsys):
+def test_callbacks_and_loggers_show_and_scale_the_rate_of_every_layer(tmp_path, capsys, caplog):
     net = module(layer_decay=DECAY, excluded_lr=0.02)
     callbacks = [
         BatchSizeScaling(2, "linear", batch_size=4),
@@ -178,7 +178,12 @@ def test_callbacks_and_loggers_show_and_scale_the_rate_of_every_layer(tmp_path, 
     ]
     callbacks += [LearningRateMonitor("step"), TrustRatioMonitor(layers="*"), ParamGroupSummary()]
     logger = CSVLogger(tmp_path)
-    trainer(tmp_path, callbacks=callbacks, logger=logger, log_every_n_steps=1, max_steps=3).fit(net)
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, callbacks=callbacks, logger=logger, log_every_n_steps=1, max_steps=3).fit(net)
+    (said,) = [record.message for record in caplog.records if "BatchSizeScaling" in record.message]
+    assert "LARS/layer_3.adapted 0.5 -> 1, LARS/layer_3.excluded 0.02, a separate rate" in said
+    assert "likewise 6 groups with a smaller lr_scale)." in said
+    assert "layer_2" not in said
     for rates, warmup in zip(net.in_step, (0.75, 1.0, 1.0), strict=True):
         for name, rate in rates.items():
             layer, part = name.split(".")

@@ -37,7 +37,7 @@ class ViT(nn.Module):
 
     def forward(self, images):
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], 1) + self.pos_embed
+        tokens = torch.cat([self.cls_token.expand(images.shape[0], -1, -1), patches], 1) + self.pos_embed
         for block in self.blocks:
             tokens = block(tokens)
         return self.head(self.norm(tokens).mean(1))
