@@ -1,7 +1,7 @@
 """Finds the stack of blocks in a model: a sequence of modules of one class, possibly in several stages."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Size, nn
@@ -10,6 +10,9 @@ from lightning_lars.groups.module_kinds import Kind, kinds_of
 from lightning_lars.groups.parameter_names import clean_path, unwrapped, without_wrappers
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
+
+# Networks have 3 to 6 stages; more modules with a container each are blocks of several layers (Xception).
+_MOST_STAGES = 8
 
 
 class Stack(NamedTuple):
@@ -35,7 +38,7 @@ class BlockStacks:
     A stack is an ``nn.ModuleList`` or ``nn.Sequential`` with at least two blocks of one class, such as the
     blocks of a vision transformer. It may be in stages: containers of blocks that follow one another (ResNet,
     ConvNeXt of torchvision), or modules that hold such a container each (Swin, ConvNeXt of timm), which are
-    told from blocks with containers of experts by their different widths.
+    told from blocks with containers of experts by their number and different widths.
 
     Args:
         root: The model.
@@ -72,7 +75,7 @@ class BlockStacks:
             return [Stack(self._name(module), blocks)]
         children = self._children(module)
         in_child = [self._blocks_in(child) or self._stage(child) for child in children]
-        stacked = {self._kinds[blocks[0]] for blocks in in_child if len(blocks) > 1}
+        stacked = self._repeated(in_child)
         here: dict[Kind, Stack] = {}
         deeper: list[Stack] = []
         for child, blocks in zip(children, in_child, strict=True):
@@ -91,8 +94,10 @@ class BlockStacks:
             return []
         children = self._children(module)
         nested = [self._stage(child) for child in children]
-        if any(len(blocks) > 1 for blocks in nested):
-            return [block for blocks in nested for block in blocks]
+        if self._repeated(nested):
+            # Some stages may have blocks of several classes.
+            stages = zip(children, nested, strict=True)
+            return [block for child, blocks in stages for block in blocks or self._mixed_stage(child)]
         blocks = [child for child in children if not (self._is_layer(child) or self._is_container(child))]
         for candidates in (blocks, [child for child in children if not self._is_layer(child)], children):
             kinds = Counter(self._kinds[child] for child in candidates)
@@ -102,7 +107,8 @@ class BlockStacks:
         if not same or (self._is_layer(same[0]) and len(kinds) > 1):
             return []
         inner = [self._held_stage(child) for child in same]
-        if all(inner) and max(map(len, inner)) > 1 and len({self._widths(child) for child in same}) > 1:
+        are_stages = len(inner) <= _MOST_STAGES and all(inner) and max(map(len, inner)) > 1
+        if are_stages and len({self._widths(child) for child in same}) > 1:
             return [block for blocks in inner for block in blocks]
         return same
 
@@ -114,10 +120,18 @@ class BlockStacks:
         if not blocks or len({self._kinds[block] for block in blocks}) > 1 or self._is_layer(blocks[0]):
             return []
         # Attention and feed-forward layer in the same wrapper are one block; a first block may hold more.
-        names = sorted(
-            ({without_wrappers(name) for name, _ in block.named_parameters()} for block in blocks), key=len
-        )
-        return blocks if all(names[0] <= each for each in names) else []
+        names = [{without_wrappers(name) for name, _ in block.named_parameters()} for block in blocks]
+        return blocks if all(min(names, key=len) <= each for each in names) else []
+
+    def _mixed_stage(self, module: nn.Module) -> list[nn.Module]:
+        """Return the children of a container that holds no plain layers, such as those of a norm."""
+        blocks = self._children(module) if self._is_container(module) else []
+        return [] if any(map(self._is_layer, blocks)) else blocks
+
+    def _repeated(self, stages: Sequence[list[nn.Module]]) -> set[Kind]:
+        """Return the classes of which the stages have two blocks or more."""
+        kinds = Counter(self._kinds[block] for blocks in stages for block in blocks[:2])
+        return {kind for kind, number in kinds.items() if number > 1}
 
     def _held_stage(self, module: nn.Module) -> list[nn.Module]:
         """Return the blocks of the container that a stage holds."""

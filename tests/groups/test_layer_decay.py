@@ -157,7 +157,27 @@ class Hybrid(nn.Module):
         self.conv = nn.Conv2d(4, 4, 1)
 
 
+def stages_of_one_block():
+    """As in ResNet-10."""
+    return of(nn.Conv2d(3, 2, 1), *[nn.Sequential(Bottleneck(width)) for width in (2, 4, 8)], nn.Linear(8, 3))
+
+
+def mixed_stages():
+    """As in BoTNet: the last stage has blocks of two classes."""
+    stages = nn.Sequential(Bottleneck(2), Bottleneck(2)), nn.Sequential(Bottleneck(4), Hybrid())
+    return of(nn.Conv2d(3, 2, 1), nn.Sequential(*stages), nn.Linear(4, 3))
+
+
+def long_modules():
+    """As in Xception: many blocks of several layers, the first of them wider."""
+    held = [of(nn.Sequential(*[Block(w) for _ in range(3)])) for w in (2, *[4] * 9)]
+    return of(nn.Conv2d(3, 2, 1), nn.Sequential(*held), nn.Linear(4, 3))
+
+
 NETWORKS = {
+    "stages of one block": (stages_of_one_block, 3),
+    "a stage of two classes": (mixed_stages, 4),
+    "blocks of several layers": (long_modules, 10),
     "ResNet": (resnet, 6),
     "stages that hold their blocks": (held_stages, 6),
     "stages beside downsampling layers": (features, 3),
