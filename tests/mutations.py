@@ -230,6 +230,37 @@ MUTATIONS = (
         "variance = all_reduce(squares + count * (mean - pooled).square()) / total",
         "tests/callbacks/test_precise_batch_norm.py -k 'not process'",
     ),
+    # What a short run tells, and leaves as it was.
+    Mutation(
+        "advice/batch_sizes.py",
+        "return (1 + critical / batch_size) / (1 + critical / base_batch_size)",
+        "return (1 + batch_size / critical) / (1 + base_batch_size / critical)",
+        "tests/advice/test_report.py",
+    ),
+    Mutation(
+        "advice/state_memory.py",
+        '"LAMB8bit": 2 * lars_8bit + steps + 2 * maps,',
+        '"LAMB8bit": 2 * lars_8bit + steps + maps,',
+        "tests/advice/test_groups.py -k memory",
+    ),
+    Mutation(
+        "trainer/trial_run.py",
+        "    with _random_state_kept(), nullcontext()",
+        "    with nullcontext(), nullcontext()",
+        "tests/advice/test_advise.py -k 'leaves or failed'",
+    ),
+    Mutation(
+        "trainer/trial_run.py",
+        'trained = _copy(model, "model", memo) if train_copy else model',
+        "trained = model",
+        "tests/advice/test_advise.py -k 'leaves or failed'",
+    ),
+    Mutation(
+        "run_report/heatmap.py",
+        r'.replace("<", "\\u003c")',
+        "",
+        "tests/run_report/test_run_report.py -k markup",
+    ),
 )
 
 

@@ -87,7 +87,7 @@ def advise(
             restores its ``state_dict``, and nothing else, at the end.
 
     Returns:
-        What was measured, and what it means: ``print()`` shows tables, ``to_json()`` returns JSON.
+        What was measured and what it means. ``print()`` shows tables, ``to_json()`` returns JSON.
 
     Raises:
         ValueError: If an argument breaks its rule, or the Trainer has run, or has no steps to take.

@@ -87,7 +87,7 @@ class Advice:
     batch_size: int
     """Effective batch size of the module's own Trainer."""
     base_batch_size: int
-    """The batch size that the module's learning rate is for: of ``BatchSizeScaling``, or the same."""
+    """The batch size that the module's learning rate is for, that of ``BatchSizeScaling`` or the same."""
     measured_steps: int
     """Optimizer steps of the short run."""
     steps: int | None
@@ -103,7 +103,7 @@ class Advice:
     parameter_bytes: int
     """Bytes of the parameters that are trained."""
     state_bytes: dict[str, int]
-    """Bytes of the optimizer's state on one device: of the module's own as it was after the run, and of
+    """Bytes of the optimizer's state on one device, of the module's own as it was after the run, and of
     others."""
     unusual: tuple[str, ...]
     """What is unusual in the groups, in sentences."""
