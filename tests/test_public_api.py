@@ -23,7 +23,7 @@ ARROWS = {
     "cli": {"advice", "trainer", "groups"},
     "mixin": {"trainer", "groups", "optim", "rules"},
     "recipes": {"learning_rate", "optim", "rules"},
-    "callbacks": {"trainer", "optim", *TOPICS, *GROUND},
+    "callbacks": {"trainer", "optim", "run_report", *TOPICS, *GROUND},
     "trainer": {"class_names", "groups", "learning_rate", "optim", "rules"},
     "run_report": set(),
     "trust_ratios": {"gradients", "optim", *GROUND},

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -20,6 +21,8 @@ from lightning_lars.groups.optimizer_names import by_name, kinds
 from lightning_lars.groups.param_groups import check_holds_parameters
 from lightning_lars.groups.parameter_names import names_of
 from lightning_lars.rules import FLAG, NONE_OR_FLAG, require
+from lightning_lars.run_report.page import page
+from lightning_lars.run_report.training import groups_of, run_of_training, versions_of
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trainer.logging import is_logging, log, logged_step, publish
 from lightning_lars.trainer.training_length import total_steps
@@ -72,6 +75,9 @@ class TrustRatioMonitor(Callback):
             schedule. Relative paths are resolved against ``trainer.log_dir``. Needs matplotlib
             (``lightning-lars[plot]``).
         table: Whether to print statistics of the trust ratio of each layer when training ends.
+        report: HTML file that is saved when training ends, even by an error: the same heatmap with names and
+            values on hover, with parameter groups, hyperparameters, versions and the warnings that were
+            given. It loads nothing. Relative paths as for ``picture``.
 
     ================================  =================================================================
     Key                               Value
@@ -98,7 +104,7 @@ class TrustRatioMonitor(Callback):
 
     Plot and table cover everything logged since the start of training, including before a resume. The plot
     has at most 512 columns, however long the run. ``plot()`` draws it at any time. Several monitors in one
-    Trainer must differ in ``layers``, in ``table``, or in whether they have a ``picture``.
+    Trainer must differ in ``layers``, in ``table``, or in whether they have a ``picture`` or a ``report``.
 
     Raises:
         ModuleNotFoundError: If ``picture`` is given without matplotlib.
@@ -122,6 +128,7 @@ class TrustRatioMonitor(Callback):
         picture: str | Path | None = None,
         table: bool = False,
         gradient_norm: bool | None = None,
+        report: str | Path | None = None,
     ) -> None:
         patterns = (layers,) if isinstance(layers, str) else layers
         is_valid = isinstance(patterns, Sequence) and all(isinstance(pattern, str) for pattern in patterns)
@@ -132,14 +139,19 @@ class TrustRatioMonitor(Callback):
         FLAG.check("table", table)
         if picture is not None:
             check_picture("picture", picture)
+        is_page = isinstance(report, str | Path) and Path(report).suffix == ".html"
+        require("report", "a file name that ends in .html", report, report is None or is_page)
         self.layers = tuple(patterns)
         self.update_to_weight = update_to_weight
         self.gradient_norm = gradient_norm
         self.alerts = alerts
         self.picture = picture
+        self.report = report
         self.table = table
         self._history = TrustRatioHistory()
         self._picture: Path | None = None
+        self._report: Path | None = None
+        self._given: list[str] = []
         self._reports: dict[str, OptimizerReport] = {}
         self._total_steps = math.inf
 
@@ -152,10 +164,10 @@ class TrustRatioMonitor(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()
-        if not trainer.loggers and self.picture is None and not self.table:
+        if not trainer.loggers and not self._keeps_history:
             raise MisconfigurationException(
                 "TrustRatioMonitor has nowhere to log to: give the Trainer a logger (logger=True), set "
-                "picture or table, or remove the callback"
+                "picture, table or report, or remove the callback"
             )
         optimizers = self._observable(trainer)
         for optimizer in optimizers:
@@ -164,9 +176,13 @@ class TrustRatioMonitor(Callback):
         self._check_layers(optimizers, names)
         named = by_name(optimizers)
         self._history.set_order(f"{name}{layer}" for name in named for layer in names.values())
-        if self.picture is not None and not cast(Any, trainer).fast_dev_run:
-            # Joining keeps an absolute path. All ranks must access the folder.
-            self._picture = Path(trainer.log_dir or trainer.default_root_dir, self.picture)
+        self._given = []
+        if (self.picture or self.report) and not cast(Any, trainer).fast_dev_run:
+            # All ranks must access the folder.
+            folder = Path(trainer.log_dir or trainer.default_root_dir)
+            # Joining keeps an absolute path.
+            self._picture = None if self.picture is None else folder / self.picture
+            self._report = None if self.report is None else folder / self.report
 
         self._total_steps = total_steps(trainer)
         for name, optimizer in named.items():
@@ -212,12 +228,12 @@ class TrustRatioMonitor(Callback):
         flushed = self._flush(trainer)
         for name in self._reports:
             self._warn_of(trainer, name, flushed.get(name, {}), None)
-        self._show(trainer)
+        self._show(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._reports:
-            self._show(trainer)
+            self._show(trainer, pl_module)
         self._detach()
 
     @override
@@ -229,13 +245,17 @@ class TrustRatioMonitor(Callback):
     def state_key(self) -> str:
         # Several monitors may have different settings.
         return self._generate_state_key(
-            layers=self.layers, picture=self.picture is not None, table=self.table
+            layers=self.layers,
+            picture=self.picture is not None,
+            table=self.table,
+            # Left out where there is none, so that checkpoints from before there were reports load.
+            **({} if self.report is None else {"report": True}),
         )
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        # The history is large, and only needed for the plot and the table.
-        return {"history": self._history.state_dict()} if self.picture is not None or self.table else {}
+        # The history is large, and only needed for the plot, the table and the report.
+        return {"history": self._history.state_dict()} if self._keeps_history else {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -256,6 +276,10 @@ class TrustRatioMonitor(Callback):
             ValueError: If nothing was logged in this process.
         """
         return plot_history(self._history) if ax is None else plot_trust_ratios(self._history, ax)
+
+    @property
+    def _keeps_history(self) -> bool:
+        return self.picture is not None or self.report is not None or self.table
 
     def _observable(self, trainer: Trainer) -> list[Any]:
         """Return the optimizers to monitor.
@@ -309,7 +333,7 @@ class TrustRatioMonitor(Callback):
             self._history.record(trainer.global_step, of_all)
         return flushed
 
-    def _show(self, trainer: Trainer) -> None:
+    def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or not self._history.steps:
             return
         if self.table:
@@ -322,6 +346,34 @@ class TrustRatioMonitor(Callback):
                 rank_zero_warn(f"TrustRatioMonitor could not save its plot {self._picture}: {error}")
             else:
                 rank_zero_info(f"TrustRatioMonitor saved {self._picture}.")
+        if self._report is not None:
+            try:
+                self._save_report(trainer, pl_module, self._report)
+            except OSError as error:
+                rank_zero_warn(f"TrustRatioMonitor could not save its report {self._report}: {error}")
+            else:
+                rank_zero_info(f"TrustRatioMonitor saved {self._report}.")
+
+    def _save_report(self, trainer: Trainer, pl_module: LightningModule, path: Path) -> None:
+        optimizers = [each for each in trainer.optimizers if each.param_groups]
+        named = zip(kinds(optimizers), (each.param_groups for each in optimizers), strict=True)
+        sizes = {name: p.numel() for p, name in names_of(pl_module).items() if not is_lazy(p)}
+        settings = {
+            **pl_module.hparams,
+            "optimizer steps": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            **versions_of("lightning-lars", "lightning", "torch"),
+        }
+        history = self._history
+        run = run_of_training(
+            history.state_dict(),
+            history.learning_rates(),
+            groups_of(list(named), sizes),
+            settings,
+            self._given,
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page(run, type(pl_module).__name__), encoding="utf-8")
 
     def _detach(self) -> None:
         for report in self._reports.values():
@@ -345,4 +397,6 @@ class TrustRatioMonitor(Callback):
     def _warn(self, optimizer: str, messages: Iterable[str]) -> None:
         if self.alerts:
             for message in messages:
-                rank_zero_warn(f"{optimizer.rstrip('/')}: {message}" if optimizer else message)
+                told = f"{optimizer.rstrip('/')}: {message}" if optimizer else message
+                self._given.append(told)
+                rank_zero_warn(told)

@@ -1,20 +1,20 @@
 """Reads a checkpoint of Lightning."""
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
-from lightning_lars.run_report.run import Group, Run
+from lightning_lars.run_report.run import Group, Points, Run
+from lightning_lars.run_report.training import groups_of, layers_of
 
 
 def read_checkpoint(path: Path, *, weights_only: bool = True) -> Run:
     """Read groups, hyperparameters and versions, and the history that a ``TrustRatioMonitor`` keeps.
 
-    It keeps one if it has a ``picture`` or a ``table``.
+    It keeps one if it has a ``picture``, a ``table`` or a ``report``.
 
     Args:
         path: The checkpoint, in one file.
@@ -40,45 +40,21 @@ def read_checkpoint(path: Path, *, weights_only: bool = True) -> Run:
         "optimizer steps": str(checkpoint.get("global_step")),
         "Lightning": str(checkpoint["pytorch-lightning_version"]),
     }
-    return Run(layers=_layers(checkpoint), groups=tuple(_groups(checkpoint)), settings=settings)
+    return Run(layers=_layers(checkpoint), groups=_groups(checkpoint), settings=settings)
 
 
-def _layers(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, dict[int, float]]]:
+def _layers(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Points]]:
     for state in (checkpoint.get("callbacks") or {}).values():
         history = state.get("history") if isinstance(state, Mapping) else None
         if isinstance(history, Mapping) and "series" in history:
-            return {
-                quantity: {
-                    name: {
-                        step: value
-                        for step, value in zip(history["steps"], values, strict=True)
-                        if not math.isnan(value)
-                    }
-                    for name, values in of.items()
-                }
-                for quantity, of in history["series"].items()
-                if of
-            }
+            return layers_of(history)
     return {}
 
 
-def _groups(checkpoint: Mapping[str, Any]) -> Iterator[Group]:
-    weights = checkpoint.get("state_dict", {})
+def _groups(checkpoint: Mapping[str, Any]) -> tuple[Group, ...]:
+    sizes = {name: weight.numel() for name, weight in checkpoint.get("state_dict", {}).items()}
     states = checkpoint.get("optimizer_states") or []
-    for number, state in enumerate(states):
-        for index, group in enumerate(state.get("param_groups", ())):
-            sizes = [weights[name].numel() for name in group.get("param_names", ()) if name in weights]
-            adapted = group.get("layer_adaptation")
-            yield Group(
-                optimizer=str(number) if len(states) > 1 else "",
-                name=str(group.get("name", f"pg{index + 1}")),
-                tensors=str(len(group["params"])),
-                elements=f"{sum(sizes):,}" if len(sizes) == len(group["params"]) else "-",
-                lr=_text(group.get("initial_lr", group.get("lr"))),
-                weight_decay=_text(group.get("weight_decay")),
-                layer_adaptation="-" if adapted is None else "yes" if adapted else "no",
-            )
-
-
-def _text(value: Any) -> str:
-    return "-" if value is None else f"{float(value):.4g}"
+    # The class of an optimizer is not in its state.
+    names = [str(number) for number in range(len(states))] if len(states) > 1 else [""]
+    groups = [state.get("param_groups", ()) for state in states]
+    return groups_of(list(zip(names, groups, strict=False)), sizes)

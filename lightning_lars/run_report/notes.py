@@ -28,7 +28,12 @@ def notes(run: Run) -> list[str]:
         >>> notes(Run(metrics={"loss": {0: 1.0, 10: float("nan")}}))
         ['loss is not finite from step 10 on.']
     """
-    return [*_not_finite(run.metrics), *_shares(run.metrics), *_of_layers(run.layers.get("trust_ratio", {}))]
+    return [
+        *run.alerts,
+        *_not_finite(run.metrics),
+        *_shares(run.metrics),
+        *_of_layers(run.layers.get("trust_ratio", {})),
+    ]
 
 
 def _not_finite(metrics: Mapping[str, Points]) -> Iterator[str]:

@@ -31,6 +31,8 @@ class Run:
     groups: tuple[Group, ...] = ()
     settings: dict[str, str] = field(default_factory=dict)
     """Hyperparameters, versions and progress."""
+    alerts: tuple[str, ...] = ()
+    """Warnings that were given during training."""
 
     def merged(self, other: "Run") -> "Run":
         """Return what both tell; where they differ, and for the order of layers, ``other`` counts.
@@ -46,6 +48,7 @@ class Run:
             },
             groups=other.groups or self.groups,
             settings={**self.settings, **other.settings},
+            alerts=(*self.alerts, *other.alerts),
         )
 
 

@@ -136,6 +136,55 @@ def test_the_report_of_both_shows_everything_once_and_loads_nothing(left, tmp_pa
     assert len(rates["values"]) == 2
 
 
+class Watched(Logging):
+    """With hyperparameters."""
+
+
+def test_the_monitor_writes_a_report_with_its_warnings_when_training_ends(tmp_path):
+    module = Watched(optimizer=partial(LARS, lr=0.1), width=12)
+    options = {"log_every_n_steps": 1, "max_epochs": 1}
+    fitting = trainer(tmp_path, callbacks=[TrustRatioMonitor(report="reports/run.html")], **options)
+    with pytest.warns(UserWarning, match="LARS needs a larger learning rate than SGD"):
+        fitting.fit(module)
+    text = (tmp_path / "reports/run.html").read_text()
+    check(text)
+    assert text.count("LARS needs a larger learning rate than SGD") == 1
+    for cell in ("adapted", "72", "width", "12", "optimizer steps", "8", "lightning-lars", "Watched"):
+        assert f">{cell}<" in text
+    ratios = heatmaps(text)[0]
+    assert ratios["layers"] == ["net.0.weight", "net.2.weight"]
+    assert ratios["steps"] == list(range(1, 9))
+    assert "Learning rate of each group" in text
+
+
+@pytest.mark.filterwarnings("ignore:trust_coefficient")
+def test_the_monitor_writes_the_report_of_a_run_that_failed_and_never_stops_one(tmp_path):
+    class Failing(Watched):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 3:
+                raise RuntimeError("no more")
+
+    options = {"log_every_n_steps": 1, "max_epochs": 1}
+    with pytest.raises(RuntimeError, match="no more"):
+        trainer(tmp_path, callbacks=[TrustRatioMonitor(report="run.html")], **options).fit(Failing())
+    assert heatmaps((tmp_path / "run.html").read_text())[0]["steps"] == [1, 2, 3]
+    (tmp_path / "taken").touch()
+    with pytest.warns(UserWarning, match=r"could not save its report .*taken"):
+        trainer(tmp_path, callbacks=[TrustRatioMonitor(report="taken/run.html")], **options).fit(Watched())
+
+
+@pytest.mark.parametrize("value", ["run.txt", "", 3, "run"])
+def test_a_report_is_an_html_file(value):
+    with pytest.raises(ValueError, match=f"report must be a file name that ends in .html, got {value!r}"):
+        TrustRatioMonitor(report=value)
+
+
+def test_a_report_changes_no_state_key_of_monitors_without_one():
+    assert "report" not in TrustRatioMonitor(picture="a.png").state_key
+    assert TrustRatioMonitor().state_key != TrustRatioMonitor(report="a.html").state_key
+    assert TrustRatioMonitor(report="a.html").state_dict() != {}
+
+
 def test_names_are_text_and_no_markup(tmp_path):
     nasty = "</script><script>alert('1')</script>&"
     layers = {"trust_ratio": {nasty: {0: 1.0, 1: math.inf}}}
