@@ -12,6 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_lars.advice.advise import advise
+from lightning_lars.groups.layer_depth import LayerDepth
 from lightning_lars.groups.param_groups import build_optimizer
 from lightning_lars.groups.scheduled_rates import keep_group_rates
 from lightning_lars.trainer.strategy_checks import check_strategy
@@ -74,9 +75,9 @@ class _LateOptimizer(_EitherCLI):  # type: ignore[misc]
         )
         parser.add_argument(
             "--param_groups.layer_depth",
-            type=dict[str, int] | None,
+            type=LayerDepth | None,
             default=None,
-            help="Layers by patterns over parameter names where the order of the modules is not the depth.",
+            help="Layers by patterns over names, or a function, where the order of modules is not the depth.",
         )
 
     def link_optimizers_and_lr_schedulers(self, parser: Any) -> None:

@@ -1,6 +1,6 @@
 """A mixin that gives a LightningModule its ``configure_optimizers``."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningModule
@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_lars.groups.excluded_rate import check_excluded_rate
 from lightning_lars.groups.introspection import check_switches
-from lightning_lars.groups.layer_depth import check_layer_decay
+from lightning_lars.groups.layer_depth import LayerDepth, check_layer_decay
 from lightning_lars.groups.param_groups import build_optimizer
 from lightning_lars.groups.scheduled_rates import keep_group_rates
 from lightning_lars.optim import LARS
@@ -60,7 +60,7 @@ class LargeBatchMixin:
         layer_decay: For fine-tuning, the factor, above 0 and at most 1, from the learning rate of each block
             to that of the block before it, as in :func:`~lightning_lars.param_groups`. None: one rate.
         layer_depth: With ``layer_decay``, the layers of parameters for which the order of the modules is not
-            the depth, by fnmatch patterns over their names: ``{"head.*": 13}``.
+            the depth, by fnmatch patterns over their names, ``{"head.*": 13}``, or by a function.
         **kwargs: Passed on to the next class.
 
     Raises:
@@ -101,7 +101,7 @@ class LargeBatchMixin:
         excluded_lr: float | None = None,
         excluded_lr_scale: float = 1.0,
         layer_decay: float | None = None,
-        layer_depth: Mapping[str, int] | None = None,
+        layer_depth: LayerDepth | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -140,7 +140,7 @@ class LargeBatchMixin:
 
     def _trust_arguments(self) -> None:
         """Allow the Trainer's ``ckpt_path`` to load the classes in this module's saved hyperparameters."""
-        trust_globals_of(self._build_optimizer, self._build_lr_scheduler)
+        trust_globals_of(self._build_optimizer, self._build_lr_scheduler, self._layer_depth)
 
     load_from_checkpoint = LoadFromCheckpoint(_trust_arguments)
 

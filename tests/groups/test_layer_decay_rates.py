@@ -24,6 +24,7 @@ from lightning_lars import (
 )
 from lightning_lars.cli import LargeBatchCLI
 from tests.support.boring import trainer
+from tests.support.checkpoints import safely
 from tests.support.vit import PlainViT, TrainedViT, ViT
 
 LR, DECAY = 0.5, 0.5
@@ -253,6 +254,27 @@ def test_a_file_gives_the_layers_to_the_command_line(tmp_path, monkeypatch):
         for part in ("adapted", "excluded")
     }
     assert "model.pos_embed" in optimizer.param_groups[-1]["param_names"]
+
+
+def tokens_last(name):
+    return 3 if name.endswith("cls_token") else None
+
+
+class Saved(TrainedViT):
+    def __init__(self, layer_depth=None, **options):
+        super().__init__(layer_depth=layer_depth, **options)
+        self.save_hyperparameters("layer_depth")
+
+
+@pytest.mark.parametrize("layer_depth", [tokens_last, {"*.cls_token": 3}])
+def test_a_checkpoint_keeps_the_layers_that_are_given(tmp_path, layer_depth):
+    fit = trainer(tmp_path, max_steps=1)
+    fit.fit(Saved(layer_decay=DECAY, layer_depth=layer_depth))
+    fit.save_checkpoint(tmp_path / "saved.ckpt")
+    loaded = safely(Saved.load_from_checkpoint, tmp_path / "saved.ckpt", layer_decay=DECAY)
+    assert loaded.hparams.layer_depth == layer_depth
+    names = loaded.configure_optimizers().param_groups[-1]["param_names"]
+    assert names == ["model.cls_token", "model.norm.weight", "model.norm.bias", "model.head.bias"]
 
 
 def test_the_mixin_checks_its_arguments_at_once():
