@@ -20,12 +20,14 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from benchmarks.absent_gpu import AbsentGPU
 from benchmarks.model_shapes import grouped
-from lightning_lars import LAMB, LARS
+from lightning_lars import LAMB, LARS, LAMB8bit, LARS8bit
+
+OPTIONS = {optimizer: {"min_8bit_size": 256} for optimizer in (LARS8bit, LAMB8bit)}
 
 
 def layers(count: int) -> list[Parameter]:
-    """Return layers of eight elements, a third of them matrices as in a ResNet."""
-    return [Parameter(torch.randn(2, 4) if i % 3 == 0 else torch.randn(8)) for i in range(count)]
+    """Return small layers, a third of them matrices as in a ResNet, large enough for 8-bit state."""
+    return [Parameter(torch.randn(16, 16) if i % 3 == 0 else torch.randn(8)) for i in range(count)]
 
 
 def host_time(optimizer: Optimizer, params: Sequence[Tensor], moves: bool, rounds: int) -> float:
@@ -68,9 +70,9 @@ def main() -> None:
         "us, fused by torch (with its arithmetic)",
     )
     for count in arguments.layers:
-        for ours, theirs in ((LARS, SGD), (LAMB, AdamW)):
+        for ours, theirs in ((LARS, SGD), (LAMB, AdamW), (LARS8bit, SGD), (LAMB8bit, AdamW)):
             params, others = layers(count), layers(count)
-            optimizer = ours(grouped(params), fused=True)
+            optimizer = ours(grouped(params), fused=True, **OPTIONS.get(ours, {}))
             times = [host_time(optimizer, params, moves, arguments.rounds) for moves in (False, True)]
             driver.launches.clear()
             optimizer.step()

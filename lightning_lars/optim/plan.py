@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import chain, compress, islice
-from operator import is_, methodcaller
+from operator import is_
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -11,9 +11,7 @@ from lightning_lars.optim.algorithm import Algorithm
 from lightning_lars.optim.backends.eager import Eager
 from lightning_lars.optim.backends.triton_table import current_stream, is_capturing
 from lightning_lars.optim.batches import Batch
-from lightning_lars.optim.state.plain import States
-
-_values = methodcaller("values")
+from lightning_lars.optim.state.plain import PlainState, States
 
 
 class Unchanged(NamedTuple):
@@ -38,6 +36,7 @@ class Plan:
         algorithm: The algorithm of the optimizer.
         groups: The parameter groups of the optimizer.
         states: The state of each layer, by parameter.
+        state: How the state is stored between steps.
         backends: Back ends that can repeat a step, in the order of their batches, on layers that are not
             sharded and not in their first step.
     """
@@ -47,9 +46,10 @@ class Plan:
         algorithm: type[Algorithm],
         groups: Sequence[dict[str, Any]],
         states: States,
+        state: PlainState,
         backends: Sequence[Eager],
     ) -> None:
-        self.backends = backends
+        self.backends, self._state = backends, state
         self._algorithm = algorithm
         self._groups = [(group, list(group["params"]), self._rules_of(group)) for group in groups]
         self._moving = [p for backend in backends for p in backend.batch.params]
@@ -59,7 +59,7 @@ class Plan:
         self._has_moved = [p in moving for p in self._stateful]
         moved = list(compress(states.values(), self._has_moved))
         self._keys = list(chain.from_iterable(moved))
-        modified = [*self._moving, *chain.from_iterable(map(_values, moved))]
+        modified = [*self._moving, *state.tensors(moved)]
         grads = [grad for backend in backends for grad in backend.batch.grads]
         self._addresses = list(map(Tensor.data_ptr, modified))
         self._gradient_addresses = list(map(Tensor.data_ptr, grads))
@@ -90,7 +90,7 @@ class Plan:
         moved = list(compress(states.values(), self._has_moved))
         if list(chain.from_iterable(moved)) != self._keys:
             return None
-        modified = [*self._moving, *chain.from_iterable(map(_values, moved))]
+        modified = [*self._moving, *self._state.tensors(moved)]
         if not self._kinds.check(*modified, *grads):
             return None
         if list(map(Tensor.data_ptr, modified)) != self._addresses:

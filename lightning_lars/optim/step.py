@@ -77,7 +77,8 @@ class Step:
         waiting = []
         for backend in self._begin():
             batch = backend.batch
-            opens = backend.holds_moments and not batch.in_eight_bit
+            # In the layers of a plan, nothing needs to be unpacked.
+            opens = backend.holds_moments and not batch.in_eight_bit and self.found is None
             throughout = self.state.unpacked(self.states, batch) if opens else nullcontext()
             with throughout:
                 with self._unpacked(backend, batch.adapts_direction):
@@ -94,7 +95,7 @@ class Step:
         if self.is_sharded:
             self._move_sharded(waiting)
         if self.plan is None and self._can_repeat():
-            self.plan = Plan(self.algorithm, self.groups, self.states, self._taken)
+            self.plan = Plan(self.algorithm, self.groups, self.states, self.state, self._taken)
         for backend in self._taken:
             backend.end()
 
@@ -138,7 +139,7 @@ class Step:
         return (
             is_whole
             and not any(batch.is_first for batch in self.batches)
-            and self.state.can_repeat(self.states)
+            and all(backend.state.can_repeat() for backend in self._taken)
             and not any(is_capturing(batch.weights[0].device) for batch in self.batches)
         )
 
@@ -208,6 +209,8 @@ class Step:
                 backend.move(self._ratios_in_floats(batch, norms, float(backend.lr)))
             else:
                 backend.move(self._ratios(batch.params, norms, backend.lr, batch.h))
+        if batch.in_eight_bit and self.found is None:
+            backend.state.end_step()
 
     def _ratios(self, params: list[Tensor], norms: Norms, lr: float | Tensor, h: Hyperparameters) -> Tensor:
         """Return the trust ratios of layers of one dtype, and record them."""

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from lightning_lars import LAMB, LARS
 from lightning_lars.optim.backends import choice
-from lightning_lars.optim.plan import Plan
+from tests.support.plans import Found, give_gradients
 from tests.support.slow import slow_unless
 
 pytest.importorskip("triton", minversion="3.3", reason="there is no triton for this system")
@@ -29,21 +29,6 @@ def _in_triton(monkeypatch, request):
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class Found:
-    """Whether each step has found that nothing has changed, None for one that had no plan."""
-
-    def __init__(self, monkeypatch):
-        self.steps = []
-        original = Plan.unchanged
-
-        def unchanged(plan, groups, states):
-            found = original(plan, groups, states)
-            self.steps.append(found is not None)
-            return found
-
-        monkeypatch.setattr(Plan, "unchanged", unchanged)
-
-
 def build(optimizer_class, options):
     generator = torch.Generator().manual_seed(0)
     shapes = {"weight": (3, 4), "square": (4, 4), "bias": (4,)}
@@ -55,14 +40,6 @@ def build(optimizer_class, options):
         {"params": [named["bias"]], "layer_adaptation": False, "weight_decay": 0.0},
     ]
     return named, optimizer_class(groups, **{"lr": 0.1, "weight_decay": 0.1, **options})
-
-
-def give_gradients(params, step):
-    generator = torch.Generator().manual_seed(step)
-    for p in params.values():
-        gradient = torch.randn(p.shape, generator=generator).to(p)
-        # In place where there is one: so that only what a test changes moves.
-        p.grad = gradient if p.grad is None else p.grad.copy_(gradient)
 
 
 def compare(optimizer_class, change, monkeypatch, steps=range(5), **options):

@@ -137,8 +137,6 @@ class Triton(Eager):
             self._walk("move" if self.stored_direction is None else "apply", None, ratio)
             if self.algorithm.counts_steps and not self._counts_before:
                 self.launches(count, "count", table.layers, table.columns, self.steps_in, table.layers)
-        if self.batch.in_eight_bit:
-            self.state.end_step()
 
     @property
     def _counts_before(self) -> bool:

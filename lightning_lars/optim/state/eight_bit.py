@@ -86,9 +86,18 @@ class EightBitState(PlainState):
             and all(state.get(key) is None or is_eight_bit(state[key]) for key in moments)
         )
 
-    def can_repeat(self, states: States) -> bool:
-        """Return False, because moments are quantized again after each step."""
-        return False
+    def tensors(self, states: Iterable[Mapping[str, Any]]) -> list[Tensor]:
+        """Return the plain tensors in the state of layers, those of 8-bit moments instead of them."""
+        tensors: list[Tensor] = []
+        maps: dict[int, Tensor] = {}
+        for value in super().tensors(states):
+            if is_eight_bit(value):
+                codes, scale, qmap = _parts(value)
+                tensors += (codes, scale)
+                maps[id(qmap)] = qmap
+            else:
+                tensors.append(value)
+        return [*tensors, *maps.values()]
 
     def zero(self, states: States, groups: Sequence[Mapping[str, Any]]) -> None:
         """Zero the state after a dry run, keeping its structure."""
@@ -149,6 +158,7 @@ class EightBitBatchState(BatchState):
         super().__init__(states, batch, algorithm)
         self._qmaps = qmaps
         self._moments: list[list[Any]] = []
+        self._has_own_maps = True
 
     def columns(self) -> list[list[Tensor]]:
         """Return the tensors of the moments in use that a kernel reads, one list of all layers for each.
@@ -157,14 +167,18 @@ class EightBitBatchState(BatchState):
         state, because state loaded from a checkpoint may have other maps than ours.
         """
         self._moments = super().columns()
-        parts = ("codes", "scale", "qmap")
-        return [[getattr(value, part) for value in moment] for moment in self._moments for part in parts]
+        return [list(part) for moment in self._moments for part in zip(*map(_parts, moment), strict=True)]
 
     def end_step(self) -> None:
         """Record that a kernel has written the moments in 8 bits, with our own quantization maps."""
         for moment, qmap in zip(self._moments, self.maps(), strict=True):
             for value in moment:
+                self._has_own_maps = self._has_own_maps and value.qmap is qmap
                 value.qmap = qmap
+
+    def can_repeat(self) -> bool:
+        """Return whether the quantization maps that this step read are those that it wrote with."""
+        return self._has_own_maps
 
     def maps(self) -> tuple[Tensor, ...]:
         """Return the quantization map of each moment in use that is stored in 8 bits."""
@@ -175,6 +189,10 @@ class EightBitBatchState(BatchState):
     def _zeros(self, key: str, w: Tensor) -> Tensor:
         zeros: Tensor = eight_bit_zeros(w, key, self._qmaps)
         return zeros
+
+
+def _parts(value: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return value.codes, value.scale, value.qmap
 
 
 def _select(batch: Batch, flags: Sequence[bool], in_eight_bit: bool) -> Batch:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -53,9 +54,9 @@ class PlainState:
         """Return why the Triton kernel does not support this state, None if it does."""
         return None
 
-    def can_repeat(self, states: States) -> bool:
-        """Return whether a step leaves the state in the form in which the next step needs it."""
-        return all(type(value) is Tensor for state in states.values() for value in state.values())
+    def tensors(self, states: Iterable[Mapping[str, Any]]) -> list[Tensor]:
+        """Return the plain tensors in the state of layers that :meth:`BatchState.can_repeat` allows."""
+        return list(chain.from_iterable(state.values() for state in states))
 
     def first_step_test(self, moments: Sequence[str]) -> Callable[[Tensor, Any], bool]:
         """Return a function of a layer and its state: whether one of these moments is still missing."""
@@ -133,6 +134,10 @@ class BatchState:
 
     def end_step(self) -> None:
         """Record that a kernel has written the moments in 8 bits."""
+
+    def can_repeat(self) -> bool:
+        """Return whether a step leaves the state in the tensors from which the next step reads it."""
+        return all(type(value) is Tensor for state in self.batch.states for value in (state or {}).values())
 
     def maps(self) -> tuple[Tensor, ...]:
         """Return the quantization map of each moment in use that is stored in 8 bits."""
