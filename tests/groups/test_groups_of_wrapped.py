@@ -157,16 +157,12 @@ def rows(module, **options):
 
 @pytest.mark.usefixtures("_ranks")
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_names_groups_and_rules_match_the_module(name):
-    assert rows(WRAPPERS[name](Net())) == rows(Net())
-
-
-@pytest.mark.usefixtures("_ranks")
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_layers_match_the_module(name):
-    groups = rows(WRAPPERS[name](Net()), layer_decay=0.5)
-    assert groups == rows(Net(), layer_decay=0.5)
-    assert {group.split(".")[0] for _, _, _, group, *_ in groups} == {f"layer_{depth}" for depth in range(4)}
+def test_names_groups_layers_and_rules_match_the_module(name):
+    wrapped = WRAPPERS[name](Net())
+    assert rows(wrapped) == rows(Net())
+    layered = rows(wrapped, layer_decay=0.5)
+    assert layered == rows(Net(), layer_decay=0.5)
+    assert {group.split(".")[0] for _, _, _, group, *_ in layered} == {f"layer_{depth}" for depth in range(4)}
 
 
 @pytest.mark.parametrize("compiles", [False, True])
