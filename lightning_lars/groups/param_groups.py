@@ -62,8 +62,9 @@ def param_groups(
         layer_decay: For fine-tuning, the factor, above 0 and at most 1, from the learning rate of each block
             to that of the block before it (BEiT and MAE: 0.65 to 0.75). There are then two groups for each
             layer, ``"layer_3.adapted"`` and ``"layer_3.excluded"``, with
-            ``lr_scale = layer_decay ** (n + 1 - layer)`` for n blocks: layer 0 is what comes before the first
-            block, i + 1 is block i, and n + 1 is what comes after the last, such as the head.
+            ``lr_scale = layer_decay ** (n + 1 - layer)`` for n blocks: layer 0 is what the model registers
+            before the first block, i + 1 is block i, and n + 1 is what it registers after the last, such as
+            the head.
         layer_depth: Where the order of the modules is not the depth, the layers of parameters, by fnmatch
             patterns over their names (``{"head.*": 13}``, the first that matches), or by a function from a
             name to a layer, or to None to leave it to the order. The highest layer has an ``lr_scale`` of 1.
