@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lars.class_names import has_class_named
 from lightning_lars.groups.excluded_rate import (
     check_excluded_rate,
     is_excluded,
@@ -58,9 +59,9 @@ class ExcludeNormAndBias(Callback):
         ValueError: If an argument breaks its rule; at the start of training, if a pattern matches no
             parameter name, or an optimizer holds none of the module's parameters, or its schedule ends above
             ``excluded_lr``.
-        MisconfigurationException: At the start of training, if the optimizer is wrapped in another, or a
-            scheduler has lists that may be per group, or ``excluded_lr`` is set and a scheduler computes
-            rates with code other than torch's.
+        MisconfigurationException: At the start of training, if the optimizer is wrapped in another, or is an
+            LBFGS, which takes a single group; or a scheduler has lists that may be per group, or
+            ``excluded_lr`` is set and a scheduler computes rates with code other than torch's.
 
     Example:
         >>> from lightning import Trainer
@@ -131,9 +132,11 @@ class ExcludeNormAndBias(Callback):
                     ) from None
             optimizer.param_groups[:] = [part for _, part in split]
         else:
+            held = (p for group in optimizer.param_groups for p in group["params"])
+            holds_any = any(p in excluded for p in held)
+            reason = "its groups are already split" if holds_any else "it holds no parameter to exclude"
             rank_zero_warn(
-                f"ExcludeNormAndBias found nothing to split in {type(optimizer).__name__}: "
-                "its groups are already split"
+                f"ExcludeNormAndBias found nothing to split in {type(optimizer).__name__}: {reason}"
             )
         self._set_excluded_rate(optimizer, schedulers)
 
@@ -164,11 +167,16 @@ class ExcludeNormAndBias(Callback):
 
 
 def _check_optimizer(optimizer: Any) -> None:
-    """Raise if the optimizer is a strategy's wrapper, or wraps another with separate groups."""
+    """Raise if the optimizer is a strategy's wrapper, wraps another, or takes a single group."""
     if not isinstance(optimizer, Optimizer):
         raise MisconfigurationException(
             f"ExcludeNormAndBias cannot regroup {type(optimizer).__name__}, in which a strategy has wrapped "
             "the optimizer: call build_optimizer in configure_optimizers"
+        )
+    if has_class_named(optimizer, "LBFGS"):
+        raise MisconfigurationException(
+            f"ExcludeNormAndBias cannot regroup {type(optimizer).__name__}, whose step takes a single group: "
+            "remove the callback"
         )
     inner = inner_optimizer(optimizer)
     if inner is not None:

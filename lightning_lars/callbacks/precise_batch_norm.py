@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -61,7 +62,8 @@ class PreciseBatchNorm(Callback):
             is known to 1 % of a standard deviation.
 
     Raises:
-        MisconfigurationException: If the training data cannot be iterated without disturbing training.
+        MisconfigurationException: If the training data cannot be iterated without disturbing training; at the
+            start of training, if the module has neither ``forward`` nor ``precise_batch_norm_forward``.
 
     Example:
         >>> import lightning
@@ -94,6 +96,13 @@ class PreciseBatchNorm(Callback):
         layers = pl_module.named_modules()
         self._batch_norms = {name: layer for name, layer in layers if isinstance(layer, _BatchNorm)}
         self._remember_trained()
+        # Not only when an epoch has been trained.
+        if self._trained and not _is_defined(pl_module):
+            raise MisconfigurationException(
+                f"PreciseBatchNorm passes training batches to forward, which {type(pl_module).__name__} does "
+                "not define: define it, or precise_batch_norm_forward(self, batch), which runs the layers as "
+                "training_step does, or remove the callback"
+            )
         if not self._trained:
             rank_zero_warn(
                 f"PreciseBatchNorm found no statistics to recompute in {type(pl_module).__name__}: none of "
@@ -175,6 +184,13 @@ class _Passes(nn.Module):
     @override
     def forward(self, batch: Any) -> None:
         self.run(batch)
+
+
+def _is_defined(pl_module: LightningModule) -> bool:
+    """Return whether the module has a forward pass of its own, or one for this callback."""
+    # By name, because lightning.pytorch and pytorch_lightning each define a LightningModule.
+    inherited = getattr(pl_module.forward, "__qualname__", "") == "LightningModule.forward"
+    return isinstance(pl_module, HasPreciseBatchNormForward) or not inherited
 
 
 def _forward(trainer: Trainer, pl_module: LightningModule) -> Callable[[Any], None]:

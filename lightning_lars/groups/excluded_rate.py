@@ -49,7 +49,8 @@ def set_excluded_rate(
     if not groups:
         raise ValueError(
             f"{argument} must be {unset} where no parameter is excluded, "
-            f"got {value!r}, which would have no effect"
+            f"got {value!r}, which would have no effect: remove it, from a recipe with "
+            f'**recipes.lars(...) | {{"{argument}": {unset}}}'
         )
     if any(group.get("lr") is None for group in groups):
         raise ValueError(

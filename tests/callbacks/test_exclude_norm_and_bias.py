@@ -428,8 +428,26 @@ def test_an_optimizer_around_another_is_refused(tmp_path):
 
 
 def test_groups_that_are_apart_already_are_left_with_a_warning(tmp_path):
-    with pytest.warns(UserWarning, match="ExcludeNormAndBias found nothing to split in LARS"):
+    with pytest.warns(UserWarning, match="nothing to split in LARS: its groups are already split"):
         fit(tmp_path, Boring(optimizer=partial(LARS, lr=0.5)), ExcludeNormAndBias())
+
+
+@pytest.mark.parametrize("kind", [partial(torch.optim.SGD, lr=0.1), partial(LARS, lr=0.5)])
+def test_an_optimizer_of_matrices_alone_has_nothing_to_exclude(tmp_path, kind):
+    class Matrices(Bare):
+        def configure_optimizers(self):
+            return kind([p for p in self.parameters() if p.ndim == 2])
+
+    with pytest.warns(UserWarning, match=r"nothing to split in \w+: it holds no parameter to exclude"):
+        fit(tmp_path, Matrices(), ExcludeNormAndBias())
+
+
+def test_an_optimizer_that_takes_a_single_group_is_refused_before_it_is_split(tmp_path):
+    module = Bare(torch.optim.LBFGS)
+    with pytest.raises(MisconfigurationException, match="cannot regroup LBFGS, whose step takes a single"):
+        fit(tmp_path, module, ExcludeNormAndBias())
+    (group,) = module.trainer.optimizers[0].param_groups
+    assert len(group["params"]) == 6
 
 
 def test_an_optimizer_of_other_parameters_raises(tmp_path):

@@ -261,6 +261,50 @@ def test_the_module_can_say_how_a_batch_goes_through_its_layers(tmp_path):
     assert_precise(state, chunks())
 
 
+@pytest.mark.parametrize("root", [lightning.pytorch, pytorch_lightning])
+def test_a_module_without_a_forward_pass_is_refused_before_it_is_trained(tmp_path, root):
+    data = chunks()
+
+    class Headless(root.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.BatchNorm1d(3).double()
+            self.trained = 0
+
+        def training_step(self, batch, batch_idx):
+            self.trained += 1
+            return self.layer(batch).pow(2).mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train(module):
+        made = root.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=1,
+            callbacks=[PreciseBatchNorm()],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        made.fit(module, DataLoader(torch.cat(data), batch_size=BATCH_SIZE))
+
+    module = Headless()
+    with pytest.raises(MisconfigurationException, match="forward, which Headless does not define: define it"):
+        train(module)
+    assert module.trained == 0
+    # As an attribute, it is one.
+    module.forward = lambda x: module.layer(x)
+    train(module)
+    assert module.trained == BATCHES
+    module = Headless()
+    module.layer = nn.Linear(3, 2).double()
+    with pytest.warns(UserWarning, match="found no statistics to recompute"):
+        train(module)
+
+
 def test_an_error_in_forward_says_what_to_do_and_leaves_everything_unchanged(tmp_path):
     class Indexed(Module):
         fails_at = 2

@@ -19,6 +19,7 @@ from lightning_lars import (
     LearningRateWarmup,
     WarmupDecayLR,
     build_optimizer,
+    recipes,
 )
 from lightning_lars.cli import LargeBatchCLI
 from tests.support.boring import Boring, boring, trainer
@@ -160,6 +161,20 @@ def test_a_rate_out_of_range_raises(door, value):
 def test_a_rate_without_effect_raises():
     with pytest.raises(ValueError, match=r"excluded_lr must be None where no parameter is excluded, got 0.1"):
         build_optimizer(nn.Linear(2, 2, bias=False), LARS, excluded_lr=0.1)
+
+
+def test_a_recipe_for_a_model_without_norms_and_biases_says_how_to_go_on():
+    class Unbiased(LargeBatchMixin, LightningModule):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.layer = nn.Linear(2, 2, bias=False)
+
+    recipe = {**recipes.lamb(64), "lr_scheduler": None}
+    with pytest.raises(ValueError, match="would have no effect: remove it, from a recipe with") as caught:
+        Unbiased(**recipe).configure_optimizers()
+    change = eval(str(caught.value).rpartition(" | ")[2])
+    (group,) = Unbiased(**recipe | change).configure_optimizers().param_groups
+    assert group["param_names"] == ["layer.weight"]
 
 
 @pytest.mark.usefixtures("_alone")
