@@ -227,6 +227,27 @@ def test_every_logger_stores_the_arguments_of_optimizer_and_schedule(tmp_path, n
     assert {key: str(stored[key]) for key in expected} == {key: str(value) for key, value in expected.items()}
 
 
+@pytest.mark.parametrize(
+    "name", ["tensorboard", *(pytest.param(n, marks=pytest.mark.slow) for n in ("wandb", "mlflow"))]
+)
+def test_the_lines_of_the_page_store_the_plot_with_the_run(tmp_path, name):
+    logger, monitor = LOGGERS[name](tmp_path), TrustRatioMonitor()
+    run = trainer(tmp_path, logger=logger, callbacks=[monitor], max_steps=2, log_every_n_steps=1)
+    run.fit(Net())
+    exec(lines_for("figures"), {"monitor": monitor, "trainer": run})
+    if name == "wandb":
+        assert logger.experiment.summary["trust_ratios"]["count"] == 1
+    elif name == "mlflow":
+        (stored,) = logger.experiment.list_artifacts(logger.run_id)
+        assert stored.path == "trust_ratios.png"
+        assert stored.file_size > 10_000
+    else:
+        logger.experiment.flush()
+        events = EventAccumulator(logger.log_dir)
+        events.Reload()
+        assert events.Tags()["images"] == ["trust_ratios"]
+
+
 def test_hyperparameters_of_loggers_are_described_and_those_of_checkpoints_are_not():
     def build(groups, lr):
         return LARS(groups, lr=lr)
