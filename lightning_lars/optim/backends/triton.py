@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_lars.optim.backends import triton_ratio
 from lightning_lars.optim.backends.eager import Eager
-from lightning_lars.optim.backends.triton_clip import gradient_norms, gradient_squares
+from lightning_lars.optim.backends.triton_clip import norms_of_gradients
 from lightning_lars.optim.backends.triton_factors import factors_in_kernel
 from lightning_lars.optim.backends.triton_launch import Launches
 from lightning_lars.optim.backends.triton_ratio import adapt, trust_ratios
@@ -63,37 +63,16 @@ class Triton(Eager):
         if table is None:
             # Without the state, which may not be in its final tensors yet.
             table = self._table_of_gradients = self.tables.table((self.batch.weights, self.batch.grads))
-        chunked = table.chunked
-        sums = torch.empty(max(table.chunks, 1), dtype=torch.float64, device=table.device)
-        norms = torch.empty(table.layers, dtype=torch.float64, device=table.device)
         with device_of(table):
-            if table.chunks:
-                self.launches(
-                    gradient_squares,
-                    "gradient_squares",
-                    table.chunks,
-                    table.columns,
-                    chunked.sizes,
-                    chunked.layer_of_chunk,
-                    chunked.offset_of_chunk,
-                    sums,
-                    table.layers,
-                    DTYPES[self.batch.weights[0].dtype],
-                    CHUNK,
-                    BLOCK,
-                    warps=WARPS,
-                )
-            self.launches(
-                gradient_norms,
-                "gradient_norms",
-                table.layers,
-                chunked.first_chunk,
-                sums,
-                norms,
-                triton.cdiv(chunked.most_chunks, _CHUNKS_AT_ONCE),
+            return norms_of_gradients(
+                self.launches,
+                table,
+                DTYPES[self.batch.weights[0].dtype],
+                CHUNK,
+                BLOCK,
+                WARPS,
                 _CHUNKS_AT_ONCE,
             )
-        return norms
 
     def end(self) -> None:
         """Release gradients and scratch memory until the next step."""

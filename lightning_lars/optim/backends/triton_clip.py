@@ -1,11 +1,69 @@
 """The norm of the gradient of each layer, for ``max_grad_norm``, in two launches over all layers."""
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from lightning_lars.optim.backends.triton_launch import Launches
 from lightning_lars.optim.backends.triton_ratio import norm_of_layer
 from lightning_lars.optim.backends.triton_scalars import address_in
+from lightning_lars.optim.backends.triton_table import LayerTable
 from lightning_lars.optim.backends.triton_walk import load, pointer_to, square
+
+
+def norms_of_gradients(
+    launches: Launches,
+    table: LayerTable,
+    dtype: Any,
+    chunk_size: int,
+    block: int,
+    warps: int,
+    chunks_at_once: int,
+) -> Tensor:
+    """Return the norm of the gradient of each layer in a table, shape ``(layers,)``, in float64.
+
+    Args:
+        launches: Launches the kernels.
+        table: Weights and gradients of the layers, on the current device.
+        dtype: Triton's dtype of the gradients.
+        chunk_size: Elements of a chunk of the table.
+        block: Elements that a program processes at once.
+        warps: Warps of a program.
+        chunks_at_once: Sums of chunks that a program adds up at once.
+    """
+    chunked = table.chunked
+    sums = torch.empty(max(table.chunks, 1), dtype=torch.float64, device=table.device)
+    norms = torch.empty(table.layers, dtype=torch.float64, device=table.device)
+    if table.chunks:
+        launches(
+            gradient_squares,
+            "gradient_squares",
+            table.chunks,
+            table.columns,
+            chunked.sizes,
+            chunked.layer_of_chunk,
+            chunked.offset_of_chunk,
+            sums,
+            table.layers,
+            dtype,
+            chunk_size,
+            block,
+            warps=warps,
+        )
+    launches(
+        gradient_norms,
+        "gradient_norms",
+        table.layers,
+        chunked.first_chunk,
+        sums,
+        norms,
+        triton.cdiv(chunked.most_chunks, chunks_at_once),
+        chunks_at_once,
+    )
+    return norms
 
 
 @triton.jit
