@@ -183,6 +183,18 @@ def test_a_growing_batch_is_compared_with_a_decaying_rate(tmp_path):
     assert min(float(accuracy) for _, _, accuracy in rows) > 90
 
 
+@pytest.mark.slow
+def test_the_advice_on_the_network_of_the_study_is_printed_at_toy_size(tmp_path):
+    arguments = ["--dataset", "digits", "--epochs", "3", "--max-steps", "4", "--after", "2"]
+    result = run(tmp_path, "advice_check.py", *arguments, "--optimizers", "SGD", "LARS")
+    assert result.returncode == 0, result.stderr
+    printed = result.stdout
+    assert "After 2 epochs" in printed
+    for optimizer in ("SGD", "LARS"):
+        [row] = [line for line in printed.splitlines() if f" {optimizer} " in line]
+        assert row.count("try") + row.count("unknown") == 2
+
+
 def test_a_recipe_of_one_seed_is_reported_without_a_spread(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     report = importlib.import_module("recipe_report").report
