@@ -21,7 +21,7 @@ from lightning_lars.gradients.noise_scale import NoiseScale
 from lightning_lars.groups.excluded_rate import is_excluded
 from lightning_lars.groups.optimizer_names import kinds
 from lightning_lars.learning_rate.batch_scaling import check_batch_size
-from lightning_lars.rules import FLAG, WHOLE
+from lightning_lars.rules import FLAG, WHOLE, require
 from lightning_lars.sharding.shards import local
 from lightning_lars.trainer.batch_size import (
     accumulated_batches,
@@ -64,8 +64,9 @@ def advise(
 
     A copy of the module trains, with a copy of the Trainer, in the schedule of the whole run. The module, the
     Trainer and the global random state stay as they were, also if the run fails; two calls in a row see the
-    same random numbers. A data module is copied as by ``copy.copy``; a loader is iterated. Loggers and
-    checkpoints, and callbacks that stop the run, are left out, and there is no validation.
+    same random numbers, unless a loader has a generator of its own, which goes on. A data module is copied as
+    by ``copy.copy``. Loggers and checkpoints, and callbacks that stop the run, are left out, and there is no
+    validation.
 
     Only one rank and ``accumulate_grad_batches=1`` give no gradients of two batch sizes: the copy then
     accumulates two batches.
@@ -81,7 +82,7 @@ def advise(
             memory and the rules.
         batch_size: Samples in a micro-batch. None reads it from the train loader or, where that has none,
             from the first batch.
-        ckpt_path: A checkpoint of the whole run to measure from.
+        ckpt_path: The file of a checkpoint of the whole run to measure from.
         weights_only: As in ``Trainer.fit`` (Lightning 2.6), how to load the checkpoint.
         train_copy: False trains the module itself, for modules that ``copy.deepcopy`` cannot copy, and
             restores its ``state_dict``, and nothing else, at the end.
@@ -118,6 +119,8 @@ def advise(
     FLAG.check("train_copy", train_copy)
     if batch_size is not None:
         check_batch_size("batch_size", batch_size)
+    by_name = ("best", "last", "hpc")  # among those of callbacks that are left out
+    require("ckpt_path", f"a file, and none of {by_name}", ckpt_path, ckpt_path not in by_name)
     # By name, because lightning.pytorch and pytorch_lightning each define both.
     for argument, value, kind in (("model", model, "LightningModule"), ("trainer", trainer, "Trainer")):
         unwrapped = getattr(value, "_orig_mod", value)  # what torch.compile has wrapped

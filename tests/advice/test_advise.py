@@ -462,7 +462,7 @@ def test_refuses_a_run_without_a_step(tmp_path):
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("max_steps", -1), ("max_steps", 2.5), ("batch_size", 0), ("train_copy", "no")],
+    [("max_steps", -1), ("max_steps", 2.5), ("batch_size", 0), ("train_copy", "no"), ("ckpt_path", "last")],
 )
 def test_a_bad_argument_is_named(tmp_path, argument, value):
     with pytest.raises(ValueError, match=f"^{argument} must be .*got {value!r}"):
