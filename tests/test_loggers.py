@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from lightning_lars import (
+    LAMB,
     LARS,
     BatchSizeScaling,
     BatchSizeSchedule,
@@ -225,6 +226,38 @@ def test_every_logger_stores_the_arguments_of_optimizer_and_schedule(tmp_path, n
     stored = dict(flat(hyperparameters(name, logger)))
     expected = {"width": 5, **dict(flat(DESCRIBED))}
     assert {key: str(stored[key]) for key in expected} == {key: str(value) for key, value in expected.items()}
+
+
+@pytest.mark.parametrize(
+    "name", ["csv", "tensorboard", *(pytest.param(n, marks=pytest.mark.slow) for n in ("wandb", "mlflow"))]
+)
+def test_arguments_that_are_no_plain_numbers_are_stored_as_such(tmp_path, name):
+    arguments = {
+        "lr": torch.tensor(0.5, dtype=torch.float64),
+        "betas": (0.5, 0.25),
+        "bias_correction": True,
+        "max_grad_norm": None,
+    }
+    logger = LOGGERS[name](tmp_path)
+    module = Net(optimizer=partial(LAMB, **arguments))
+    trainer(tmp_path, logger=logger, max_steps=2, log_every_n_steps=1).fit(module)
+    stored = dict(flat(hyperparameters(name, logger)))
+    expected = {"lr": 0.5, "betas": [0.5, 0.25], "bias_correction": True, "max_grad_norm": None}
+    found = {key: str(stored[f"optimizer/init_args/{key}"]) for key in expected}
+    assert found == {key: str(value) for key, value in expected.items()}
+    assert module.hparams["optimizer"].keywords == arguments
+
+
+def test_any_argument_is_described_by_what_yaml_can_hold():
+    def build(groups, *args, **kwargs):
+        pass
+
+    argument = {1: torch.ones(2), "of": (torch.float32, [torch.tensor(0.5)])}
+    described = Net(optimizer=partial(build, [], argument, like=argument)).hparams_initial["optimizer"]
+    plain = {"1": [1.0, 1.0], "of": ["torch.float32", [0.5]]}
+    assert described["args"] == [[], plain]
+    assert described["init_args"] == {"like": plain}
+    assert yaml.safe_load(yaml.safe_dump(described)) == described
 
 
 @pytest.mark.parametrize(

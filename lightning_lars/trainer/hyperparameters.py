@@ -1,9 +1,10 @@
 """Writes optimizers and schedulers among saved hyperparameters as loggers can store them."""
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -13,6 +14,7 @@ def as_logged(hyperparameters: MutableMapping[str, Any]) -> MutableMapping[str, 
 
     That is what ``LightningCLI`` saves for the same arguments, so that a logger can compare the learning
     rates of runs from either. Of a partial, Weights & Biases would store nothing, the others its ``repr``.
+    Tensors become numbers, which TensorBoard would refuse.
 
     Args:
         hyperparameters: Hyperparameters by name; changed in place.
@@ -39,6 +41,17 @@ def _described(value: Any) -> dict[str, Any]:
     described: dict[str, Any] = {"class_path": f"{built.__module__}.{built.__qualname__}"}
     if isinstance(value, partial):
         if value.args:
-            described["args"] = list(value.args)
-        described["init_args"] = dict(value.keywords)
+            described["args"] = _plain(value.args)
+        described["init_args"] = _plain(value.keywords)
     return described
+
+
+def _plain(value: Any) -> Any:
+    """Return what every logger and YAML can store: numbers, strings, lists and dicts."""
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
