@@ -7,6 +7,7 @@ import inspect
 import pickle
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,12 @@ def test_arrows_between_folders_point_one_way(below):
     for path in files:
         to = {room(name) for name in imports(path) if name.split(".")[0] == "lightning_lars"} - {below}
         assert to <= ARROWS[below], path
+
+
+def test_modules_import_each_other_in_no_circle():
+    files = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
+    arrows = {name.removesuffix(".__init__"): set(imports(path)) for path, name in files.items()}
+    list(TopologicalSorter(arrows).static_order())  # raises CycleError, which names the circle
 
 
 def test_every_folder_and_module_has_its_arrows():

@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from lightning_lars.advice.batch_sizes import LINEAR, batch_sizes, suggested_multiple
 from lightning_lars.advice.groups import overview, peak_rates, unusual
-from lightning_lars.advice.report import Advice, CriticalBatchSize, ParameterGroup
+from lightning_lars.advice.parts import CriticalBatchSize, ParameterGroup
+from lightning_lars.advice.report import Advice
 from lightning_lars.advice.state_memory import expected_bytes, held_bytes
 from lightning_lars.advice.unknown import ALWAYS, NOT_MEASURED, of_run
 from lightning_lars.callbacks.gradient_noise_scale import GradientNoiseScale

@@ -2,7 +2,7 @@
 
 import math
 
-from lightning_lars.advice.report import BatchSize, StartingPoint
+from lightning_lars.advice.parts import BatchSize, StartingPoint
 from lightning_lars.learning_rate.batch_scaling import ScalingRule, scaling_factor
 from lightning_lars.recipes import Recipe, lamb, lars
 

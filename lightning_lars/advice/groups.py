@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_lars.advice.report import ParameterGroup
+from lightning_lars.advice.parts import ParameterGroup
 from lightning_lars.groups.contents import FROZEN, LOST, entries_of, groups_by_name
 from lightning_lars.groups.introspection import Layer, classify
 from lightning_lars.groups.scheduled_rates import peak

@@ -4,72 +4,14 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import rich
+from rich.console import Console
 
-@dataclass(frozen=True)
-class CriticalBatchSize:
-    """The gradient noise scale, as it was measured."""
+from lightning_lars.advice.parts import BatchSize, CriticalBatchSize, ParameterGroup, StartingPoint
+from lightning_lars.advice.table import batch_size_table, bullets, group_table, in_samples, memory_table
+from lightning_lars.printing.tables import print_table
 
-    b_simple: float | None
-    """``tr_sigma / squared_gradient``, in samples, over about the last third of the steps; None where one is
-    lost in the other."""
-    standard_error: float | None
-    """Of ``b_simple``, to first order."""
-    tr_sigma: float
-    """Trace of the covariance of the gradient of one sample."""
-    squared_gradient: float
-    """Squared norm of the gradient without noise."""
-    batch_size: int
-    """Effective batch size of the steps that were measured."""
-    history: tuple[tuple[int, float | None], ...]
-    """Pairs of a step and ``b_simple`` until then, evenly spaced."""
-
-
-@dataclass(frozen=True)
-class StartingPoint:
-    """Hyperparameters to start a search from."""
-
-    lr: float
-    excluded_lr: float
-    """The learning rate of norms and biases."""
-    weight_decay: float
-
-
-@dataclass(frozen=True)
-class BatchSize:
-    """What to expect of a batch size, and what to try there."""
-
-    batch_size: int
-    """Effective batch size, in samples."""
-    steps_factor: float | None
-    """Optimizer steps to the same loss, over those at the module's own batch size; None if not measured."""
-    samples_factor: float | None
-    """The same of the samples."""
-    steps: int | None
-    """The steps, where the Trainer knows how many its run takes."""
-    samples: int | None
-    """The samples."""
-    lr_sqrt: float | None
-    """The module's own learning rate by the square-root rule; None for optimizers without a rate."""
-    lr_linear: float | None
-    """By the linear rule; None for optimizers for which it has no source."""
-    lars: StartingPoint
-    """The starting point of :func:`lightning_lars.recipes.lars`."""
-    lamb: StartingPoint
-    """The starting point of :func:`lightning_lars.recipes.lamb`."""
-
-
-@dataclass(frozen=True)
-class ParameterGroup:
-    """A parameter group of the module's optimizer, or the parameters that are in none."""
-
-    name: str
-    tensors: int
-    elements: int
-    lr: float | None
-    """The peak of its learning rate, without the factors of callbacks; None where it has none."""
-    weight_decay: float | None
-    layer_adaptation: bool | None
-    """Whether LARS or LAMB adapts its layers; None for other optimizers."""
+__all__ = ["Advice", "BatchSize", "CriticalBatchSize", "ParameterGroup", "StartingPoint"]
 
 
 @dataclass(frozen=True)
@@ -110,13 +52,21 @@ class Advice:
     unknown: tuple[str, ...]
     """What this advice does not know, in sentences."""
 
-    def print(self) -> None:
-        """Print the advice as tables, to ``rich.get_console()``."""
-        import rich
+    def print(self, console: Console | None = None) -> None:
+        """Print the advice as tables.
 
-        from lightning_lars.advice.table import print_advice
-
-        print_advice(rich.get_console(), self)
+        Args:
+            console: Where to; None is ``rich.get_console()``.
+        """
+        console = console or rich.get_console()
+        console.print(self._headline(), highlight=False)
+        print_table(console, batch_size_table(self.optimizer, self.batch_sizes, self.suggested_batch_size))
+        print_table(console, group_table(self.optimizer, self.groups))
+        measured = self.optimizer if self.measured_steps else None
+        print_table(console, memory_table(self.state_bytes, self.parameter_bytes, measured))
+        for title, sentences in (("Unusual", self.unusual), ("Not known", self.unknown)):
+            if sentences:
+                console.print(bullets(title, sentences), highlight=False)
 
     def to_json(self) -> str:
         """Return the advice as JSON, with the names of the attributes as keys."""
@@ -141,3 +91,17 @@ class Advice:
         values["groups"] = tuple(ParameterGroup(**each) for each in values["groups"])
         values |= {key: tuple(values[key]) for key in ("unusual", "unknown")}
         return cls(**values)
+
+    def _headline(self) -> str:
+        """Return the critical batch size, and what follows from it, in two sentences."""
+        critical = self.critical
+        if critical is None or critical.b_simple is None:
+            return "Critical batch size: unknown."
+        text = f"Critical batch size: about {in_samples(critical)}, from {self.measured_steps} steps."
+        if self.suggested_batch_size != self.batch_size:
+            return f"{text} Batch size to try: {self.suggested_batch_size}."
+        twice = self.batch_sizes[1]
+        return (
+            f"{text} Twice the batch size, {twice.batch_size}, would take {twice.steps_factor:.0%} of the "
+            f"steps and {twice.samples_factor:.0%} of the samples."
+        )

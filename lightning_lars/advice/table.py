@@ -1,88 +1,70 @@
-"""Prints advice as tables."""
+"""Renders the parts of advice as tables and text."""
 
-from rich.console import Console, Group
+from collections.abc import Mapping, Sequence
+
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lightning_lars.advice.report import Advice, BatchSize, CriticalBatchSize, StartingPoint
-from lightning_lars.printing.tables import print_table
+from lightning_lars.advice.parts import BatchSize, CriticalBatchSize, ParameterGroup, StartingPoint
 
 
-def print_advice(console: Console, advice: Advice) -> None:
-    """Print the advice.
+def batch_size_table(optimizer: str, rows: Sequence[BatchSize], suggested: int | None) -> Table:
+    """Return the table of batch sizes; its columns of steps are left out if nothing was measured.
 
     Args:
-        console: Where to.
-        advice: What :func:`~lightning_lars.advise` returns.
+        optimizer: Class names of the module's own optimizers.
+        rows: At least one.
+        suggested: The batch size to emphasize.
     """
-    console.print(headline(advice), highlight=False)
-    print_table(console, batch_size_table(advice))
-    print_table(console, group_table(advice))
-    print_table(console, memory_table(advice))
-    for title, sentences in (("Unusual", advice.unusual), ("Not known", advice.unknown)):
-        if sentences:
-            console.print(_bullets(title, sentences), highlight=False)
-
-
-def headline(advice: Advice) -> str:
-    """Return the critical batch size, and what follows from it, in two sentences."""
-    critical = advice.critical
-    if critical is None or critical.b_simple is None:
-        return "Critical batch size: unknown."
-    text = f"Critical batch size: about {_critical(critical)} samples, from {advice.measured_steps} steps."
-    if advice.suggested_batch_size != advice.batch_size:
-        return f"{text} Batch size to try: {advice.suggested_batch_size}."
-    twice = advice.batch_sizes[1]
-    return (
-        f"{text} Twice the batch size, {twice.batch_size}, would take {twice.steps_factor:.0%} of the steps "
-        f"and {twice.samples_factor:.0%} of the samples."
-    )
-
-
-def batch_size_table(advice: Advice) -> Table:
-    """Return the table of batch sizes; its columns of steps are left out if nothing was measured."""
-    is_measured = advice.batch_sizes[0].steps_factor is not None
-    has_linear = advice.batch_sizes[0].lr_linear is not None
+    is_measured = rows[0].steps_factor is not None
+    has_linear = rows[0].lr_linear is not None
     table = Table(title="Batch sizes", title_justify="left")
     table.add_column("Batch", justify="right")
     if is_measured:
         table.add_column("Steps", justify="right")
         table.add_column("Samples", justify="right")
-    table.add_column(f"{advice.optimizer} lr,\nsqrt rule", justify="right")
+    table.add_column(f"{optimizer} lr,\nsqrt rule", justify="right")
     if has_linear:
         table.add_column("linear\nrule", justify="right")
     for heading in ("recipes.lars,\nlr", "excluded\nlr", "recipes.lamb,\nlr", "excluded\nlr"):
         table.add_column(heading, justify="right")
-    for row in advice.batch_sizes:
+    for row in rows:
         expected = [_steps(row), _samples(row)] if is_measured else []
         own = [_number(row.lr_sqrt), *([_number(row.lr_linear)] if has_linear else [])]
-        style = "bold" if row.batch_size == advice.suggested_batch_size else None
+        style = "bold" if row.batch_size == suggested else None
         table.add_row(str(row.batch_size), *expected, *own, *_point(row.lars), *_point(row.lamb), style=style)
     return table
 
 
-def group_table(advice: Advice) -> Table:
+def group_table(optimizer: str, groups: Sequence[ParameterGroup]) -> Table:
     """Return the table of parameter groups."""
-    table = Table(title=f"Parameter groups of {advice.optimizer}", title_justify="left")
+    table = Table(title=f"Parameter groups of {optimizer}", title_justify="left")
     table.add_column("Group", overflow="fold")
     for heading in ("Tensors", "Elements", "Layer adaptation", "Weight decay", "lr"):
         table.add_column(heading, justify="right")
-    for group in advice.groups:
+    for group in groups:
         adapted = {True: "yes", False: "no", None: "-"}[group.layer_adaptation]
         numbers = adapted, _number(group.weight_decay), _number(group.lr)
         table.add_row(Text(group.name), str(group.tensors), f"{group.elements:,}", *numbers)
     return table
 
 
-def memory_table(advice: Advice) -> Table:
-    """Return the table of the memory of state."""
+def memory_table(state_bytes: Mapping[str, int], parameter_bytes: int, measured: str | None) -> Table:
+    """Return the table of the memory of state, by optimizer.
+
+    Args:
+        state_bytes: Bytes of the state of each optimizer.
+        parameter_bytes: Bytes of the parameters.
+        measured: The optimizer whose state was measured; the others' is computed.
+    """
     table = Table(title="Memory of the optimizer's state, on a device", title_justify="left")
     table.add_column("Optimizer")
     table.add_column("Bytes", justify="right")
     table.add_column("Of the parameters'", justify="right")
-    for name, size in advice.state_bytes.items():
-        own = " (measured)" if name == advice.optimizer and advice.measured_steps else ""
-        share = f"{size / advice.parameter_bytes:.2f}" if advice.parameter_bytes else "-"
+    for name, size in state_bytes.items():
+        own = " (measured)" if name == measured else ""
+        share = f"{size / parameter_bytes:.2f}" if parameter_bytes else "-"
         table.add_row(Text(f"{name}{own}"), human_readable(size), share)
     return table
 
@@ -104,9 +86,18 @@ def human_readable(size: float) -> str:
     return f"{size / 1024:.1f} TiB"
 
 
-def _critical(critical: CriticalBatchSize) -> str:
+def in_samples(critical: CriticalBatchSize) -> str:
+    """Return the critical batch size with its standard error, where it has one."""
     error = "" if critical.standard_error is None else f" ± {critical.standard_error:.2g}"
-    return f"{critical.b_simple:.3g}{error}"
+    return f"{critical.b_simple:.3g}{error} samples"
+
+
+def bullets(title: str, sentences: Sequence[str]) -> Group:
+    """Return a list of sentences under a title."""
+    table = Table.grid(padding=(0, 1))
+    for sentence in sentences:
+        table.add_row("-", Text(sentence))
+    return Group(Text(f"{title}:"), table)
 
 
 def _steps(row: BatchSize) -> str:
@@ -125,10 +116,3 @@ def _point(point: StartingPoint) -> tuple[str, str]:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
-
-
-def _bullets(title: str, sentences: tuple[str, ...]) -> Group:
-    table = Table.grid(padding=(0, 1))
-    for sentence in sentences:
-        table.add_row("-", Text(sentence))
-    return Group(Text(f"{title}:"), table)

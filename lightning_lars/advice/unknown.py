@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lightning_lars.advice.report import CriticalBatchSize
+from lightning_lars.advice.parts import CriticalBatchSize
 
 FEW_STEPS = 100
 WIDE_ERROR = 0.25

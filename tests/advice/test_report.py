@@ -11,7 +11,6 @@ from rich.console import Console
 from lightning_lars import recipes
 from lightning_lars.advice.batch_sizes import batch_sizes, steps_factor, suggested_multiple
 from lightning_lars.advice.report import Advice, CriticalBatchSize, ParameterGroup
-from lightning_lars.advice.table import print_advice
 from lightning_lars.advice.unknown import of_run
 
 CRITICAL = CriticalBatchSize(400.0, 31.0, 800.0, 2.0, 256, ((10, None), (20, 390.0), (30, 400.0)))
@@ -97,7 +96,7 @@ def test_json_holds_everything_and_comes_back_equal(advice):
 
 def printed(advice):
     console = Console(file=StringIO(), width=70)
-    print_advice(console, advice)
+    advice.print(console)
     return console.file.getvalue()
 
 
