@@ -32,12 +32,8 @@ from lightning_lars.trainer.batch_size import (
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trainer.micro_batches import MicroBatches
 from lightning_lars.trainer.training_length import total_steps
-from lightning_lars.trainer.trial_run import (
-    StopAfterSteps,
-    accumulates_by_callback,
-    has_progress_bar,
-    run_trial,
-)
+from lightning_lars.trainer.trial_callbacks import StopAfterSteps, accumulates_by_callback, has_progress_bar
+from lightning_lars.trainer.trial_run import run_trial
 from lightning_lars.trust_ratios.peak_rate import PeakRate, largest
 
 HISTORY = 12
