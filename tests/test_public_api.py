@@ -167,6 +167,7 @@ def test_every_public_name_has_an_example(name):
         ("mixin.py", 0),
         ("callbacks/a.py", 0),
         ("advice/advise.py", 0),
+        ("advice/short_run.py", 0),
         ("advice/table.py", 1),
     ],
 )

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lars.advice.parts import ParameterGroup
 from lightning_lars.groups.contents import FROZEN, LOST, entries_of, groups_by_name
+from lightning_lars.groups.excluded_rate import is_excluded
 from lightning_lars.groups.introspection import Layer, classify
 from lightning_lars.groups.scheduled_rates import peak
 from lightning_lars.optim.layerwise import LayerwiseOptimizer
@@ -62,6 +63,16 @@ def overview(
         )
         for name in (*groups, LOST, FROZEN)
         if name in groups or tensors[name]
+    )
+
+
+def main_group(groups: Sequence[ParameterGroup]) -> ParameterGroup | None:
+    """Return the group with a learning rate that has the most elements, excluded ones last."""
+    with_rate = [group for group in groups if group.lr is not None]
+    return max(
+        with_rate,
+        key=lambda group: (not is_excluded({"name": group.name}), group.elements),
+        default=None,
     )
 
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from lightning_lars.advice.parts import CriticalBatchSize
+from lightning_lars.advice.parts import CriticalBatchSize, ParameterGroup
+from lightning_lars.groups.excluded_rate import is_excluded
 
 FEW_STEPS = 100
 WIDE_ERROR = 0.25
@@ -57,6 +58,17 @@ def of_run(
     if is_distributed:
         sentences.append("The memory of state is that of one rank, which holds whole layers.")
     return (*sentences, *ALWAYS)
+
+
+def of_rates(main: ParameterGroup | None, groups: Sequence[ParameterGroup]) -> list[str]:
+    """Say whose learning rate is shown, if that depends on the group."""
+    others = {group.lr for group in groups if group.lr is not None and not is_excluded({"name": group.name})}
+    if main is None or len(others) < 2:
+        return []
+    return [
+        f"Groups have different learning rates. The one shown is that of {main.name}, the largest group: "
+        "scale the others by the same factor."
+    ]
 
 
 def _of_measurement(critical: CriticalBatchSize | None, measured_steps: int, max_steps: int) -> Sequence[str]:
