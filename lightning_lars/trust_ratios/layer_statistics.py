@@ -58,12 +58,15 @@ class LayerStatistics(Metric):
 
         Args:
             labels: Quantities and layers; new ones are appended.
-            values: Their values, of shape ``(labels,)``. The first call determines device and dtype.
+            values: Their values, of shape ``(labels,)``. The first call determines device and dtype, which is
+                at least float32: counts are kept in it.
         """
         labels = list(labels)
         if not self.labels:
-            self.count, self.total = values.new_zeros(0), values.new_zeros(0)
-            self.minimum, self.maximum = values.new_zeros(0), values.new_zeros(0)
+            empty = values.new_zeros(0, dtype=torch.promote_types(values.dtype, torch.float32))
+            self.count, self.total = empty, empty
+            self.minimum, self.maximum = empty, empty
+        values = values.to(self.total.dtype)  # gradient norms are wider than trust ratios
         is_prefix = labels == self.labels[: len(labels)]
         known = set() if is_prefix else set(self.labels)
         new = [] if is_prefix else [label for label in labels if label not in known]

@@ -28,7 +28,7 @@ from lightning_lars import (
     WarmupDecayLR,
     build_optimizer,
 )
-from tests.support.boring import LARS_WITH_DECAY, Boring, LogsLoss, WithoutOptimizer, boring, trainer
+from tests.support.boring import LARS_WITH_DECAY, Boring, LogsLoss, Plain, WithoutOptimizer, boring, trainer
 from tests.support.heatmap import cells
 
 LAYERS = ["net.0.bias", "net.0.weight", "net.2.bias", "net.2.weight"]
@@ -812,3 +812,34 @@ def test_a_warning_names_the_optimizer_where_there_are_several(tmp_path):
 def test_a_table_that_is_neither_asked_for_nor_not_is_refused(table):
     with pytest.raises(ValueError, match="table must be True or False"):
         TrustRatioMonitor(table=table)
+
+
+class SkipsALayer(Plain):
+    """Leaves its first layer without a gradient in every third batch."""
+
+    def training_step(self, batch, batch_idx):
+        hidden = self.net[:2](batch)
+        return self.net[2](hidden.detach() if batch_idx % 3 == 0 else hidden).pow(2).mean()
+
+    def configure_optimizers(self):
+        return build_optimizer(self, LARS, lr=1.0)
+
+
+def test_steps_between_logs_may_skip_layers(tmp_path):
+    logged = []
+
+    class Reads(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            logged.append(
+                {name: float(ratio) for name, ratio in trainer.optimizers[0].trust_ratios().items()}
+            )
+
+    monitor = TrustRatioMonitor(table=True)
+    torch.manual_seed(0)
+    trainer(tmp_path, callbacks=[monitor, Reads()], log_every_n_steps=4).fit(SkipsALayer())
+    of_layers = monitor._history.statistics["trust_ratio"]
+    for layer in ("net.0.weight", "net.2.weight"):
+        expected = [[each[layer] for each in logged[k : k + 4] if layer in each] for k in (0, 4)]
+        mean = sum(sum(each) / len(each) for each in expected) / 2
+        assert of_layers[layer].mean == pytest.approx(mean, rel=1e-5)
+        assert of_layers[layer].maximum == pytest.approx(max(map(max, expected)), rel=1e-5)

@@ -52,3 +52,19 @@ def test_quantities_of_a_layer_are_apart_and_may_be_measured_in_some_steps_only(
     assert statistics.labels == both
     expected = [[3.0, 3.0, 60.0], [1.0, 2.0, 50.0], [5.0, 4.0, 70.0], [3.0, 2.0, 2.0]]
     torch.testing.assert_close(statistics.compute(), torch.tensor(expected))
+
+
+def test_values_of_another_dtype_are_added_wherever_their_labels_are():
+    statistics = LayerStatistics()
+    statistics.update(ratios_of("abc"), torch.tensor([1.0, 2.0, 3.0]))
+    statistics.update(ratios_of("ca"), torch.tensor([5.0, 7.0], dtype=torch.float64))
+    expected = [[4.0, 2.0, 4.0], [1.0, 2.0, 3.0], [7.0, 2.0, 5.0], [2.0, 1.0, 2.0]]
+    torch.testing.assert_close(statistics.compute(), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_steps_in_half_precision_are_counted(dtype):
+    statistics = LayerStatistics()
+    for step in range(600):
+        statistics.update(ratios_of("a"), torch.tensor([step % 2], dtype=dtype))
+    torch.testing.assert_close(statistics.compute(), torch.tensor([[0.5], [0.0], [1.0], [600.0]]))
