@@ -25,7 +25,7 @@ ARROWS = {
     "mixin": {"trainer", "groups", "optim", "rules"},
     "recipes": {"learning_rate", "optim", "rules"},
     "callbacks": {"trainer", "optim", "run_report", *TOPICS, *GROUND},
-    "trainer": {"class_names", "groups", "learning_rate", "optim", "rules"},
+    "trainer": {"class_names", "gradients", "groups", "learning_rate", "optim", "rules"},
     "run_report": set(),
     "trust_ratios": {"gradients", "optim", *GROUND},
     "gradients": {"sharding"},

@@ -6,11 +6,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lars.class_names import has_class_named
 from lightning_lars.gradients.backward_norms import BackwardNorms
 from lightning_lars.gradients.noise_scale import MovingNoiseScale, NoiseScale, describe, two_batch_estimates
 from lightning_lars.learning_rate.batch_scaling import check_batch_size
@@ -18,6 +16,7 @@ from lightning_lars.rules import FRACTION, POSITIVE_WHOLE
 from lightning_lars.trainer.batch_size import effective_batch_size
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trainer.logging import is_logging, log, publish
+from lightning_lars.trainer.micro_batch_gradients import check_micro_batch_gradients, squared_norms
 from lightning_lars.trainer.micro_batches import MicroBatches
 
 
@@ -112,7 +111,7 @@ class GradientNoiseScale(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            _check(trainer, pl_module)
+            check_micro_batch_gradients(trainer, pl_module)
             self._moving = MovingNoiseScale(self.decay)
 
     @override
@@ -164,7 +163,7 @@ class GradientNoiseScale(Callback):
         is_sound = self._all_full and self._had_backward and not norms.in_parts
         if trainer.world_size == 1 and (len(norms.squares) == 1 or not is_sound):
             return
-        small, big = _squares(trainer, norms, optimizer)
+        small, big = squared_norms(trainer, norms, optimizer)
         shared = torch.stack([small, big, torch.full_like(small, is_sound)])
         if trainer.world_size > 1:
             torch.distributed.all_reduce(shared)
@@ -241,49 +240,3 @@ class GradientNoiseScale(Callback):
             "squared_gradient": measured.squared_gradient,
         }
         return {f"gradient_noise_scale/{key}": value for key, value in metrics.items() if value is not None}
-
-
-def _squares(trainer: Trainer, norms: BackwardNorms, optimizer: Optimizer) -> tuple[Tensor, Tensor]:
-    """Return the squared norm of the gradient of a micro-batch, on average, and of the step."""
-    # Lightning divides the loss by this, even if an epoch ends with fewer batches.
-    divisor = trainer.accumulate_grad_batches
-    small = torch.stack(norms.squares).mean() * divisor**2
-    big = norms.accumulated() * (divisor / len(norms.squares)) ** 2
-    scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is not None:
-        loss_scale = scaler.scale(torch.ones_like(small))
-        small = small / loss_scale**2
-        # Lightning has unscaled p.grad by now, unless the optimizer does so in its step, like torch's fused
-        # ones.
-        if getattr(optimizer, "_step_supports_amp_scaling", False):
-            big = big / loss_scale**2
-    return small, big
-
-
-def _check(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Raise if there are no gradients of two batch sizes to compare."""
-    if not pl_module.automatic_optimization:
-        raise MisconfigurationException(
-            "GradientNoiseScale cannot know which backward passes belong to a step in manual optimization, "
-            f"got {type(pl_module).__name__} with automatic_optimization=False: measure with automatic "
-            "optimization or remove the callback"
-        )
-    averages_itself = has_class_named(trainer.strategy, "DeepSpeedStrategy", "XLAStrategy")
-    if averages_itself or not has_class_named(trainer.strategy, "SingleDeviceStrategy", "DDPStrategy"):
-        raise MisconfigurationException(
-            "GradientNoiseScale needs the gradient of a single rank before it is averaged, which "
-            f"{type(trainer.strategy).__name__} hides: measure in a shorter run with strategy='ddp', or on "
-            "one device with accumulate_grad_batches=2 or more, or remove the callback"
-        )
-    accumulates = trainer.accumulate_grad_batches > 1 or any(
-        # GradientAccumulationScheduler, of either package.
-        each.going_to_accumulate_grad_batches()
-        for each in cast(Any, trainer).callbacks
-        if hasattr(each, "going_to_accumulate_grad_batches")
-    )
-    if trainer.world_size == 1 and not accumulates:
-        raise MisconfigurationException(
-            "GradientNoiseScale compares gradients of two batch sizes, got one rank and "
-            "accumulate_grad_batches=1: set accumulate_grad_batches=2, with half the batch size to take the "
-            "same steps, or use strategy='ddp' on several devices"
-        )
