@@ -6,15 +6,21 @@ from typing import Any, Literal, cast
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_lars.class_names import has_class_named
 from lightning_lars.learning_rate.batch_growth import growth
 from lightning_lars.learning_rate.batch_scaling import check_batch_size
 from lightning_lars.learning_rate.batch_schedule import BatchSizes, BatchSizesByNoiseScale, Progress
-from lightning_lars.trainer.accumulation import AccumulatedBatches, check_is_free, give_back
+from lightning_lars.trainer.accumulation import AccumulatedBatches, give_back
 from lightning_lars.trainer.batch_size import data_parallel_replicas, per_device_batch_size, takes_steps
+from lightning_lars.trainer.batch_size_checks import (
+    check_has_micro_batches,
+    check_is_free,
+    check_multiples,
+    check_noise_scale_is_measured,
+    warn_of_short_epochs,
+)
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trainer.logging import is_logging
 
@@ -142,21 +148,8 @@ class BatchSizeSchedule(Callback):
         self._is_loaded = False
         if self._is_fitting:
             check_is_free(trainer, pl_module)
-            if self.noise_scale is not None and not any(
-                has_class_named(callback, "GradientNoiseScale") for callback in cast(Any, trainer).callbacks
-            ):
-                raise MisconfigurationException(
-                    f"BatchSizeSchedule(noise_scale={self.noise_scale}) needs a measured noise scale: add "
-                    "GradientNoiseScale() to the callbacks, or remove noise_scale"
-                )
-            if self.noise_scale is not None and (
-                trainer.barebones or not cast(Any, trainer).log_every_n_steps
-            ):
-                raise MisconfigurationException(
-                    f"BatchSizeSchedule(noise_scale={self.noise_scale}) reads the noise scale when Lightning "
-                    "logs, got a Trainer that never does: set log_every_n_steps above 0, without barebones, "
-                    "or remove noise_scale"
-                )
+            if self.noise_scale is not None:
+                check_noise_scale_is_measured(trainer, self.noise_scale)
             if cast(Any, trainer).ckpt_path is None:
                 # Before the module configures schedulers, which may ask for the steps of this fit.
                 self._samples_before_fit = self._samples if trainer.global_step else 0
@@ -172,7 +165,7 @@ class BatchSizeSchedule(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._scheduled, self._has_logged = None, False
         self._read_batch_size(trainer)
-        self._warn_of_short_epochs(trainer)
+        warn_of_short_epochs(trainer, max(self.batch_sizes.values()), self._samples_per_batch)
         if trainer.global_step == 0:
             self._samples = 0
             self._schedule.load({})
@@ -302,27 +295,7 @@ class BatchSizeSchedule(Callback):
         """Take the per-device batch size from the argument or the loader, and check the schedule with it."""
         self._per_device = self.batch_size or per_device_batch_size(trainer)
         self._replicas = data_parallel_replicas(trainer)
-        smallest = min(self.batch_sizes.values())
-        if self.noise_scale is not None and self._replicas == 1 and smallest < 2 * self._per_device:
-            raise MisconfigurationException(
-                f"BatchSizeSchedule(noise_scale={self.noise_scale}) needs two or more micro-batches per step "
-                f"to measure the noise scale on one device, got a batch size of {smallest}, and "
-                f"{self._per_device} per device: halve the loader's batch size, or start with twice as much"
-            )
-        refused = sorted({size for size in self.batch_sizes.values() if size % self._samples_per_batch})
-        if refused:
-            raise MisconfigurationException(
-                f"BatchSizeSchedule needs effective batch sizes that are multiples of "
-                f"{self._samples_per_batch} = {self._per_device} per device x {self._replicas} replicas, got "
-                f"{refused}: schedule multiples of it, or set a per-device batch size that divides them all, "
-                f"at most {math.gcd(*self.batch_sizes.values())} samples on all replicas together"
-            )
-
-    def _warn_of_short_epochs(self, trainer: Trainer) -> None:
-        samples = trainer.num_training_batches * self._samples_per_batch
-        largest = max(self.batch_sizes.values())
-        if largest > samples and not cast(Any, trainer).fast_dev_run:
-            rank_zero_warn(
-                f"BatchSizeSchedule schedules a batch size of {largest}, and an epoch has {samples} samples: "
-                "Lightning steps when an epoch ends, so no batch is larger than that"
-            )
+        sizes = list(self.batch_sizes.values())
+        if self.noise_scale is not None:
+            check_has_micro_batches(sizes, self.noise_scale, self._per_device, self._replicas)
+        check_multiples(sizes, self._per_device, self._replicas)
