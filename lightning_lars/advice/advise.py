@@ -1,4 +1,4 @@
-"""Runs a module for a few steps at a small batch size, and reports what that tells about larger ones."""
+"""Runs a module for a few steps at a small batch size, and reports what to expect of larger ones."""
 
 from typing import Any
 
@@ -65,7 +65,7 @@ def advise(
 
     Raises:
         ValueError: If an argument breaks its rule, or the Trainer has run, or has no steps to take.
-        TypeError: If they are no LightningModule and Trainer, or cannot be copied.
+        TypeError: If ``model`` or ``trainer`` has the wrong type, or cannot be copied.
         MisconfigurationException: If :class:`~lightning_lars.GradientNoiseScale` cannot measure: manual
             optimization, a strategy that shards, or a module without an optimizer.
 

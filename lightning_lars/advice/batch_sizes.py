@@ -7,11 +7,11 @@ from lightning_lars.learning_rate.batch_scaling import ScalingRule, scaling_fact
 from lightning_lars.recipes import Recipe, lamb, lars
 
 LINEAR = ("SGD", "LARS")
-"""Optimizers for which the linear rule was published (Goyal et al. 2017, Chen et al. 2020), by class name."""
+"""Class names of optimizers with a published linear rule (Goyal et al. 2017, Chen et al. 2020)."""
 
 
 def steps_factor(batch_size: float, base_batch_size: float, critical: float) -> float:
-    """Return the steps to the same loss at a batch size, over those at another.
+    """Return the ratio of the steps to the same loss at two batch sizes.
 
     ::
 
@@ -21,9 +21,12 @@ def steps_factor(batch_size: float, base_batch_size: float, critical: float) -> 
     McCandlish et al. 2018, arXiv:1812.06162, with the noise scale as the critical batch size.
 
     Args:
-        batch_size: Above 0.
-        base_batch_size: The other batch size, above 0.
-        critical: The critical batch size, above 0.
+        batch_size: Effective batch size, in samples, above 0.
+        base_batch_size: The batch size to compare with, above 0.
+        critical: The critical batch size, in samples, above 0.
+
+    Returns:
+        Steps at ``batch_size`` divided by steps at ``base_batch_size``.
 
     Example:
         >>> from lightning_lars.advice.batch_sizes import steps_factor

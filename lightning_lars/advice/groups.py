@@ -67,7 +67,7 @@ def overview(
 
 
 def main_group(groups: Sequence[ParameterGroup]) -> ParameterGroup | None:
-    """Return the group with a learning rate that has the most elements, excluded ones last."""
+    """Return the largest group with a learning rate, an excluded one only if there is no other."""
     with_rate = [group for group in groups if group.lr is not None]
     return max(
         with_rate,

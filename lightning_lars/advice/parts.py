@@ -8,10 +8,10 @@ class CriticalBatchSize:
     """The gradient noise scale, as it was measured."""
 
     b_simple: float | None
-    """``tr_sigma / squared_gradient``, in samples, over about the last third of the steps; None where one is
-    lost in the other."""
+    """``tr_sigma / squared_gradient``, in samples, over about the last third of the steps; None where one
+    of the two is not above 0, and so lost in the other."""
     standard_error: float | None
-    """Of ``b_simple``, to first order."""
+    """Standard error of ``b_simple``, to first order, in samples; None where it cannot be estimated."""
     tr_sigma: float
     """Trace of the covariance of the gradient of one sample."""
     squared_gradient: float
@@ -41,11 +41,11 @@ class BatchSize:
     steps_factor: float | None
     """Optimizer steps to the same loss, over those at the module's own batch size; None if not measured."""
     samples_factor: float | None
-    """The same of the samples."""
+    """The same for samples."""
     steps: int | None
-    """The steps, where the Trainer knows how many its run takes."""
+    """Optimizer steps to the same loss; None if not measured, or if the length of the run is unknown."""
     samples: int | None
-    """The samples."""
+    """Samples to the same loss; None as for ``steps``."""
     lr_sqrt: float | None
     """The module's own learning rate by the square-root rule; None for optimizers without a rate."""
     lr_linear: float | None
@@ -62,7 +62,9 @@ class ParameterGroup:
 
     name: str
     tensors: int
+    """Number of parameter tensors."""
     elements: int
+    """Number of their elements; 0 for a lazy one."""
     lr: float | None
     """The peak of its learning rate, without the factors of callbacks; None where it has none."""
     weight_decay: float | None

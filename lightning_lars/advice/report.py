@@ -16,7 +16,7 @@ __all__ = ["Advice", "BatchSize", "CriticalBatchSize", "ParameterGroup", "Starti
 
 @dataclass(frozen=True)
 class Advice:
-    """What a short run at a small batch size tells about larger ones.
+    """What to expect of larger batch sizes, from a short run at a small one.
 
     Example:
         >>> from lightning_lars.advice.report import Advice
@@ -29,7 +29,7 @@ class Advice:
     batch_size: int
     """Effective batch size of the module's own Trainer."""
     base_batch_size: int
-    """The batch size that the module's learning rate is for, that of ``BatchSizeScaling`` or the same."""
+    """Batch size that the module's learning rate is for: ``BatchSizeScaling``'s, else ``batch_size``."""
     measured_steps: int
     """Optimizer steps of the short run."""
     steps: int | None
@@ -45,12 +45,12 @@ class Advice:
     parameter_bytes: int
     """Bytes of the parameters that are trained."""
     state_bytes: dict[str, int]
-    """Bytes of the optimizer's state on one device, of the module's own as it was after the run, and of
+    """Bytes of optimizer state on one device, by optimizer: measured for the module's own, computed for
     others."""
     unusual: tuple[str, ...]
     """What is unusual in the groups, in sentences."""
     unknown: tuple[str, ...]
-    """What this advice does not know, in sentences."""
+    """What remains unknown, in sentences."""
 
     def print(self, console: Console | None = None) -> None:
         """Print the advice as tables.

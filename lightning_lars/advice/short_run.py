@@ -162,6 +162,7 @@ class ShortRun(Callback):
             ),
             groups=self._groups,
             parameter_bytes=self._parameter_bytes,
+            # The measured state first, and in place of the computed one of the same name.
             state_bytes={**self._state_bytes, **self._expected_bytes, **self._state_bytes},
             unusual=self._unusual,
             unknown=(*of_rates(main, self._groups), *unknown),
@@ -194,4 +195,4 @@ class ShortRun(Callback):
         except ValueError:
             if self._noise_scale is None:
                 raise
-            return None  # the first batch tells
+            return None  # until the first batch

@@ -61,7 +61,7 @@ def memory_table(state_bytes: Mapping[str, int], parameter_bytes: int, measured:
     table = Table(title="Memory of the optimizer's state, on a device", title_justify="left")
     table.add_column("Optimizer")
     table.add_column("Bytes", justify="right")
-    table.add_column("Of the parameters'", justify="right")
+    table.add_column("Per parameter byte", justify="right")
     for name, size in state_bytes.items():
         own = " (measured)" if name == measured else ""
         share = f"{size / parameter_bytes:.2f}" if parameter_bytes else "-"

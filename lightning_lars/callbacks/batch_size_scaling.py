@@ -226,12 +226,12 @@ class BatchSizeScaling(Callback):
         rank_zero_info(f"{found} ({', '.join(rates)}).")
 
     def _warn_of_few_samples(self, batch_size: int, factor: float) -> None:
-        """Warn, once, of a rate that nearly vanishes by a batch size that nobody has stated."""
+        """Warn once if the learning rate nearly vanishes at a batch size that was inferred, not given."""
         if self.batch_size is None and factor < _SMALL_FACTOR and not self._has_warned:
             self._has_warned = True
             rank_zero_warn(
-                f"BatchSizeScaling multiplies the learning rate by {factor:.3g}, as the effective batch size "
-                f"{batch_size} is far below base_batch_size={self.base_batch_size}. If the train loader "
+                f"BatchSizeScaling multiplies the learning rate by {factor:.3g}, because the effective batch "
+                f"size {batch_size} is far below base_batch_size={self.base_batch_size}. If the train loader "
                 "counts something larger than samples (time series, graphs, files), pass the samples as "
                 "batch_size; if the rate was tuned at another batch size, pass that as base_batch_size"
             )

@@ -149,7 +149,7 @@ def _check_exclusions(exclusions: Iterable[Exclusion], names: list[str], prefix:
 
 def _unknown_module(name: str) -> ValueError:
     return ValueError(
-        f"module must tell which module owns each parameter, got {name!r} in a graph that does not: group "
+        f"module must record which module owns each parameter, got {name!r} in a graph that does not: group "
         "the module that was traced or exported, and pass the names that are excluded there as exclude, with "
         "exclude_norm=False and exclude_gain=False"
     )
@@ -162,7 +162,7 @@ def _unknown_shape(name: str, parameter: nn.Parameter) -> ValueError:
         else "FSDP has sharded it, and only the wrapper around this module knows its shape: pass that instead"
     )
     return ValueError(
-        f"module must tell the shape of {name!r}, which decides whether it is a gain: {remedy}, or pass "
+        f"the shape of {name!r} must be known, because it decides whether this is a gain: {remedy}, or pass "
         "exclude_gain=False"
     )
 

@@ -90,7 +90,7 @@ class LastTrustRatios:
         return self._by_name(lambda ratios, params: self._by_decay_alone(ratios, params, group_of))
 
     def stacked_trust_ratios(self) -> StackedTrustRatios | None:
-        """Return what the methods above return as vectors, in few operations whatever the number of layers.
+        """Return the results of the methods above as vectors, without an operation for each layer.
 
         Returns:
             None before the first step and after a state dict was loaded.

@@ -1,4 +1,4 @@
-"""What a step has determined about its layers, for later steps in which they are unchanged."""
+"""The setup of a step, reused by later steps whose layers are unchanged."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain, compress, islice

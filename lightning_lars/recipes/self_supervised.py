@@ -23,7 +23,7 @@ def simclr(batch_size: int = 4096, steps_per_epoch: int = 312, base_lr: float = 
         >>> simclr(batch_size=1024)["optimizer"].keywords["lr"]
         1.2
     """
-    optimizer = lars_of_self_supervision(base_lr * batch_size / 256, 1e-6, lr_in_momentum=True)
+    optimizer = self_supervised_lars(base_lr * batch_size / 256, 1e-6, lr_in_momentum=True)
     return recipe(optimizer, 10 * steps_per_epoch, decay="cosine")
 
 
@@ -44,7 +44,7 @@ def byol(batch_size: int = 4096, steps_per_epoch: int = 312, epochs: int = 1000)
     presets = {40: (0.45, 1e-6), 100: (0.45, 1e-6), 300: (0.3, 1e-6), 1000: (0.2, 1.5e-6)}
     base, weight_decay = row_of("epochs", epochs, presets)
     return recipe(
-        lars_of_self_supervision(base * batch_size / 256, weight_decay), 10 * steps_per_epoch, decay="cosine"
+        self_supervised_lars(base * batch_size / 256, weight_decay), 10 * steps_per_epoch, decay="cosine"
     )
 
 
@@ -58,7 +58,7 @@ def barlow_twins(batch_size: int = 2048, steps_per_epoch: int = 626) -> Recipe:
         batch_size: Effective batch size, in images.
         steps_per_epoch: Optimizer steps per epoch; the default is ImageNet's at batch 2048.
     """
-    optimizer = lars_of_self_supervision(0.2 * batch_size / 256, 1e-6)
+    optimizer = self_supervised_lars(0.2 * batch_size / 256, 1e-6)
     warmup_steps = 10 * steps_per_epoch
     return recipe(optimizer, warmup_steps, decay="cosine", end_factor=1e-3, excluded_lr_scale=0.024)
 
@@ -101,7 +101,7 @@ def moco_v3(batch_size: int = 4096, steps_per_epoch: int = 312, epochs: int = 30
     """
     base, weight_decay = row_of("epochs", epochs, {100: (0.6, 1e-6), 300: (0.3, 1e-6), 1000: (0.3, 1.5e-6)})
     return recipe(
-        lars_of_self_supervision(base * batch_size / 256, weight_decay), 10 * steps_per_epoch, decay="cosine"
+        self_supervised_lars(base * batch_size / 256, weight_decay), 10 * steps_per_epoch, decay="cosine"
     )
 
 
@@ -121,12 +121,12 @@ def vicreg(batch_size: int = 2048, steps_per_epoch: int = 626, epochs: int = 100
         ValueError: If the source has no rate for this number of epochs.
     """
     base = row_of("epochs", epochs, {100: 0.3, 1000: 0.2})
-    optimizer = lars_of_self_supervision(base * batch_size / 256, 1e-6)
+    optimizer = self_supervised_lars(base * batch_size / 256, 1e-6)
     return recipe(optimizer, 10 * steps_per_epoch, decay="cosine", end_factor=1e-3)
 
 
-def lars_of_self_supervision(lr: float, weight_decay: float, **options: Any) -> partial[Any]:
-    """Return LARS in the variant of the self-supervised methods."""
+def self_supervised_lars(lr: float, weight_decay: float, **options: Any) -> partial[Any]:
+    """Return LARS with the options that these methods share."""
     return partial(
         LARS,
         lr=lr,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from lightning_lars.recipes.recipe import Recipe, recipe, row_of
-from lightning_lars.recipes.self_supervised import lars_of_self_supervision
+from lightning_lars.recipes.self_supervised import self_supervised_lars
 
 
 def mae_linear_probing(batch_size: int = 16384, steps_per_epoch: int = 78) -> Recipe:
@@ -21,7 +21,7 @@ def mae_linear_probing(batch_size: int = 16384, steps_per_epoch: int = 78) -> Re
         batch_size: Effective batch size, in images.
         steps_per_epoch: Optimizer steps per epoch; the default is ImageNet's at batch 16384.
     """
-    optimizer = lars_of_self_supervision(0.1 * batch_size / 256, 0.0)
+    optimizer = self_supervised_lars(0.1 * batch_size / 256, 0.0)
     return recipe(optimizer, 10 * steps_per_epoch, decay="cosine")
 
 

@@ -9,11 +9,11 @@ from lightning_lars.run_report.run import Points
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 880, 240, 70, 24, 10
 _COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
 _LOGARITHMIC = 30.0
-"""Ratio of the largest to the smallest value from which on a scale is logarithmic."""
+"""Ratio of the largest to the smallest value above which the scale is logarithmic."""
 
 
 def line_chart(title: str, lines: Mapping[str, Points]) -> str:
-    """Return a chart of values over steps, with a legend; its lines tell their names on hover.
+    """Return a chart of values over steps, with a legend; lines show their names on hover.
 
     The scale is logarithmic where all values are above 0 and far apart. Values that are not finite are left
     out.

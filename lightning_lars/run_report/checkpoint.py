@@ -18,10 +18,10 @@ def read_checkpoint(path: Path, *, weights_only: bool = True) -> Run:
 
     Args:
         path: The checkpoint, in one file.
-        weights_only: As in :func:`torch.load`: False runs code that the checkpoint names.
+        weights_only: As in :func:`torch.load`: False runs code that is in the checkpoint.
 
     Raises:
-        ValueError: If ``weights_only`` does not allow a class in the checkpoint, or it is none of Lightning.
+        ValueError: If ``weights_only`` does not allow a class in it, or it is not a checkpoint of Lightning.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)

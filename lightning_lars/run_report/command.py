@@ -16,17 +16,17 @@ def write_report(sources: Sequence[str | Path], output: str | Path, *, weights_o
 
     It shows learning rates, the layers' trust ratios as a heatmap with names and values on hover, the noise
     scale, all other metrics, the parameter groups, settings and versions, and what stands out, as far as the
-    sources tell.
+    sources contain them.
 
     Args:
         sources: CSV logs of Lightning's ``CSVLogger`` (``metrics.csv``, or its folder), and checkpoints.
-            Later ones count where two differ.
+            Later ones take precedence.
         output: The file to write.
         weights_only: Whether checkpoints are read as by ``torch.load(weights_only=True)``.
 
     Raises:
         FileNotFoundError: If a source does not exist.
-        ValueError: If there is no source, or one is neither.
+        ValueError: If there is no source, or one is neither a CSV log nor a checkpoint of Lightning.
 
     Example:
         >>> from pathlib import Path

@@ -17,7 +17,7 @@ def read_csv_log(path: Path) -> Run:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it has no column ``step``, or a value that is no number.
+        ValueError: If it has no column ``step``, or a value that is not a number.
     """
     path = path / "metrics.csv" if path.is_dir() else path
     metrics: dict[str, Points] = {}
@@ -72,5 +72,5 @@ def _hyperparameters(path: Path) -> dict[str, str]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Order names by the numbers in them: the log has them in the order of characters."""
+    """Return a sort key that orders names by the numbers in them; the log orders them by character."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

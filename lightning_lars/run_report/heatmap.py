@@ -8,7 +8,7 @@ from html import escape
 from lightning_lars.run_report.run import Points
 
 MOST_COLUMNS = 400
-"""Of more steps, evenly spaced ones are shown."""
+"""Longer runs are sampled at evenly spaced steps."""
 
 SCRIPT = """
 const STOPS = [[68,1,84],[59,82,139],[33,145,140],[94,201,98],[253,231,37]];

@@ -9,7 +9,7 @@ from lightning_lars.run_report.notes import notes
 from lightning_lars.run_report.run import Points, Run
 
 MOST_CHARTS = 24
-"""Of more metrics, the rest is listed."""
+"""Further metrics are listed without a chart."""
 _TITLES = {
     "trust_ratio": "Trust ratio",
     "effective_lr": "Effective learning rate",
@@ -46,7 +46,7 @@ def page(run: Run, title: str) -> str:
     """Return the page.
 
     Args:
-        run: What is known of the run.
+        run: The data of the run.
         title: The heading.
 
     Example:

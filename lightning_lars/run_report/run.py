@@ -1,4 +1,4 @@
-"""What is known of a finished run."""
+"""The data of a finished run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,12 +22,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Run:
-    """What one source tells of a run."""
+    """The data of a run, from one source or several."""
 
     metrics: dict[str, Points] = field(default_factory=dict)
     """Logged numbers, by key."""
     layers: dict[str, dict[str, Points]] = field(default_factory=dict)
-    """The same of every layer, by quantity, such as ``trust_ratio``, and name."""
+    """Logged numbers of each layer, by quantity, such as ``trust_ratio``, and name."""
     groups: tuple[Group, ...] = ()
     settings: dict[str, str] = field(default_factory=dict)
     """Hyperparameters, versions and progress."""
@@ -35,10 +35,10 @@ class Run:
     """Warnings that were given during training."""
 
     def merged(self, other: "Run") -> "Run":
-        """Return what both tell; where they differ, and for the order of layers, ``other`` counts.
+        """Return the data of both; ``other`` takes precedence, also in the order of layers.
 
-        Of a layer's values, the longer series counts: a checkpoint holds fewer steps than a log, and counts
-        them from 1.
+        Of the two series of a layer, the longer one is kept: a checkpoint holds fewer steps than a log, and
+        counts them from 1.
         """
         return Run(
             metrics={**self.metrics, **other.metrics},

@@ -1,4 +1,4 @@
-"""What a training that has just ended tells of itself."""
+"""The data of a run that has just ended, from the state of its objects."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -72,14 +72,14 @@ def run_of_training(
     settings: Mapping[str, Any],
     alerts: Sequence[str],
 ) -> Run:
-    """Return what a training tells.
+    """Return the data of a run.
 
     Args:
         history: The state of its ``TrustRatioHistory``.
         rates: Its learning rate at each step of the history.
         groups: Its parameter groups.
         settings: Hyperparameters and versions.
-        alerts: Warnings that were given.
+        alerts: Warnings that were given during training.
     """
     return Run(
         metrics=learning_rate_of(history["steps"], rates),

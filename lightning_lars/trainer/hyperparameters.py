@@ -1,4 +1,4 @@
-"""Writes optimizers and schedulers among saved hyperparameters as loggers can store them."""
+"""Converts optimizers and schedulers in saved hyperparameters to values that loggers can store."""
 
 from collections.abc import Mapping, MutableMapping
 from functools import partial
@@ -14,7 +14,7 @@ def as_logged(hyperparameters: MutableMapping[str, Any]) -> MutableMapping[str, 
 
     That is what ``LightningCLI`` saves for the same arguments, so that a logger can compare the learning
     rates of runs from either. Of a partial, Weights & Biases would store nothing, the others its ``repr``.
-    Tensors become numbers, which TensorBoard would refuse.
+    Tensors, which TensorBoard would refuse, become numbers.
 
     Args:
         hyperparameters: Hyperparameters by name; changed in place.

@@ -82,7 +82,9 @@ def test_a_rate_that_nearly_vanishes_by_a_batch_size_that_was_read_warns_once(
     (*texts,) = small_rates(lambda: walk(tmp_path, Walk(), scaling, accumulate_grad_batches=accumulated))
     assert len(texts) == (factor is not None)
     for text in texts:
-        assert f"by {factor}, as the effective batch size {BATCH_SIZE * accumulated} is far below" in text
+        assert (
+            f"by {factor}, because the effective batch size {BATCH_SIZE * accumulated} is far below" in text
+        )
         assert f"base_batch_size={scaling.base_batch_size}." in text
         assert "pass the samples as batch_size" in text
 
@@ -97,7 +99,7 @@ def test_a_rate_that_nearly_vanishes_by_the_size_of_the_first_batch_warns(tmp_pa
     module = Walk()
     module.train_dataloader = lambda: DataLoader([torch.zeros(2, 1)] * 4, batch_size=None)
     (text,) = small_rates(lambda: walk(tmp_path, module, BatchSizeScaling(64)))
-    assert "by 0.0312, as the effective batch size 2 is far below base_batch_size=64" in text
+    assert "by 0.0312, because the effective batch size 2 is far below base_batch_size=64" in text
 
 
 def test_follows_a_gradient_accumulation_scheduler_at_its_epochs(tmp_path):

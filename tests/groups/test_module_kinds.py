@@ -163,7 +163,7 @@ class Tied(nn.Module):
 def test_a_graph_without_module_information_is_refused_with_a_remedy(stand_in):
     module = stand_in(Tied())
     message = (
-        r"module must tell which module owns each parameter, got 'tokens.weight' in a graph that does not"
+        r"module must record which module owns each parameter, got 'tokens.weight' in a graph that does not"
     )
     with pytest.raises(ValueError, match=message):
         param_groups(module)

@@ -260,7 +260,7 @@ def test_a_switch_leaves_what_two_rules_could_exclude_to_its_own():
 def test_the_shape_of_a_lazy_parameter_must_be_known_where_it_decides():
     module = holding("Gated")
     module.gate = nn.UninitializedParameter()
-    message = r"module must tell the shape of 'gate', .*: call this after a first forward.*exclude_gain=False"
+    message = r"the shape of 'gate' must be known, .*: call this after a first forward.*exclude_gain=False"
     with pytest.raises(ValueError, match=message):
         param_groups(module)
     assert names(module, exclude_gain=False) == {"adapted": ["gate"]}
