@@ -66,6 +66,18 @@ def test_the_growth_of_a_step_is_printed_and_drawn(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_cost_of_many_ranks_is_printed_and_drawn(tmp_path):
+    picture = tmp_path / "ranks.png"
+    options = ["--models", "GPT 0.1 B", "--ranks", 64, "--rounds", 1]
+    printed = run("benchmarks.ranks", *options, "--picture", picture)
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if "│" in line]
+    assert [line[3] for line in lines] == ["FSDP2", "HSDP", "FSDP2 x TP"]
+    assert [tuple(line[5:7]) for line in lines] == [("1", "800"), ("1", "800"), ("2", "1,584")]
+    assert all(float(cell) > 0 for line in lines for cell in line[7:])
+    assert picture.read_bytes().startswith(PNG)
+
+
+@pytest.mark.slow
 def test_the_time_of_the_host_is_printed_beside_that_of_torchs_optimizers(monkeypatch):
     pytest.importorskip("triton", reason="there is no triton for this system")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -56,8 +56,10 @@ def find_shards(named_params: Iterable[tuple[str, Tensor]]) -> dict[Tensor, Shar
         shards.update(_shards_of_fsdp1(flattened))
     # Two meshes over the same ranks have separate groups, but do not need separate collectives.
     by_ranks: dict[tuple[int, ...], ProcessGroup] = {}
+    groups = dict.fromkeys(group for shard in shards.values() for group in shard.groups)
+    shared = {group: by_ranks.setdefault(_ranks(group), group) for group in groups}
     return {
-        p: shard._replace(groups=tuple(by_ranks.setdefault(_ranks(group), group) for group in shard.groups))
+        p: shard._replace(groups=tuple(shared[group] for group in shard.groups))
         for p, shard in shards.items()
     }
 
@@ -136,7 +138,9 @@ def _shard_of_dtensor(name: str, p: Any) -> Shard:
     ]
     is_in_mesh = mesh.get_coordinate() is not None
     groups = tuple(mesh.get_group(dimension) for dimension in sharding_dimensions) if is_in_mesh else ()
-    return Shard(groups, torch.empty(0, device=mesh.device_type).device)
+    # Where the shape of a step is tried out before there is memory for it, so is its all-reduce.
+    device = "meta" if p.is_meta else mesh.device_type
+    return Shard(groups, torch.empty(0, device=device).device)
 
 
 def _shards_of_fsdp1(flattened: Sequence[tuple[str, Tensor]]) -> dict[Tensor, Shard]:
