@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         PreciseBatchNorm,
         TrustRatioMonitor,
     )
+    from lightning_lars.combined.combined_optimizer import CombinedOptimizer
     from lightning_lars.groups.introspection import DEFAULT_EXCLUDED
     from lightning_lars.groups.param_groups import build_optimizer, explain_param_groups, param_groups
     from lightning_lars.learning_rate import WarmupDecayLR
@@ -29,6 +30,7 @@ __all__ = [
     "LARS",
     "BatchSizeScaling",
     "BatchSizeSchedule",
+    "CombinedOptimizer",
     "ExcludeNormAndBias",
     "GradientNoiseScale",
     "LAMB8bit",
@@ -62,6 +64,7 @@ _MODULES = {
         "PreciseBatchNorm",
         "TrustRatioMonitor",
     ),
+    "lightning_lars.combined.combined_optimizer": ("CombinedOptimizer",),
     "lightning_lars.groups.introspection": ("DEFAULT_EXCLUDED",),
     "lightning_lars.groups.param_groups": ("build_optimizer", "explain_param_groups", "param_groups"),
     "lightning_lars.learning_rate": ("WarmupDecayLR",),

@@ -17,20 +17,21 @@ import lightning_lars
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_lars"
-TOPICS = {"batch_norm", "gradients", "groups", "learning_rate", "trust_ratios"}
+TOPICS = {"batch_norm", "combined", "gradients", "groups", "learning_rate", "trust_ratios"}
 GROUND = {"class_names", "rules", "sharding", "printing"}
 ARROWS = {
     "advice": {"callbacks", "recipes", "trainer", "optim", *TOPICS, *GROUND},
     "cli": {"advice", "trainer", "groups"},
+    "combined": {"optim"},
     "mixin": {"trainer", "groups", "optim", "rules"},
     "recipes": {"learning_rate", "optim", "rules"},
     "callbacks": {"trainer", "optim", "run_report", *TOPICS, *GROUND},
-    "trainer": {"class_names", "gradients", "groups", "learning_rate", "optim", "rules"},
+    "trainer": {"class_names", "combined", "gradients", "groups", "learning_rate", "optim", "rules"},
     "run_report": set(),
     "trust_ratios": {"gradients", "optim", *GROUND},
     "gradients": {"sharding"},
     "batch_norm": {"sharding"},
-    "groups": {"class_names", "rules"},
+    "groups": {"class_names", "combined", "rules"},
     "learning_rate": {"rules"},
     "optim": {"sharding", "rules"},
     "sharding": set(),

@@ -1,0 +1,1 @@
+"""Several optimizers as one: each steps its own parameter groups."""
