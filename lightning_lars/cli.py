@@ -1,6 +1,6 @@
 """LightningCLIs that build their optimizer over parameter groups, from YAML or the command line."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from lightning_lars.advice.advise import advise
 from lightning_lars.groups.layer_depth import LayerDepth
+from lightning_lars.groups.matrices import Matrices
 from lightning_lars.groups.param_groups import build_optimizer
-from lightning_lars.groups.scheduled_rates import keep_group_rates
+from lightning_lars.groups.scheduled_rates import keep_group_rates, matrix_rates
 from lightning_lars.trainer.strategy_checks import check_strategy
 from lightning_lars.trainer.training_length import scheduler_config
 
@@ -78,6 +79,18 @@ class _LateOptimizer(_EitherCLI):  # type: ignore[misc]
             type=LayerDepth | None,
             default=None,
             help="Layers by patterns over names, or a function, where the order of modules is not the depth.",
+        )
+        parser.add_argument(
+            "--param_groups.matrix_optimizer",
+            type=Callable[[Iterable[Any]], Optimizer] | None,
+            default=None,
+            help="Another optimizer, such as Muon, for matrices of hidden layers; --optimizer has the rest.",
+        )
+        parser.add_argument(
+            "--param_groups.matrices",
+            type=Matrices | None,
+            default=None,
+            help="What is a matrix, by patterns over names, or a function, where the rule does not fit.",
         )
 
     def link_optimizers_and_lr_schedulers(self, parser: Any) -> None:
@@ -179,6 +192,7 @@ class _ConfigureOptimizers:
         check_strategy(self.module, optimizer)
         if not self.lr_scheduler:
             return optimizer
+        of_matrices = matrix_rates(optimizer.param_groups)
         scheduler = lightning.pytorch.cli.instantiate_class(optimizer, self.lr_scheduler)
         keep_group_rates(
             scheduler,
@@ -186,6 +200,7 @@ class _ConfigureOptimizers:
             self.groups["excluded_lr"],
             self.groups["excluded_lr_scale"],
             self.groups["layer_decay"],
+            of_matrices,
         )
         config = scheduler_config(self.module, scheduler, self.lr_scheduler_interval)
         return {"optimizer": optimizer, "lr_scheduler": config}
@@ -221,8 +236,9 @@ class LargeBatchCLI(_LateOptimizer, lightning.pytorch.cli.LightningCLI):
 
     Takes the arguments of ``LightningCLI`` and, on the command line or in YAML, ``lr_scheduler_interval``
     (``step`` or ``epoch``) and ``param_groups`` (``exclude``, ``exclude_bias``, ``exclude_norm``,
-    ``exclude_gain``, ``excluded_lr``, ``excluded_lr_scale``, ``layer_decay``, ``layer_depth``). A
-    :class:`~lightning_lars.WarmupDecayLR` without ``total_steps`` gets the steps of the run.
+    ``exclude_gain``, ``excluded_lr``, ``excluded_lr_scale``, ``layer_decay``, ``layer_depth``,
+    ``matrix_optimizer``, ``matrices``). A :class:`~lightning_lars.WarmupDecayLR` without ``total_steps`` gets
+    the steps of the run.
 
     ``python train.py advise --config config.yaml`` takes the arguments of ``fit`` and those of
     :func:`~lightning_lars.advise`, and prints what a larger batch size would gain and need; ``--json FILE``

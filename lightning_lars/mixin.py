@@ -11,8 +11,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_lars.groups.excluded_rate import check_excluded_rate
 from lightning_lars.groups.introspection import check_switches
 from lightning_lars.groups.layer_depth import LayerDepth, check_layer_decay
-from lightning_lars.groups.param_groups import build_optimizer
-from lightning_lars.groups.scheduled_rates import keep_group_rates
+from lightning_lars.groups.matrices import Matrices
+from lightning_lars.groups.param_groups import build_optimizer, check_matrix_optimizer, check_optimizer
+from lightning_lars.groups.scheduled_rates import keep_group_rates, matrix_rates
 from lightning_lars.optim import LARS
 from lightning_lars.rules import require
 from lightning_lars.trainer.hyperparameters import as_logged
@@ -61,6 +62,12 @@ class LargeBatchMixin:
             to that of the block before it, as in :func:`~lightning_lars.param_groups`. None: one rate.
         layer_depth: With ``layer_decay``, the layers of parameters for which the order of the modules is not
             the depth, by fnmatch patterns over their names, ``{"head.*": 13}``, or by a function.
+        matrix_optimizer: Another optimizer for the matrices of hidden layers, such as
+            ``functools.partial(torch.optim.Muon, lr=0.02)``; ``optimizer`` takes the rest. Its rate is the
+            peak of the schedule for the matrices, also where a scheduler has one rate for all groups.
+        matrices: With ``matrix_optimizer``, what is a matrix where the rule of
+            :func:`~lightning_lars.param_groups` does not fit, by fnmatch patterns over names,
+            ``{"projector.*": True}``, or by a function.
         **kwargs: Passed on to the next class.
 
     Raises:
@@ -102,16 +109,14 @@ class LargeBatchMixin:
         excluded_lr_scale: float = 1.0,
         layer_decay: float | None = None,
         layer_depth: LayerDepth | None = None,
+        matrix_optimizer: OptimizerCallable | None = None,
+        matrices: Matrices | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         if optimizer is None:
             optimizer = LARS
-        if isinstance(optimizer, Optimizer) or not callable(optimizer):
-            raise TypeError(
-                "optimizer must be an optimizer class or a callable that takes parameter groups, such as "
-                f"functools.partial(LARS, lr=3.2), got {optimizer!r}"
-            )
+        check_optimizer("optimizer", optimizer)
         if lr_scheduler is not None and not callable(lr_scheduler):
             raise TypeError(
                 "lr_scheduler must be a scheduler class or a callable that takes the optimizer, such as "
@@ -136,11 +141,20 @@ class LargeBatchMixin:
         check_layer_decay(layer_decay, layer_depth)
         self._layer_decay = layer_decay
         self._layer_depth = layer_depth
+        check_matrix_optimizer(matrix_optimizer, matrices)
+        self._build_matrix_optimizer = matrix_optimizer
+        self._matrices = matrices
         self._trust_arguments()
 
     def _trust_arguments(self) -> None:
         """Allow the Trainer's ``ckpt_path`` to load the classes in this module's saved hyperparameters."""
-        trust_globals_of(self._build_optimizer, self._build_lr_scheduler, self._layer_depth)
+        trust_globals_of(
+            self._build_optimizer,
+            self._build_lr_scheduler,
+            self._layer_depth,
+            self._build_matrix_optimizer,
+            self._matrices,
+        )
 
     load_from_checkpoint = LoadFromCheckpoint(_trust_arguments)
 
@@ -192,10 +206,13 @@ class LargeBatchMixin:
             excluded_lr_scale=self._excluded_lr_scale,
             layer_decay=self._layer_decay,
             layer_depth=self._layer_depth,
+            matrix_optimizer=self._build_matrix_optimizer,
+            matrices=self._matrices,
         )
         check_strategy(cast(LightningModule, self), optimizer)
         if self._build_lr_scheduler is None:
             return optimizer
+        of_matrices = matrix_rates(optimizer.param_groups)
         scheduler = self._build_lr_scheduler(optimizer)
         if not hasattr(scheduler, "optimizer"):
             raise TypeError(
@@ -207,6 +224,7 @@ class LargeBatchMixin:
             self._excluded_lr,
             self._excluded_lr_scale,
             self._layer_decay,
+            of_matrices,
         )
         config = scheduler_config(cast(LightningModule, self), scheduler, self._lr_scheduler_interval)
         return {"optimizer": optimizer, "lr_scheduler": config}

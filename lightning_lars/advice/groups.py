@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lars.advice.parts import ParameterGroup
+from lightning_lars.combined.combined_optimizer import parts_of
 from lightning_lars.groups.contents import FROZEN, LOST, entries_of, groups_by_name
 from lightning_lars.groups.excluded_rate import is_excluded
 from lightning_lars.groups.introspection import Layer, classify
@@ -46,7 +47,7 @@ def overview(
     groups = groups_by_name(optimizers)
     rate_of = dict(zip(groups, rates, strict=True))
     # Other optimizers keep the key of param_groups, and make no use of it.
-    adapting = [each for each in optimizers if isinstance(each, LayerwiseOptimizer)]
+    adapting = [each for each in parts_of(optimizers) if isinstance(each, LayerwiseOptimizer)]
     layerwise = [id(group) for each in adapting for group in each.param_groups]
     tensors, elements = Counter[str](), Counter[str]()
     for entry in entries_of(module, groups):
@@ -97,7 +98,7 @@ def unusual(
             "one in configure_optimizers, or freeze them with requires_grad_(False)."
         )
     remaining = iter(rates)
-    for optimizer in optimizers:
+    for optimizer in parts_of(optimizers):
         with_rates = [(group, next(remaining)) for group in optimizer.param_groups]
         named = type(optimizer).__name__
         if isinstance(optimizer, LayerwiseOptimizer):

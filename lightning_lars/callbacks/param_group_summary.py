@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
+from lightning_lars.combined.combined_optimizer import parts_of
 from lightning_lars.groups.contents import (
     FROZEN,
     LOST,
@@ -21,6 +22,7 @@ from lightning_lars.groups.contents import (
     reads_layer_adaptation,
 )
 from lightning_lars.groups.excluded_rate import part_of
+from lightning_lars.groups.matrices import MATRICES
 from lightning_lars.groups.optimizer_names import kinds
 from lightning_lars.printing.name_folding import fold
 from lightning_lars.printing.tables import is_too_wide, print_table
@@ -105,12 +107,15 @@ class ParamGroupSummary(Callback):
             f"Parameter groups of {', '.join(kinds(trainer.optimizers)) or 'no optimizer'}", highlight=False
         )
         print_table(console, table)
-        others = [each for each in trainer.optimizers if not reads_layer_adaptation(each)]
+        parts = parts_of(trainer.optimizers)
+        others = [each for each in parts if not reads_layer_adaptation(each)]
         unread = [group for each in others for group in each.param_groups]
         print_table(console, _group_table(entries, groups, unread))
-        if any(part_of(group) for group in unread):
+        # The name of the group of matrices promises nothing about their adaptation.
+        split = [each for each in others if any(part_of(g) not in ("", MATRICES) for g in each.param_groups)]
+        if split:
             console.print(
-                f"{', '.join(kinds(others))} does not read layer_adaptation: the groups set weight decay and "
+                f"{', '.join(kinds(split))} does not read layer_adaptation: the groups set weight decay and "
                 "learning rate, and whether a layer is adapted is the optimizer's own rule.",
                 highlight=False,
                 soft_wrap=True,
@@ -123,9 +128,8 @@ class ParamGroupSummary(Callback):
             )
 
         self._detach()
-        self._excluded = [
-            ExcludedRatePeak(each) for each in trainer.optimizers if isinstance(each, HasTrustRatios)
-        ]
+        with_ratios: list[Any] = [each for each in parts if isinstance(each, HasTrustRatios)]
+        self._excluded = list(map(ExcludedRatePeak, with_ratios))
 
     @override
     def on_train_batch_end(

@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lars.combined.combined_optimizer import parts_of
 from lightning_lars.groups.optimizer_names import by_name, kinds
 from lightning_lars.groups.param_groups import check_holds_parameters
 from lightning_lars.groups.parameter_names import names_of
@@ -97,10 +98,10 @@ class TrustRatioMonitor(Callback):
     ``gradient_norm_per_layer/NAME``  The same for its gradient norm
     ================================  =================================================================
 
-    With several optimizers (manual optimization) the keys are ``trust_ratio/OPTIMIZER/...``, numbered as in
-    ``LearningRateMonitor``: ``LARS``, ``LARS-1``. Metrics that are not per layer are also in
-    ``trainer.callback_metrics``, from the first log on: for ``EarlyStopping`` to find them at the end of the
-    first epoch, ``log_every_n_steps`` must not exceed the steps of an epoch.
+    With several optimizers (manual optimization, or in a ``CombinedOptimizer``) the keys are
+    ``trust_ratio/OPTIMIZER/...``, numbered as in ``LearningRateMonitor``: ``LARS``, ``LARS-1``. Metrics that
+    are not per layer are also in ``trainer.callback_metrics``, from the first log on: for ``EarlyStopping``
+    to find them at the end of the first epoch, ``log_every_n_steps`` must not exceed the steps of an epoch.
 
     Plot and table cover everything logged since the start of training, including before a resume. The plot
     has at most 512 columns, however long the run. ``plot()`` draws it at any time. Several monitors in one
@@ -290,7 +291,7 @@ class TrustRatioMonitor(Callback):
         # Lightning's placeholder for no optimizer has no groups.
         optimizers = [
             each
-            for each in trainer.optimizers
+            for each in parts_of(trainer.optimizers)
             if each.param_groups and isinstance(each, HasTrustRatios | Optimizer)
         ]
         if not optimizers:
@@ -355,7 +356,7 @@ class TrustRatioMonitor(Callback):
                 rank_zero_info(f"TrustRatioMonitor saved {self._report}.")
 
     def _save_report(self, trainer: Trainer, pl_module: LightningModule, path: Path) -> None:
-        optimizers = [each for each in trainer.optimizers if each.param_groups]
+        optimizers = [each for each in parts_of(trainer.optimizers) if each.param_groups]
         named = zip(kinds(optimizers), (each.param_groups for each in optimizers), strict=True)
         sizes = {name: p.numel() for p, name in names_of(pl_module).items() if not is_lazy(p)}
         settings = {

@@ -80,6 +80,8 @@ def _why(layer: Layer, group: Mapping[str, Any]) -> str:
     part = part_of(group)
     if not part:
         why = "-"
+    elif part == "matrices":
+        why = "matrix"
     elif part != layer.group:
         why = "own rule"
     else:

@@ -69,15 +69,20 @@ def mark_own_rate(group: dict[str, Any], excluded_lr: float | None) -> None:
 
 
 def part_of(group: Mapping[str, Any]) -> str:
-    """Return ``"adapted"`` or ``"excluded"`` for groups named by this package, else ""."""
+    """Return ``"adapted"``, ``"excluded"`` or ``"matrices"`` for groups named by this package, else ""."""
     # ExcludeNormAndBias prepends the name of the group that it has split, param_groups a prefix.
     part = re.split(r"[./]", str(group.get("name", "")))[-1]
-    return part if part in ("adapted", "excluded") else ""
+    return part if part in ("adapted", "excluded", "matrices") else ""
 
 
 def is_excluded(group: Mapping[str, Any]) -> bool:
     """Return whether a group is the excluded one of ``param_groups`` or ``ExcludeNormAndBias``."""
     return part_of(group) == "excluded"
+
+
+def is_matrices(group: Mapping[str, Any]) -> bool:
+    """Return whether a group is that of the matrices of ``param_groups``."""
+    return part_of(group) == "matrices"
 
 
 def _rate(lr: float | Tensor, excluded_lr: float | None, excluded_lr_scale: float) -> float | Tensor:

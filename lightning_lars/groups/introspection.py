@@ -1,7 +1,6 @@
 """Decides which parameters are adapted, and by which rule the others are excluded."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import Size, nn
@@ -10,7 +9,7 @@ from torch.nn.parameter import is_lazy
 from lightning_lars.groups.module_kinds import UNKNOWN, kinds_of
 from lightning_lars.groups.no_weight_decay import listed_in
 from lightning_lars.groups.original_shapes import is_flat, original_shape, sharded_shapes
-from lightning_lars.groups.parameter_names import aliases_of, closest
+from lightning_lars.groups.parameter_names import aliases_of, closest, matches
 from lightning_lars.groups.parameter_roles import NORMS, Place, named_norm, running_statistics
 from lightning_lars.rules import FLAG
 
@@ -113,7 +112,7 @@ def _own_rule(place: Place, parameter: nn.Parameter, exclusions: Sequence[Exclus
     name, owner = place.alias.name, place.alias.owner
     for exclusion in exclusions:
         if isinstance(exclusion, str):
-            if _matches(name, exclusion, prefix):
+            if matches(name, exclusion, prefix):
                 return repr(exclusion)
         elif isinstance(exclusion, type):
             if place.kind.is_a(exclusion) or isinstance(place.alias.holder, exclusion):
@@ -123,14 +122,10 @@ def _own_rule(place: Place, parameter: nn.Parameter, exclusions: Sequence[Exclus
     return ""
 
 
-def _matches(name: str, pattern: str, prefix: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(prefix + name, pattern)
-
-
 def _check_exclusions(exclusions: Iterable[Exclusion], names: list[str], prefix: str) -> None:
     for exclusion in exclusions:
         if isinstance(exclusion, str):
-            if not any(_matches(name, exclusion, prefix) for name in names):
+            if not any(matches(name, exclusion, prefix) for name in names):
                 raise ValueError(
                     f"exclude must hold patterns that match a whole parameter name, got {exclusion!r}, which "
                     f"matches none: {closest(exclusion, names)}"

@@ -1,14 +1,13 @@
 """How deep every parameter lies in a model, for layer-wise learning-rate decay."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from math import prod
 from typing import Any, NamedTuple
 
 from torch import Size, nn
 
 from lightning_lars.groups.block_stacks import BlockStacks, Stack
-from lightning_lars.groups.parameter_names import Alias, aliases_of, closest
+from lightning_lars.groups.parameter_names import Alias, aliases_of, closest, matches
 from lightning_lars.rules import is_number, is_whole
 
 LayerDepth = Mapping[str, int] | Callable[[str], int | None]
@@ -169,7 +168,7 @@ def _own_ids(
     if isinstance(layer_depth, Mapping):
         names = [prefix + alias.name for alias in aliases.values()]
         for pattern in layer_depth:
-            if not any(_matches(alias.name, pattern, prefix) for alias in aliases.values()):
+            if not any(matches(alias.name, pattern, prefix) for alias in aliases.values()):
                 raise ValueError(
                     "layer_depth must hold patterns that match a whole parameter name, got "
                     f"{pattern!r}, which matches none: {closest(str(pattern), names)}"
@@ -189,10 +188,6 @@ def _own_ids(
 
 def _given(layer_depth: LayerDepth, name: str, prefix: str) -> Iterator[int | None]:
     if isinstance(layer_depth, Mapping):
-        yield from (depth for pattern, depth in layer_depth.items() if _matches(name, pattern, prefix))
+        yield from (depth for pattern, depth in layer_depth.items() if matches(name, pattern, prefix))
     else:
         yield layer_depth(name)
-
-
-def _matches(name: str, pattern: str, prefix: str) -> bool:
-    return fnmatchcase(name, str(pattern)) or fnmatchcase(prefix + name, str(pattern))

@@ -6,11 +6,15 @@ from typing import TypeVar
 
 from torch.optim import Optimizer
 
+from lightning_lars.combined.combined_optimizer import parts_of
+
 AnyOptimizer = TypeVar("AnyOptimizer")
 
 
 def kinds(optimizers: Sequence[Optimizer]) -> list[str]:
     """Return the class names of the optimizers, without Lightning's placeholder for none.
+
+    Of a combined optimizer, those of the optimizers in it.
 
     Example:
         >>> import torch
@@ -18,7 +22,7 @@ def kinds(optimizers: Sequence[Optimizer]) -> list[str]:
         >>> kinds([torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])])
         ['SGD']
     """
-    return [type(optimizer).__name__ for optimizer in optimizers if optimizer.param_groups]
+    return [type(optimizer).__name__ for optimizer in parts_of(optimizers) if optimizer.param_groups]
 
 
 def by_name(optimizers: Sequence[AnyOptimizer]) -> dict[str, AnyOptimizer]:

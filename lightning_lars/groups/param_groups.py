@@ -8,7 +8,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_lars.groups.excluded_rate import check_excluded_rate, is_excluded, set_excluded_rate
+from lightning_lars.combined.combined_optimizer import CombinedOptimizer
+from lightning_lars.groups.excluded_rate import (
+    check_excluded_rate,
+    is_excluded,
+    is_matrices,
+    set_excluded_rate,
+)
 from lightning_lars.groups.introspection import Exclusion, Layer, classify
 from lightning_lars.groups.layer_depth import (
     LayerDepth,
@@ -17,6 +23,7 @@ from lightning_lars.groups.layer_depth import (
     layer_prefix,
     scale_rates,
 )
+from lightning_lars.groups.matrices import MATRICES, Matrices, check_matrices, with_matrices
 from lightning_lars.rules import NON_NEGATIVE, require
 
 EXCLUDED = {"layer_adaptation": False, "weight_decay": 0.0}
@@ -34,6 +41,7 @@ def param_groups(
     layer_decay: float | None = None,
     layer_depth: LayerDepth | None = None,
     lr: float | None = None,
+    matrices: bool | Matrices = False,
 ) -> list[dict[str, Any]]:
     """Split a module's parameters into an adapted and decayed group and one excluded from both.
 
@@ -71,10 +79,16 @@ def param_groups(
         lr: With ``layer_decay``, the learning rate of the highest layer: the groups have
             ``lr = lr * lr_scale``. Without it they have no ``lr``, for a schedule that multiplies by
             ``lr_scale`` itself, as those of timm, MAE and BEiT do, and torch's and this package's do not.
+        matrices: Whether the matrices of hidden layers are in a third group, ``"matrices"``, for an optimizer
+            that is made for them, such as ``torch.optim.Muon``: weights with two dimensions, both above 1, of
+            linear layers and of attention projections in the model's blocks, or, where these hold none, all
+            but the last, which computes the output. Instead, what is a matrix among the adapted parameters,
+            by fnmatch patterns over their names (``{"projector.*": True, "blocks.0.*": False}``, the first
+            that matches), or by a function from a name to a bool, or to None to leave it to this rule.
 
     Returns:
-        Up to two groups, with ``layer_decay`` for each layer, of ``(name, parameter)`` pairs for any
-        ``torch.optim`` optimizer: ``"adapted"``, and ``"excluded"`` with
+        Up to two groups, with ``matrices`` three, with ``layer_decay`` for each layer, of
+        ``(name, parameter)`` pairs for any ``torch.optim`` optimizer: ``"adapted"``, and ``"excluded"`` with
         ``layer_adaptation=False, weight_decay=0.0``. Every trainable parameter is in one of them once, a tied
         one under its first name.
 
@@ -83,6 +97,7 @@ def param_groups(
             depends on unknown facts about a parameter: the original shape of a lazy one, or its module in an
             exported graph that does not record it. With ``layer_decay``, if the model has no stack of blocks
             (an ``nn.ModuleList`` or ``nn.Sequential`` with two or more modules of one class), or several.
+            With ``matrices``, if a pattern matches no adapted parameter.
 
     Example:
         >>> from torch import nn
@@ -107,6 +122,7 @@ def param_groups(
         layer_3.excluded 1.0 0.8
     """
     check_layer_decay(layer_decay, layer_depth)
+    check_matrices(matrices)
     if lr is not None:
         NON_NEGATIVE.check("lr", lr)
         require("lr", "None without layer_decay: pass it to the optimizer", lr, layer_decay is not None)
@@ -119,6 +135,7 @@ def param_groups(
         exclude_gain=exclude_gain,
         prefix=prefix,
     )
+    layers = with_matrices(module, layers, matrices, prefix)
     trained = [layer for layer in layers if layer.parameter.requires_grad]
     if not trained:
         raise ValueError(
@@ -126,7 +143,7 @@ def param_groups(
             f"with {len(layers)} frozen ones: unfreeze some, or call this after the layers were created"
         )
     if layer_decay is None:
-        return _two_groups(trained, prefix)
+        return _groups_of(trained, prefix)
     shapes = {layer.parameter: layer.shape for layer in layers}
     depths = depths_of(module, shapes, layer_depth, prefix)
     groups: list[dict[str, Any]] = []
@@ -134,19 +151,20 @@ def param_groups(
         at_depth = [layer for layer in trained if depths.ids[layer.parameter] == depth]
         scale = depths.scale(depth, layer_decay)
         rate = {"lr_scale": scale} if lr is None else {"lr_scale": scale, "lr": lr * scale}
-        groups += [{**group, **rate} for group in _two_groups(at_depth, layer_prefix(prefix, depth))]
+        groups += [{**group, **rate} for group in _groups_of(at_depth, layer_prefix(prefix, depth))]
     return groups
 
 
-def _two_groups(layers: Sequence[Layer], prefix: str) -> list[dict[str, Any]]:
-    """Return the adapted and the excluded group of these layers, without empty ones."""
+def _groups_of(layers: Sequence[Layer], prefix: str) -> list[dict[str, Any]]:
+    """Return the groups of these layers, without empty ones."""
     named = {
         group: [(layer.name, layer.parameter) for layer in layers if layer.group == group]
-        for group in ("adapted", "excluded")
+        for group in ("adapted", "excluded", MATRICES)
     }
     groups: list[dict[str, Any]] = [
         {"params": named["adapted"], "name": f"{prefix}adapted"},
         {"params": named["excluded"], "name": f"{prefix}excluded", **EXCLUDED},
+        {"params": named[MATRICES], "name": f"{prefix}{MATRICES}"},
     ]
     return [group for group in groups if group["params"]]
 
@@ -161,6 +179,7 @@ def explain_param_groups(
     prefix: str = "",
     layer_decay: float | None = None,
     layer_depth: LayerDepth | None = None,
+    matrices: bool | Matrices = False,
 ) -> Table:
     """Show where :func:`param_groups` puts every parameter, and why.
 
@@ -173,12 +192,13 @@ def explain_param_groups(
         prefix: As for :func:`param_groups`.
         layer_decay: As for :func:`param_groups`.
         layer_depth: As for :func:`param_groups`.
+        matrices: As for :func:`param_groups`.
 
     Returns:
         A table to print with rich, of name, original shape, class of the owning module, group (``"frozen"``
         for parameters without ``requires_grad``), and the rule that decided: the criterion for a
-        normalization layer, ``bias``, ``gain``, ``no_weight_decay``, or your own. With ``layer_decay``, also
-        of ``lr_scale``.
+        normalization layer, ``bias``, ``gain``, ``no_weight_decay``, ``hidden matrix``, or your own. With
+        ``layer_decay``, also of ``lr_scale``.
 
     Raises:
         ValueError: As :func:`param_groups`, though not for a module without trainable parameters.
@@ -198,6 +218,7 @@ def explain_param_groups(
         └──────────┴────────┴───────────┴──────────┴───────────┘
     """
     check_layer_decay(layer_decay, layer_depth)
+    check_matrices(matrices)
     prefix = _with_dot(prefix)
     layers = classify(
         module,
@@ -207,6 +228,7 @@ def explain_param_groups(
         exclude_gain=exclude_gain,
         prefix=prefix,
     )
+    layers = with_matrices(module, layers, matrices, prefix)
     depths = None
     if layer_decay is not None:
         shapes = {layer.parameter: layer.shape for layer in layers}
@@ -223,7 +245,7 @@ def explain_param_groups(
             depth = depths.ids[layer.parameter]
             group = layer_prefix(prefix, depth) + layer.group if trained else group
             scale = [f"{depths.scale(depth, layer_decay):.4g}"]
-        style = None if layer.group == "adapted" and trained else "dim"
+        style = None if layer.group != "excluded" and trained else "dim"
         table.add_row(layer.name, shape, layer.module, group, *scale, rule, style=style)
     return table
 
@@ -241,6 +263,8 @@ def build_optimizer(
     excluded_lr_scale: float = 1.0,
     layer_decay: float | None = None,
     layer_depth: LayerDepth | None = None,
+    matrix_optimizer: Callable[..., Optimizer] | None = None,
+    matrices: Matrices | None = None,
     **optimizer_kwargs: Any,
 ) -> Optimizer:
     """Build an optimizer over :func:`param_groups`, for use in ``configure_optimizers``.
@@ -265,16 +289,24 @@ def build_optimizer(
         layer_decay: As for :func:`param_groups`: the rate of each group, the excluded ones included, is
             multiplied by its ``lr_scale``.
         layer_depth: As for :func:`param_groups`.
+        matrix_optimizer: Another optimizer for the matrices of hidden layers, in the form of ``optimizer``,
+            with its own learning rate and weight decay: ``functools.partial(torch.optim.Muon, lr=0.02)``.
+            ``optimizer`` takes the rest: embeddings, input and output layers, convolutions, and what is
+            excluded.
+        matrices: With ``matrix_optimizer``, what is a matrix where the rule of :func:`param_groups` does not
+            fit, by patterns or by a function.
         **optimizer_kwargs: Passed to ``optimizer``.
 
     Returns:
-        The optimizer that ``optimizer`` returned.
+        The optimizer that ``optimizer`` returned; with ``matrix_optimizer``, a
+        :class:`~lightning_lars.CombinedOptimizer` of it and the one for matrices.
 
     Raises:
         ValueError: As :func:`param_groups`; if ``excluded_lr`` or ``excluded_lr_scale`` is not above 0, if
             both are given, or if there is no excluded group to apply them to; if the groups of the optimizer
-            have no ``lr`` to multiply by ``lr_scale``.
-        TypeError: If ``optimizer`` is not callable, or does not return an optimizer.
+            have no ``lr`` to multiply by ``lr_scale``; if there is no matrix for ``matrix_optimizer``, or
+            nothing but matrices.
+        TypeError: If ``optimizer`` or ``matrix_optimizer`` is not callable, or does not return an optimizer.
 
     Example:
         >>> from torch import nn
@@ -282,13 +314,22 @@ def build_optimizer(
         >>> optimizer = build_optimizer(nn.Linear(4, 2), LARS, lr=3.2, excluded_lr=0.05)
         >>> [(group["name"], group["lr"]) for group in optimizer.param_groups]
         [('adapted', 3.2), ('excluded', 0.05)]
+
+        LARS for the matrix of the hidden layer, AdamW for the head and the biases:
+
+        >>> from functools import partial
+        >>> from torch.optim import AdamW
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> optimizer = build_optimizer(net, AdamW, lr=1e-3, matrix_optimizer=partial(LARS, lr=0.5))
+        >>> for group in optimizer.param_groups:
+        ...     print(group["name"], group["lr"], group["param_names"])
+        adapted 0.001 ['2.weight']
+        excluded 0.001 ['0.bias', '2.bias']
+        matrices 0.5 ['0.weight']
     """
     check_excluded_rate(excluded_lr, excluded_lr_scale)
-    if not callable(optimizer):
-        raise TypeError(
-            "optimizer must be an optimizer class or a callable that takes parameter groups, "
-            f"got {optimizer!r}"
-        )
+    check_optimizer("optimizer", optimizer)
+    check_matrix_optimizer(matrix_optimizer, matrices)
     groups = param_groups(
         module,
         exclude=exclude,
@@ -298,10 +339,21 @@ def build_optimizer(
         prefix=prefix,
         layer_decay=layer_decay,
         layer_depth=layer_depth,
+        matrices=False if matrix_optimizer is None else True if matrices is None else matrices,
     )
-    built = optimizer(groups, **optimizer_kwargs)
-    if not isinstance(built, Optimizer):
-        raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {built!r} from {optimizer!r}")
+    built: Optimizer
+    if matrix_optimizer is None:
+        built = _built("optimizer", optimizer, groups, optimizer_kwargs)
+    else:
+        rest = [group for group in groups if not is_matrices(group)]
+        of_matrices = [group for group in groups if is_matrices(group)]
+        _check_both(module, optimizer, rest, matrix_optimizer, of_matrices)
+        built = CombinedOptimizer(
+            [
+                _built("optimizer", optimizer, rest, optimizer_kwargs),
+                _built("matrix_optimizer", matrix_optimizer, of_matrices, {}),
+            ]
+        )
     for group in built.param_groups:
         if isinstance(group.get("lr"), Tensor):
             # A scheduler writes into the tensor of each group: a shared tensor would be scaled twice.
@@ -311,6 +363,55 @@ def build_optimizer(
         scale_rates(built.param_groups)
     set_excluded_rate(excluded, excluded_lr, excluded_lr_scale)
     return built
+
+
+def check_optimizer(argument: str, optimizer: Any) -> None:
+    """Raise TypeError unless the value is a class or a callable that may build an optimizer."""
+    if isinstance(optimizer, Optimizer) or not callable(optimizer):
+        raise TypeError(
+            f"{argument} must be an optimizer class or a callable that takes parameter groups, such as "
+            f"functools.partial(LARS, lr=3.2), got {optimizer!r}"
+        )
+
+
+def check_matrix_optimizer(matrix_optimizer: Any, matrices: Matrices | None) -> None:
+    """Raise unless ``matrix_optimizer`` is None or callable, and ``matrices`` is given only with it."""
+    if matrix_optimizer is not None:
+        check_optimizer("matrix_optimizer", matrix_optimizer)
+    elif matrices is not None:
+        raise ValueError(f"matrices must be None without matrix_optimizer, got {matrices!r}")
+    check_matrices(matrices)
+
+
+def _built(
+    argument: str, optimizer: Callable[..., Optimizer], groups: list[dict[str, Any]], kwargs: dict[str, Any]
+) -> Optimizer:
+    built = optimizer(groups, **kwargs)
+    if not isinstance(built, Optimizer):
+        raise TypeError(f"{argument} must return a torch.optim.Optimizer, got {built!r} from {optimizer!r}")
+    return built
+
+
+def _check_both(
+    module: nn.Module,
+    optimizer: Any,
+    rest: Sequence[Any],
+    matrix_optimizer: Any,
+    of_matrices: Sequence[Any],
+) -> None:
+    """Raise ValueError if one of the two optimizers would have no parameter."""
+    if not of_matrices:
+        raise ValueError(
+            f"matrix_optimizer must be None where there is no matrix, got {matrix_optimizer!r}: "
+            f"{type(module).__name__} has no trained weight of a linear layer or an attention but in its "
+            "output. Pass matrices, such as {'projector.*': True}; explain_param_groups(module, "
+            "matrices=True) shows what is found"
+        )
+    if not rest:
+        raise ValueError(
+            f"optimizer must have parameters to step, got {optimizer!r}, and {type(module).__name__} has "
+            f"nothing but matrices: pass {matrix_optimizer!r} as optimizer"
+        )
 
 
 def _with_dot(prefix: str) -> str:

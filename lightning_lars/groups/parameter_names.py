@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -89,6 +90,11 @@ def unwrapped(module: nn.Module) -> nn.Module:
         if not inner:
             return module
         module = getattr(module, inner[0])
+
+
+def matches(name: str, pattern: str, prefix: str) -> bool:
+    """Return whether an fnmatch pattern matches a name, with the user's prefix or without."""
+    return fnmatchcase(name, str(pattern)) or fnmatchcase(prefix + name, str(pattern))
 
 
 def closest(pattern: str, names: Sequence[str]) -> str:

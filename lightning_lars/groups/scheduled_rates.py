@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_lars.groups.excluded_rate import is_excluded, is_own_rate
+from lightning_lars.groups.excluded_rate import is_excluded, is_matrices, is_own_rate
 
 # Where torch's schedulers keep rates: in each group, and in lists with an entry for each group.
 _IN_GROUP = ("lr", "initial_lr", "max_lr", "min_lr")
@@ -19,8 +19,9 @@ def keep_group_rates(
     excluded_lr: float | None,
     excluded_lr_scale: float,
     layer_decay: float | None,
+    rates_of_matrices: Mapping[int, float] | None = None,
 ) -> None:
-    """Restore the rates of excluded groups and of layers under a scheduler that has set one for all groups.
+    """Restore the rates of groups that have their own under a scheduler that has set one for all groups.
 
     Args:
         scheduler: A scheduler that has not stepped yet.
@@ -28,12 +29,14 @@ def keep_group_rates(
         excluded_lr: As in :func:`~lightning_lars.build_optimizer`.
         excluded_lr_scale: As in :func:`~lightning_lars.build_optimizer`.
         layer_decay: As in :func:`~lightning_lars.build_optimizer`.
+        rates_of_matrices: From :func:`matrix_rates`, before the scheduler was created.
 
     Raises:
         ValueError: If the scheduler has per-group rates that contradict it, or ends above the rate of a
             group, or is of an unknown class.
     """
-    if not is_own_rate(excluded_lr, excluded_lr_scale) and layer_decay is None:
+    of_matrices = rates_of_matrices or {}
+    if not is_own_rate(excluded_lr, excluded_lr_scale) and layer_decay is None and not of_matrices:
         return
     kind = type(scheduler).__name__
     if layer_decay is not None and multiplies_by_lr_scale(scheduler):
@@ -48,13 +51,15 @@ def keep_group_rates(
         for_excluded = for_layers
     peaks = [peak([scheduler], group, index) for index, group in enumerate(groups)]
     wanted = _wanted(scheduler, groups, peaks, excluded_lr, excluded_lr_scale)
+    wanted = [of_matrices.get(index, rate) for index, rate in enumerate(wanted)]
     one_rate_for_all = ValueError(
-        f"{for_layers or for_excluded} must not be set with {kind}, which sets one learning rate for all "
-        "groups: return an optimizer from build_optimizer, and a scheduler with a rate for each group, from "
-        "configure_optimizers"
+        f"{for_layers or for_excluded or 'matrix_optimizer'} must not be set with {kind}, which sets one "
+        "learning rate for all groups: return an optimizer from build_optimizer, and a scheduler with a rate "
+        "for each group, from configure_optimizers"
     )
     for index, group in enumerate(groups):
         argument = for_excluded if is_excluded(group) else for_layers
+        argument = "the lr of matrix_optimizer" if index in of_matrices else argument
         if not argument:
             continue
         if not math.isclose(peaks[index], wanted[index], rel_tol=1e-6):
@@ -72,6 +77,12 @@ def keep_group_rates(
         raise one_rate_for_all
 
 
+def matrix_rates(groups: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Return the rates of the groups of matrices by their position, of optimizers without a scheduler."""
+    return {index: float(group["lr"]) for index, group in enumerate(groups)
+            if is_matrices(group) and "lr" in group}  # fmt: skip
+
+
 def _wanted(
     scheduler: Any,
     groups: Sequence[Mapping[str, Any]],
@@ -85,7 +96,11 @@ def _wanted(
     own_peaks = any("max_lr" in group for group in groups) or _has_own_peaks(scheduler)
     sets_one = len(set(peaks)) == 1 and (len(set(scales)) > 1 or own_peaks)
     bases = list(peaks) if sets_one else [top / scale for top, scale in zip(peaks, scales, strict=True)]
-    adapted = [base for base, group in zip(bases, groups, strict=True) if not is_excluded(group)]
+    adapted = [
+        base
+        for base, group in zip(bases, groups, strict=True)
+        if not is_excluded(group) and not is_matrices(group)
+    ]
     wanted = []
     for group, base, scale in zip(groups, bases, scales, strict=True):
         base = adapted[0] if adapted else base

@@ -8,6 +8,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_lars.class_names import has_class_named
+from lightning_lars.combined.combined_optimizer import parts_of
 from lightning_lars.optim.layerwise import LayerwiseOptimizer
 
 
@@ -19,7 +20,8 @@ def check_strategy(module: LightningModule, optimizer: Optimizer) -> None:
     Raises:
         MisconfigurationException: If DeepSpeed ZeRO would replace the layers by one flat tensor.
     """
-    if not isinstance(optimizer, LayerwiseOptimizer):
+    layerwise = [each for each in parts_of([optimizer]) if isinstance(each, LayerwiseOptimizer)]
+    if not layerwise:
         return
     try:
         trainer = module.trainer
@@ -28,18 +30,19 @@ def check_strategy(module: LightningModule, optimizer: Optimizer) -> None:
     stage = _zero_stage(trainer.strategy)
     if stage:
         raise MisconfigurationException(
-            f"{type(optimizer).__name__} cannot compute the norms of layers under DeepSpeed ZeRO stage "
+            f"{type(layerwise[0]).__name__} cannot compute the norms of layers under DeepSpeed ZeRO stage "
             f"{stage}, which flattens them into one tensor. Use stage=0, strategy='fsdp', "
             "ModelParallelStrategy, or strategy='ddp' with ZeroRedundancyOptimizer"
         )
-    max_grad_norm = optimizer.param_groups[0]["max_grad_norm"]
     # Fabric, with which LightningModules can train too, has no such setting.
     gradient_clip_val = getattr(trainer, "gradient_clip_val", None)
-    if gradient_clip_val and max_grad_norm is not None:
-        rank_zero_warn(
-            f"gradients are clipped twice: by Trainer(gradient_clip_val={gradient_clip_val!r}) and by "
-            f"{type(optimizer).__name__}(max_grad_norm={max_grad_norm!r}). Use only one of them"
-        )
+    for each in layerwise:
+        max_grad_norm = each.param_groups[0]["max_grad_norm"]
+        if gradient_clip_val and max_grad_norm is not None:
+            rank_zero_warn(
+                f"gradients are clipped twice: by Trainer(gradient_clip_val={gradient_clip_val!r}) and by "
+                f"{type(each).__name__}(max_grad_norm={max_grad_norm!r}). Use only one of them"
+            )
 
 
 def _zero_stage(strategy: Any) -> int:
