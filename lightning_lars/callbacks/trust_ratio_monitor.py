@@ -22,7 +22,7 @@ from lightning_lars.groups.optimizer_names import by_name, kinds
 from lightning_lars.groups.param_groups import check_holds_parameters
 from lightning_lars.groups.parameter_names import names_of
 from lightning_lars.rules import FLAG, NONE_OR_FLAG, require
-from lightning_lars.run_report.page import page
+from lightning_lars.run_report.page import save_page
 from lightning_lars.run_report.training import groups_of, run_of_training, versions_of
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trainer.logging import is_logging, log, logged_step, publish
@@ -350,7 +350,7 @@ class TrustRatioMonitor(Callback):
         if self._report is not None:
             try:
                 self._save_report(trainer, pl_module, self._report)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 rank_zero_warn(f"TrustRatioMonitor could not save its report {self._report}: {error}")
             else:
                 rank_zero_info(f"TrustRatioMonitor saved {self._report}.")
@@ -373,8 +373,7 @@ class TrustRatioMonitor(Callback):
             settings,
             self._given,
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page(run, type(pl_module).__name__), encoding="utf-8")
+        save_page(run, type(pl_module).__name__, path)
 
     def _detach(self) -> None:
         for report in self._reports.values():

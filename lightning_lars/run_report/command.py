@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_lars.run_report.checkpoint import read_checkpoint
 from lightning_lars.run_report.csv_log import read_csv_log
-from lightning_lars.run_report.page import page
+from lightning_lars.run_report.page import save_page
 from lightning_lars.run_report.run import Run
 
 
@@ -26,7 +26,8 @@ def write_report(sources: Sequence[str | Path], output: str | Path, *, weights_o
 
     Raises:
         FileNotFoundError: If a source does not exist.
-        ValueError: If there is no source, or one is neither a CSV log nor a checkpoint of Lightning.
+        ValueError: If there is no source, or one is the output, or neither a CSV log nor a checkpoint of
+            Lightning.
 
     Example:
         >>> from pathlib import Path
@@ -42,15 +43,16 @@ def write_report(sources: Sequence[str | Path], output: str | Path, *, weights_o
     if not sources:
         raise ValueError("sources must be at least one CSV log or checkpoint, got none")
     paths = [Path(source) for source in sources]
+    if Path(output).resolve() in [path.resolve() for path in paths]:
+        raise ValueError(f"output must be another file than the sources, got {output}, which is one of them")
     runs = [_read(path, weights_only=weights_only) for path in paths]
-    run = reduce(Run.merged, runs)
-    Path(output).write_text(page(run, ", ".join(map(str, paths))), encoding="utf-8")
+    save_page(reduce(Run.merged, runs), ", ".join(map(str, paths)), Path(output))
 
 
 def _read(path: Path, *, weights_only: bool) -> Run:
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}: pass the metrics.csv of a CSVLogger, or a checkpoint")
-    if path.is_dir() or path.suffix == ".csv":
+    if path.is_dir() or path.suffix.lower() == ".csv":
         return read_csv_log(path)
     return read_checkpoint(path, weights_only=weights_only)
 

@@ -2,7 +2,11 @@
 
 import csv
 import re
+from collections.abc import Iterator
+from contextlib import suppress
+from io import StringIO
 from pathlib import Path
+from typing import Any, cast
 
 from lightning_lars.run_report.run import Points, Run
 
@@ -17,33 +21,26 @@ def read_csv_log(path: Path) -> Run:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it has no column ``step``, or a value that is not a number.
+        ValueError: If it is not a CSV in UTF-8, has no column ``step``, or a value that is not a number.
     """
     path = path / "metrics.csv" if path.is_dir() else path
     metrics: dict[str, Points] = {}
     layers: dict[str, dict[str, Points]] = {}
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if "step" not in (reader.fieldnames or ()):
-            raise ValueError(
-                f"{path} must be a CSV log of Lightning, with a column 'step', got the columns "
-                f"{reader.fieldnames}: pass the metrics.csv of a CSVLogger"
+    for row in _rows(path):
+        step = _step(path, row.pop("step") or "0")
+        for key, text in row.items():
+            if not text or key == "epoch":
+                continue
+            quantity, is_per_layer, layer = key.partition(_PER_LAYER)
+            points = (
+                layers.setdefault(quantity, {}).setdefault(layer, {})
+                if is_per_layer
+                else metrics.setdefault(key, {})
             )
-        for row in reader:
-            step = int(row.pop("step") or 0)
-            for key, text in row.items():
-                if not text or key == "epoch":
-                    continue
-                quantity, is_per_layer, layer = key.partition(_PER_LAYER)
-                points = (
-                    layers.setdefault(quantity, {}).setdefault(layer, {})
-                    if is_per_layer
-                    else metrics.setdefault(key, {})
-                )
-                try:
-                    points[step] = float(text)
-                except ValueError as error:
-                    raise ValueError(f"{path} must hold numbers, got {text!r} as {key!r}") from error
+            try:
+                points[step] = float(text)
+            except ValueError as error:
+                raise ValueError(f"{path} must hold numbers, got {text!r} as {key!r}") from error
     return Run(
         metrics={key: dict(sorted(metrics[key].items())) for key in sorted(metrics, key=_natural)},
         layers={
@@ -54,11 +51,48 @@ def read_csv_log(path: Path) -> Run:
     )
 
 
+def _text(path: Path) -> str:
+    try:
+        # With or without the mark that spreadsheets put in front.
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be a CSV log of Lightning, which is in UTF-8: {error}") from error
+
+
+def _rows(path: Path) -> Iterator[dict[str, str]]:
+    reader = csv.DictReader(StringIO(_text(path), newline=""))
+    try:
+        if "step" not in (reader.fieldnames or ()):
+            raise ValueError(
+                f"{path} must be a CSV log of Lightning, with a column 'step', got the columns "
+                f"{reader.fieldnames}: pass the metrics.csv of a CSVLogger"
+            )
+        for row in reader:
+            # Of a row that is too long, the rest is under None.
+            if cast(Any, row).pop(None, None) is not None:
+                raise ValueError(
+                    f"{path} must have a column for every value, got more in line {reader.line_num}"
+                )
+            yield row
+    except csv.Error as error:
+        raise ValueError(f"{path} must be a CSV log of Lightning: {error}") from error
+
+
+def _step(path: Path, text: str) -> int:
+    with suppress(ValueError):
+        # Other programs that have written the file again make it a float.
+        step = float(text)
+        if step.is_integer():
+            return int(step)
+    raise ValueError(f"{path} must hold whole numbers in the column 'step', got {text!r}")
+
+
 def _hyperparameters(path: Path) -> dict[str, str]:
     """Return the lines of the file, without reading YAML: values may be of any class."""
     if not path.exists():
         return {}
-    lines = [line for line in path.read_text().splitlines() if line.strip() not in ("", "{}")]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in text.splitlines() if line.strip() not in ("", "{}")]
     settings: dict[str, str] = {}
     last = ""
     for line in lines:

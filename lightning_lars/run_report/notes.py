@@ -9,7 +9,7 @@ from lightning_lars.run_report.run import Points, Run
 FAR = 30.0
 """Factor between the mean of a layer and that of the median layer that is worth a sentence."""
 _NAMES = 4
-_SHARES = {
+SHARES = {
     "at_trust_clip": "{share:.0%} of the layers were at trust_clip in the last log: the clip, not the layer, "
     "determines how far they move.",
     "at_zero_rule": "{share:.0%} of the layers had a trust ratio of 1 by the zero rule in the last log: "
@@ -17,6 +17,7 @@ _SHARES = {
     "by_decay_alone": "{share:.0%} of the layers were moved by weight decay alone in the last log: they have "
     "no gradient, and shrink.",
 }
+"""Sentences on the shares of layers that the monitor logs, by their names."""
 
 
 def notes(run: Run) -> list[str]:
@@ -38,18 +39,23 @@ def notes(run: Run) -> list[str]:
 
 def _not_finite(metrics: Mapping[str, Points]) -> Iterator[str]:
     for key, points in metrics.items():
-        step = next((step for step, value in points.items() if not math.isfinite(value)), None)
-        if step is not None:
-            yield f"{key} is not finite from step {step} on."
+        is_finite = {step: math.isfinite(value) for step, value in points.items()}
+        steps = [step for step, finite in is_finite.items() if not finite]
+        if not steps:
+            continue
+        if not any(finite for step, finite in is_finite.items() if step > steps[0]):
+            yield f"{key} is not finite from step {steps[0]} on."
+        else:
+            yield f"{key} is not finite in {len(steps)} of {len(points)} values, first at step {steps[0]}."
 
 
 def _shares(metrics: Mapping[str, Points]) -> Iterator[str]:
     for key, points in metrics.items():
         folder, _, name = key.rpartition("/")
-        if folder.startswith("trust_ratio") and name in _SHARES and points:
+        if folder.startswith("trust_ratio") and name in SHARES and points:
             share = list(points.values())[-1]
             if share > 0:
-                yield _SHARES[name].format(share=share)
+                yield SHARES[name].format(share=share)
 
 
 def _of_layers(layers: Mapping[str, Points]) -> Iterator[str]:

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from pathlib import Path
 
 from lightning_lars.run_report.charts import line_chart
 from lightning_lars.run_report.heatmap import SCRIPT, heatmap
-from lightning_lars.run_report.notes import notes
+from lightning_lars.run_report.notes import SHARES, notes
 from lightning_lars.run_report.run import Points, Run
 
 MOST_CHARTS = 24
@@ -16,6 +17,7 @@ _TITLES = {
     "update_to_weight": "Update-to-weight ratio",
     "gradient_norm": "Gradient norm",
 }
+_SUMMARY = ("/min", "/median", "/max")
 # In the order of the fields.
 _GROUP = ("Optimizer", "Group", "Tensors", "Elements", "Peak lr", "Weight decay", "Layer adaptation")
 _STYLE = """
@@ -62,6 +64,13 @@ def page(run: Run, title: str) -> str:
     )
 
 
+def save_page(run: Run, title: str, path: Path) -> None:
+    """Write the page to a file, whose folder is created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # What is no text, such as half of a surrogate pair from a file name, is escaped.
+    path.write_text(page(run, title), encoding="utf-8", errors="backslashreplace")
+
+
 def _sections(run: Run) -> Iterator[str]:
     found = "".join(f'<li class="note">{escape(sentence)}</li>' for sentence in notes(run))
     yield f"<h2>What stands out</h2>{f'<ul>{found}</ul>' if found else '<p>Nothing in these numbers.</p>'}"
@@ -69,11 +78,14 @@ def _sections(run: Run) -> Iterator[str]:
     rates = _take(rest, "lr-")
     if rates:
         yield f"<h2>Learning rates</h2>{line_chart('Learning rate of each group', rates)}"
-    if run.layers or any(key.startswith(tuple(_TITLES)) for key in rest):
-        yield "<h2>Layers</h2>"
-        for quantity, name in _TITLES.items():
-            yield from _of_layers(name, _take(rest, f"{quantity}/"), run.layers.get(quantity, {}))
-        _take(rest, "trust_ratio/")
+    of_layers = [
+        part
+        for quantity, name in _TITLES.items()
+        for part in _of_layers(name, _take(rest, f"{quantity}/", _SUMMARY), run.layers.get(quantity, {}))
+    ]
+    _take(rest, "trust_ratio/", tuple(f"/{share}" for share in SHARES))
+    if of_layers:
+        yield f"<h2>Layers</h2>{''.join(of_layers)}"
     noise = _take(rest, "gradient_noise_scale/")
     if noise:
         yield "<h2>Gradient noise scale</h2>"
@@ -94,15 +106,15 @@ def _sections(run: Run) -> Iterator[str]:
 
 
 def _of_layers(name: str, summary: dict[str, Points], layers: Mapping[str, Points]) -> Iterator[str]:
-    of_all = {key: points for key, points in summary.items() if key.endswith(("/min", "/median", "/max"))}
-    if of_all:
-        yield line_chart(f"{name}, over all layers", of_all)
+    if summary:
+        yield line_chart(f"{name}, over all layers", summary)
     if any(layers.values()):
         yield heatmap(f"{name} of each layer", layers)
 
 
-def _take(metrics: dict[str, Points], prefix: str) -> dict[str, Points]:
-    return {key: metrics.pop(key) for key in list(metrics) if key.startswith(prefix)}
+def _take(metrics: dict[str, Points], prefix: str, suffixes: tuple[str, ...] = ("",)) -> dict[str, Points]:
+    taken = [key for key in metrics if key.startswith(prefix) and key.endswith(suffixes)]
+    return {key: metrics.pop(key) for key in taken}
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

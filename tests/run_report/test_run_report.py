@@ -173,6 +173,14 @@ def test_the_monitor_writes_the_report_of_a_run_that_failed_and_never_stops_one(
         trainer(tmp_path, callbacks=[TrustRatioMonitor(report="taken/run.html")], **options).fit(Watched())
 
 
+@pytest.mark.filterwarnings("ignore:trust_coefficient")
+def test_a_hyperparameter_that_is_no_text_does_not_end_the_run(tmp_path):
+    module = Watched(width=12)
+    module.save_hyperparameters({"folder": "half of a pair: \udcff"})
+    trainer(tmp_path, callbacks=[TrustRatioMonitor(report="run.html")], log_every_n_steps=1).fit(module)
+    assert "half of a pair: \\udcff" in (tmp_path / "run.html").read_text()
+
+
 @pytest.mark.parametrize("value", ["run.txt", "", 3, "run"])
 def test_a_report_is_an_html_file(value):
     with pytest.raises(ValueError, match=f"report must be a file name that ends in .html, got {value!r}"):
@@ -259,6 +267,15 @@ def test_says_what_stands_out(run, told):
     assert ("Nothing in these numbers." in page(run, "A run")) == (told is None)
 
 
+def test_one_value_that_is_not_finite_is_not_the_end():
+    assert notes(Run(metrics={"loss": {0: 1.0, 1: math.nan, 2: 1.0, 3: math.inf, 4: 2.0}})) == [
+        "loss is not finite in 2 of 5 values, first at step 1."
+    ]
+    assert notes(Run(metrics={"loss": {0: 1.0, 1: math.nan, 2: math.nan}})) == [
+        "loss is not finite from step 1 on."
+    ]
+
+
 def test_the_command_writes_the_report_and_says_what_is_wrong(left, tmp_path, monkeypatch, capsys):
     folder, _ = left
     output = str(tmp_path / "report.html")
@@ -272,7 +289,19 @@ def test_the_command_writes_the_report_and_says_what_is_wrong(left, tmp_path, mo
     torch.save({"weights": torch.ones(2)}, tmp_path / "other.ckpt")
     unsafe = {"pytorch-lightning_version": "2.6", "hyper_parameters": {"function": partial(print)}}
     torch.save(unsafe, tmp_path / "unsafe.ckpt")
+    broken = {
+        "long.csv": (b"step,loss\n1,2,3\n", "must have a column for every value, got more in line 2"),
+        "half.csv": (b"step,loss\n1.5,2\n", "must hold whole numbers in the column 'step', got '1.5'"),
+        "wide.csv": ("step,loss\n".encode("utf-16"), r"wide.csv must be a CSV log .* in UTF-8"),
+        "quote.csv": (b'step,"' + b"a" * 200_000, "quote.csv must be a CSV log of Lightning"),
+        "empty.ckpt": (b"", "empty.ckpt must be a metrics.csv or a checkpoint of Lightning"),
+        "text.ckpt": (b"step,loss\n1,2\n", "text.ckpt must be a metrics.csv or a checkpoint of Lightning"),
+        "cut.ckpt": ((folder / "last.ckpt").read_bytes()[:900], "cut.ckpt must be .* cannot read"),
+    }
+    for name, (data, _) in broken.items():
+        (tmp_path / name).write_bytes(data)
     for source, message in (
+        *((tmp_path / name, message) for name, (_, message) in broken.items()),
         (tmp_path / "none.csv", "there is no .*none.csv"),
         (other, r"with a column 'step', got the columns \['a', 'b'\]"),
         (words, "must hold numbers, got 'high' as 'loss'"),
@@ -286,6 +315,52 @@ def test_the_command_writes_the_report_and_says_what_is_wrong(left, tmp_path, mo
     assert "functools.partial" in (tmp_path / "report.html").read_text()
     with pytest.raises(ValueError, match="at least one"):
         write_report([], output)
+
+
+def test_the_report_does_not_replace_a_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    log = tmp_path / "metrics.csv"
+    log.write_text("step,loss\n0,1\n")
+    for output in ("metrics.csv", log, "./metrics.csv"):
+        with pytest.raises(ValueError, match="output must be another file than the sources"):
+            write_report(["metrics.csv"], output)
+    assert log.read_text() == "step,loss\n0,1\n"
+    write_report(["metrics.csv"], "new/folder/report.html")
+    assert (tmp_path / "new/folder/report.html").exists()
+
+
+def test_a_log_that_a_spreadsheet_has_saved_is_read(tmp_path):
+    (tmp_path / "METRICS.CSV").write_bytes("\ufeffstep,loss\r\n10.0,1.5\r\n".encode())
+    write_report([tmp_path / "METRICS.CSV"], tmp_path / "report.html")
+    assert read_csv_log(tmp_path / "METRICS.CSV").metrics == {"loss": {10: 1.5}}
+
+
+def test_checkpoints_with_extra_state_and_the_history_of_another_callback_are_read(tmp_path):
+    state = {"head.weight": torch.ones(3), "head._extra_state": {"seen": 1}}
+    groups = [{"params": [0], "param_names": ["head.weight"], "lr": torch.tensor(0.5)}]
+    checkpoint = {
+        "pytorch-lightning_version": "2.6",
+        "state_dict": state,
+        "optimizer_states": [{"state": {}, "param_groups": groups}],
+        "callbacks": {"Losses": {"history": {"series": [1.0, 2.0], "steps": [1, 2]}}},
+        "hyper_parameters": {1: "one"},
+    }
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    run = read_checkpoint(tmp_path / "last.ckpt")
+    assert (run.groups[0].elements, run.groups[0].lr) == ("3", "0.5")
+    assert run.settings["1"] == "one"
+    assert run.layers == {}
+
+
+def test_metrics_beside_those_of_the_monitor_are_shown():
+    keys = ("gradient_norm/total", "trust_ratio/mine", "gradient_norm", "effective_lr_of_head")
+    text = page(Run(metrics={key: {0: 1.0} for key in keys}), "A run")
+    assert all(f"<h3>{key}</h3>" in text for key in keys)
+    assert "Layers" not in text
+    of_monitor = {f"trust_ratio/{name}": {0: 0.5} for name in ("min", "median", "max", "at_trust_clip")}
+    text = page(Run(metrics=of_monitor), "A run")
+    assert "<h2>Layers</h2>" in text
+    assert "<h2>Metrics</h2>" not in text
 
 
 def test_layers_are_in_the_order_of_their_numbers(tmp_path):
