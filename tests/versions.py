@@ -42,8 +42,8 @@ SETS = {
     "newest": VersionSet(),
     "torch-2.6": VersionSet(pins={"torch": "2.6.0", "triton": "3.2.0"}),
     "torch-2.14": VersionSet(pins={"torch": "2.14.1", "triton": "3.8.0"}),
-    "python-3.12": VersionSet("3.12", pins={"torch": "2.11.0", "triton": "3.6.0"}),
-    "python-3.13": VersionSet("3.13", pins={"torch": "2.6.0", "triton": "3.2.0"}),
+    "python-3.12": VersionSet("3.12", pins={"triton": "3.7.1"}),
+    "python-3.13": VersionSet("3.13", pins={"triton": "3.7.1"}),
 }
 
 
