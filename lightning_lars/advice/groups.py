@@ -117,11 +117,13 @@ def _of_layerwise(optimizer: str, groups: _Groups, layers: _Layers, steps: float
         return
     small = [name for p in adapted if (name := _name_if(p, layers, "excluded"))]
     if small:
+        decaying = [p for g, _ in groups if g["layer_adaptation"] and g["weight_decay"] for p in g["params"]]
+        are_decayed = any(_name_if(p, layers, "excluded") for p in decaying)
         nothing = "" if excluded else "nothing is excluded, so that "
         yield (
             f"{optimizer}: {nothing}{len(small)} norms, biases and gains are adapted{_among(small)}, whose "
-            "steps a trust ratio makes multiplicative, and decayed: build the optimizer over "
-            "param_groups(module), or add the callback ExcludeNormAndBias."
+            f"steps a trust ratio makes multiplicative{', and decayed' if are_decayed else ''}: build the "
+            "optimizer over param_groups(module), or add the callback ExcludeNormAndBias."
         )
     tables = [layers[p].name for p in adapted if p in layers and _is_table(layers[p].owner)]
     if tables:

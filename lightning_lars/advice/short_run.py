@@ -72,6 +72,7 @@ class ShortRun(Callback):
                 "configure_optimizers"
             )
         self.has_begun = True
+        self._begin = trainer.global_step
         self._optimizer = ", ".join(kinds(optimizers))
         self._is_linear = all(has_class_named(each, *LINEAR) for each in optimizers)
         self._steps = total_steps(trainer) if self._knows_length else math.inf
@@ -133,7 +134,7 @@ class ShortRun(Callback):
         multiple = None if b_simple is None else suggested_multiple(batch_size, b_simple)
         steps = None if math.isinf(self._steps) else int(self._steps)
         if self._noise_scale is None:
-            unknown: tuple[str, ...] = (*NOT_MEASURED, *ALWAYS[1:])
+            unknown: tuple[str, ...] = (*NOT_MEASURED, *ALWAYS)
         else:
             peak = self._peak.read()
             unknown = of_run(
@@ -143,6 +144,7 @@ class ShortRun(Callback):
                 batch_size=batch_size,
                 is_in_warmup=peak.since < peak.longest_wait,  # it has risen, and may rise again
                 is_distributed=self._is_distributed,
+                begin=self._begin,
             )
         return Advice(
             optimizer=self._optimizer,

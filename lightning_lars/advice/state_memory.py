@@ -17,9 +17,10 @@ _QUANTIZATION_MAP = 256 * _FLOAT
 def expected_bytes(params: Iterable[Tensor]) -> dict[str, int]:
     """Return the bytes of state for parameters, on the device that holds them, by optimizer.
 
-    Momentum takes 4 bytes for each element, Adam's and LAMB's two moments 8, and a count of steps 4 for each
-    tensor; in 8 bits a moment takes 1, and 4 for the scale of each 256 elements, where the layer is large
-    enough. The quantization maps of 1,024 bytes are shared by all layers.
+    Momentum takes 4 bytes for each element, Adam's and LAMB's two moments 8, and twice as much for parameters
+    in double precision; a count of steps takes 4 for each tensor. In 8 bits a moment takes 1, and 4 for the
+    scale of each 256 elements, where the layer is large enough. The quantization maps of 1,024 bytes are
+    shared by all layers.
 
     Args:
         params: The parameters that are trained, or their shards.
@@ -34,10 +35,11 @@ def expected_bytes(params: Iterable[Tensor]) -> dict[str, int]:
     for p in params:
         size = local(p).numel()
         tensors += 1
-        lars += _FLOAT * size
+        full = max(_FLOAT, p.element_size()) * size  # single precision for half-precision parameters
+        lars += full
         in_eight_bit = fits_eight_bit(p, MIN_8BIT_SIZE)
         has_maps |= in_eight_bit
-        lars_8bit += size + _FLOAT * size // BLOCK_SIZE if in_eight_bit else _FLOAT * size
+        lars_8bit += size + _FLOAT * size // BLOCK_SIZE if in_eight_bit else full
     steps = _FLOAT * tensors
     maps = _QUANTIZATION_MAP * has_maps
     return {

@@ -11,8 +11,6 @@ WIDE_ERROR = 0.25
 DRIFT = 1.25
 """Change of the noise scale over the second half of the steps that is worth a sentence, as a factor."""
 ALWAYS = (
-    "The noise scale is that of the first steps of the run. It usually grows as the loss falls, often by "
-    "an order of magnitude: measure again from a checkpoint (ckpt_path).",
     "Steps and samples are for the same training loss, with a learning rate tuned for every batch size "
     "(McCandlish et al. 2018, arXiv:1812.06162). Accuracy on new data was not measured, nor time or the "
     "memory of activations.",
@@ -33,6 +31,7 @@ def of_run(
     batch_size: int,
     is_in_warmup: bool,
     is_distributed: bool,
+    begin: int = 0,
 ) -> tuple[str, ...]:
     """Describe what a run leaves unknown.
 
@@ -43,6 +42,7 @@ def of_run(
         batch_size: Effective batch size of the module's own Trainer.
         is_in_warmup: Whether it ended before the learning rate had reached its peak.
         is_distributed: Whether there are several ranks.
+        begin: Optimizer steps of the whole run before these, as a checkpoint has taken them.
     """
     sentences = list(_of_measurement(critical, measured_steps, max_steps))
     if critical is not None and critical.batch_size != batch_size:
@@ -57,6 +57,13 @@ def of_run(
         )
     if is_distributed:
         sentences.append("The memory of state is that of one rank, which holds whole layers.")
+    if critical is not None:
+        which = f"those from step {begin} on" if begin else "the first steps of the run"
+        again = "a later checkpoint" if begin else "a checkpoint"
+        sentences.append(
+            f"The noise scale is that of {which}. It usually grows as the loss falls, often by an order of "
+            f"magnitude: measure again from {again} (ckpt_path)."
+        )
     return (*sentences, *ALWAYS)
 
 
@@ -75,8 +82,8 @@ def _of_measurement(critical: CriticalBatchSize | None, measured_steps: int, max
     if critical is None:
         return [
             f"The critical batch size was not measured: none of {measured_steps} steps had finite gradients "
-            "from two or more micro-batches of one size. Raise max_steps, set drop_last=True in the train "
-            "loader, or pass batch_size."
+            "from two or more micro-batches of one size. Raise max_steps, give the train loader two full "
+            "batches or more in an epoch and drop_last=True, or pass batch_size."
         ]
     sentences = []
     if measured_steps < max_steps:

@@ -293,6 +293,8 @@ def test_goes_on_from_a_checkpoint(tmp_path):
     assert (advice.measured_steps, advice.steps) == (2, 32)
     step, first = seen[0]
     assert step == 16
+    assert any("from step 16 on" in sentence for sentence in advice.unknown)
+    assert not any("first steps of the run" in sentence for sentence in advice.unknown)
     assert_same(first, values(model))
 
 
@@ -334,6 +336,7 @@ def test_says_where_the_run_was_short_or_measured_nothing(tmp_path):
     assert (nothing.critical, nothing.suggested_batch_size) == (None, None)
     assert nothing.batch_sizes[0].steps_factor is None
     assert "none of 1 steps had finite gradients" in nothing.unknown[0]
+    assert "give the train loader two full batches or more in an epoch" in nothing.unknown[0]
     assert Advice.from_json(nothing.to_json()) == nothing
 
 

@@ -143,12 +143,27 @@ def test_the_overview_counts_every_parameter_once_with_its_peak_rate():
     assert {group.layer_adaptation for group in plain} == {None}
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_says_that_biases_are_decayed_only_where_they_are(weight_decay):
+    net = nn.Linear(3, 2)
+    [sentence] = sentences(net, LARS(net.parameters(), lr=1.0, weight_decay=weight_decay))
+    assert ("multiplicative, and decayed:" in sentence) == (weight_decay > 0)
+    assert "multiplicative" in sentence
+    weights, biases = (
+        {"params": [net.weight], "weight_decay": 0.1},
+        {"params": [net.bias], "weight_decay": 0.0},
+    )
+    [sentence] = sentences(net, LARS([weights, biases], lr=1.0))
+    assert "decayed" not in sentence
+
+
 @pytest.mark.parametrize("optimizer", [LARS, LAMB, LARS8bit, LAMB8bit], ids=lambda each: each.__name__)
 def test_expected_memory_is_what_the_state_takes(optimizer):
     if "8bit" in optimizer.__name__:
         pytest.importorskip("torchao", exc_type=ImportError)
     shapes = [(64, 64), (4096,), (65, 64), (100, 50), (7,), ()]
-    params = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    dtypes = (torch.float32, torch.float64, torch.float16)
+    params = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes for dtype in dtypes]
     built = optimizer(params)
     assert held_bytes(built.state.values()) == 0
     for p in params:

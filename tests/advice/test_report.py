@@ -164,9 +164,15 @@ def test_where_the_batch_size_is_critical_the_headline_says_what_twice_of_it_cos
         ),
         ({"is_in_warmup": True}, "The learning rate had not reached its peak"),
         ({"is_distributed": True}, "that of one rank"),
+        ({"begin": 500}, "is that of those from step 500 on"),
     ],
 )
 def test_says_what_a_run_leaves_unknown(changes, told):
     new = [sentence for sentence in run(**changes) if sentence not in run()]
     assert any(told in sentence for sentence in new) if told else not new
     assert all(sentence.endswith(".") for sentence in run(**changes))
+
+
+def test_nothing_is_said_of_a_noise_scale_that_was_not_measured():
+    assert any("The noise scale is that of the first steps" in sentence for sentence in run())
+    assert not any("The noise scale is" in sentence for sentence in run(critical=None))
