@@ -46,7 +46,10 @@ OLD_PATHS = {
         "lightning_lars.trainer.batch_size",
     ],
     "lightning_lars.schedules": ["lightning_lars.learning_rate"],
-    "lightning_lars.param_groups": ["lightning_lars.groups.param_groups"],
+    "lightning_lars.param_groups": [
+        "lightning_lars.groups.param_groups",
+        "lightning_lars.groups.stale_parameters",
+    ],
 }
 
 

@@ -19,7 +19,6 @@ from lightning_lars.groups.excluded_rate import (
     set_excluded_rate,
 )
 from lightning_lars.groups.introspection import check_switches, classify
-from lightning_lars.groups.param_groups import check_holds_parameters
 from lightning_lars.groups.regrouping import (
     all_or_nothing,
     are_split,
@@ -29,6 +28,7 @@ from lightning_lars.groups.regrouping import (
     split_groups,
 )
 from lightning_lars.groups.scheduled_rates import check_end, peak, rescale, scale_to, unknown_schedulers
+from lightning_lars.groups.stale_parameters import check_holds_parameters
 from lightning_lars.rules import require
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trainer.strategy_checks import check_strategy

@@ -19,8 +19,8 @@ from typing_extensions import override
 
 from lightning_lars.combined.combined_optimizer import parts_of
 from lightning_lars.groups.optimizer_names import by_name, kinds
-from lightning_lars.groups.param_groups import check_holds_parameters
 from lightning_lars.groups.parameter_names import names_of
+from lightning_lars.groups.stale_parameters import check_holds_parameters
 from lightning_lars.rules import FLAG, NONE_OR_FLAG, require
 from lightning_lars.run_report.page import save_page
 from lightning_lars.run_report.training import groups_of, run_of_training, versions_of

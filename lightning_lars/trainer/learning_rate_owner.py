@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_lars.class_names import has_class_named
 from lightning_lars.groups.optimizer_names import by_name
-from lightning_lars.groups.param_groups import check_holds_parameters
+from lightning_lars.groups.stale_parameters import check_holds_parameters
 from lightning_lars.learning_rate.step_factors import Adjustment, StepFactors
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trainer.training_length import Beginning
