@@ -5,7 +5,8 @@ import warnings
 from types import ModuleType
 from typing import Any
 
-from lightning_lars.groups.param_groups import build_optimizer, explain_param_groups, param_groups
+from lightning_lars.groups.explanation import explain_param_groups
+from lightning_lars.groups.param_groups import build_optimizer, param_groups
 from lightning_lars.groups.stale_parameters import check_holds_parameters
 
 __all__ = ["build_optimizer", "check_holds_parameters", "explain_param_groups", "param_groups"]
