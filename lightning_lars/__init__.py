@@ -17,9 +17,10 @@ if TYPE_CHECKING:
         TrustRatioMonitor,
     )
     from lightning_lars.combined.combined_optimizer import CombinedOptimizer
+    from lightning_lars.groups.build import build_optimizer
     from lightning_lars.groups.explanation import explain_param_groups
     from lightning_lars.groups.introspection import DEFAULT_EXCLUDED
-    from lightning_lars.groups.param_groups import build_optimizer, param_groups
+    from lightning_lars.groups.param_groups import param_groups
     from lightning_lars.learning_rate import WarmupDecayLR
     from lightning_lars.mixin import LargeBatchMixin
     from lightning_lars.optim import LAMB, LARS, LAMB8bit, LARS8bit, NovoGrad
@@ -67,8 +68,9 @@ _MODULES = {
     ),
     "lightning_lars.combined.combined_optimizer": ("CombinedOptimizer",),
     "lightning_lars.groups.introspection": ("DEFAULT_EXCLUDED",),
+    "lightning_lars.groups.build": ("build_optimizer",),
     "lightning_lars.groups.explanation": ("explain_param_groups",),
-    "lightning_lars.groups.param_groups": ("build_optimizer", "param_groups"),
+    "lightning_lars.groups.param_groups": ("param_groups",),
     "lightning_lars.learning_rate": ("WarmupDecayLR",),
     "lightning_lars.mixin": ("LargeBatchMixin",),
     "lightning_lars.optim": ("LAMB", "LARS", "LAMB8bit", "LARS8bit", "NovoGrad"),

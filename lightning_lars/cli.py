@@ -12,9 +12,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_lars.advice.advise import advise
+from lightning_lars.groups.build import build_optimizer
 from lightning_lars.groups.layer_depth import LayerDepth
 from lightning_lars.groups.matrices import Matrices
-from lightning_lars.groups.param_groups import build_optimizer
 from lightning_lars.groups.scheduled_rates import keep_group_rates, matrix_rates
 from lightning_lars.trainer.strategy_checks import check_strategy
 from lightning_lars.trainer.training_length import scheduler_config

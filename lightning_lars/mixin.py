@@ -8,11 +8,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_lars.groups.build import build_optimizer, check_matrix_optimizer, check_optimizer
 from lightning_lars.groups.excluded_rate import check_excluded_rate
 from lightning_lars.groups.introspection import check_switches
 from lightning_lars.groups.layer_depth import LayerDepth, check_layer_decay
 from lightning_lars.groups.matrices import Matrices
-from lightning_lars.groups.param_groups import build_optimizer, check_matrix_optimizer, check_optimizer
 from lightning_lars.groups.scheduled_rates import keep_group_rates, matrix_rates
 from lightning_lars.optim import LARS
 from lightning_lars.rules import require

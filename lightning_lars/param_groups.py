@@ -5,8 +5,9 @@ import warnings
 from types import ModuleType
 from typing import Any
 
+from lightning_lars.groups.build import build_optimizer
 from lightning_lars.groups.explanation import explain_param_groups
-from lightning_lars.groups.param_groups import build_optimizer, param_groups
+from lightning_lars.groups.param_groups import param_groups
 from lightning_lars.groups.stale_parameters import check_holds_parameters
 
 __all__ = ["build_optimizer", "check_holds_parameters", "explain_param_groups", "param_groups"]

@@ -47,6 +47,7 @@ OLD_PATHS = {
     ],
     "lightning_lars.schedules": ["lightning_lars.learning_rate"],
     "lightning_lars.param_groups": [
+        "lightning_lars.groups.build",
         "lightning_lars.groups.explanation",
         "lightning_lars.groups.param_groups",
         "lightning_lars.groups.stale_parameters",
