@@ -8,22 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import rich
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lars.callbacks.trust_ratio_outputs import write_outputs
 from lightning_lars.combined.combined_optimizer import parts_of
 from lightning_lars.groups.optimizer_names import by_name, kinds
 from lightning_lars.groups.parameter_names import names_of
 from lightning_lars.groups.stale_parameters import check_holds_parameters
 from lightning_lars.rules import FLAG, NONE_OR_FLAG, require
-from lightning_lars.run_report.page import save_page
-from lightning_lars.run_report.training import groups_of, run_of_training, versions_of
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trainer.logging import is_logging, log, logged_step, publish
 from lightning_lars.trainer.training_length import total_steps
@@ -32,10 +29,9 @@ from lightning_lars.trust_ratios.layer_names import adapted_layers, check_patter
 from lightning_lars.trust_ratios.layer_statistics import OverSteps
 from lightning_lars.trust_ratios.metrics import log_histograms, per_layer_metrics, summary_metrics
 from lightning_lars.trust_ratios.optimizer_report import OptimizerReport
-from lightning_lars.trust_ratios.plot import check_picture, plot_history, plot_trust_ratios, save_picture
+from lightning_lars.trust_ratios.plot import check_picture, plot_history, plot_trust_ratios
 from lightning_lars.trust_ratios.protocols import HasTrustRatios
 from lightning_lars.trust_ratios.step_statistics import FOR_ALERTS
-from lightning_lars.trust_ratios.table import print_trust_ratios
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -152,7 +148,7 @@ class TrustRatioMonitor(Callback):
         self._history = TrustRatioHistory()
         self._picture: Path | None = None
         self._report: Path | None = None
-        self._given: list[str] = []
+        self._warnings: list[str] = []
         self._reports: dict[str, OptimizerReport] = {}
         self._total_steps = math.inf
 
@@ -177,7 +173,7 @@ class TrustRatioMonitor(Callback):
         self._check_layers(optimizers, names)
         named = by_name(optimizers)
         self._history.set_order(f"{name}{layer}" for name in named for layer in names.values())
-        self._given = []
+        self._warnings = []
         if (self.picture or self.report) and not cast(Any, trainer).fast_dev_run:
             # All ranks must access the folder.
             folder = Path(trainer.log_dir or trainer.default_root_dir)
@@ -229,12 +225,12 @@ class TrustRatioMonitor(Callback):
         flushed = self._flush(trainer)
         for name in self._reports:
             self._warn_of(trainer, name, flushed.get(name, {}), None)
-        self._show(trainer, pl_module)
+        self._write_outputs(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._reports:
-            self._show(trainer, pl_module)
+            self._write_outputs(trainer, pl_module)
         self._detach()
 
     @override
@@ -334,46 +330,16 @@ class TrustRatioMonitor(Callback):
             self._history.record(trainer.global_step, of_all)
         return flushed
 
-    def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero or not self._history.steps:
-            return
-        if self.table:
-            print_trust_ratios(rich.get_console(), self._history)
-        if self._picture is not None:
-            try:
-                save_picture(self._history, self._picture)
-            except (OSError, ValueError) as error:
-                # Training is done, and other callbacks have yet to save it.
-                rank_zero_warn(f"TrustRatioMonitor could not save its plot {self._picture}: {error}")
-            else:
-                rank_zero_info(f"TrustRatioMonitor saved {self._picture}.")
-        if self._report is not None:
-            try:
-                self._save_report(trainer, pl_module, self._report)
-            except (OSError, ValueError) as error:
-                rank_zero_warn(f"TrustRatioMonitor could not save its report {self._report}: {error}")
-            else:
-                rank_zero_info(f"TrustRatioMonitor saved {self._report}.")
-
-    def _save_report(self, trainer: Trainer, pl_module: LightningModule, path: Path) -> None:
-        optimizers = [each for each in parts_of(trainer.optimizers) if each.param_groups]
-        named = zip(kinds(optimizers), (each.param_groups for each in optimizers), strict=True)
-        sizes = {name: p.numel() for p, name in names_of(pl_module).items() if not is_lazy(p)}
-        settings = {
-            **pl_module.hparams,
-            "optimizer steps": trainer.global_step,
-            "epoch": trainer.current_epoch,
-            **versions_of("lightning-lars", "lightning", "torch"),
-        }
-        history = self._history
-        run = run_of_training(
-            history.state_dict(),
-            history.learning_rates(),
-            groups_of(list(named), sizes),
-            settings,
-            self._given,
+    def _write_outputs(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        write_outputs(
+            trainer,
+            pl_module,
+            self._history,
+            self._warnings,
+            table=self.table,
+            picture=self._picture,
+            report=self._report,
         )
-        save_page(run, type(pl_module).__name__, path)
 
     def _detach(self) -> None:
         for report in self._reports.values():
@@ -397,6 +363,6 @@ class TrustRatioMonitor(Callback):
     def _warn(self, optimizer: str, messages: Iterable[str]) -> None:
         if self.alerts:
             for message in messages:
-                told = f"{optimizer.rstrip('/')}: {message}" if optimizer else message
-                self._given.append(told)
-                rank_zero_warn(told)
+                text = f"{optimizer.rstrip('/')}: {message}" if optimizer else message
+                self._warnings.append(text)
+                rank_zero_warn(text)
