@@ -1,4 +1,4 @@
-"""The callbacks that are registered on a Trainer, one file each.
+"""The callbacks that are registered on a Trainer, one file each, and the checks and outputs of the monitor.
 
 They do not depend on each other: shared code is in `trainer`, or in the folder of its topic.
 """

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lars.callbacks.trust_ratio_checks import check_layers, observable_optimizers
 from lightning_lars.callbacks.trust_ratio_outputs import write_outputs
-from lightning_lars.combined.combined_optimizer import parts_of
-from lightning_lars.groups.optimizer_names import by_name, kinds
+from lightning_lars.groups.optimizer_names import by_name
 from lightning_lars.groups.parameter_names import names_of
 from lightning_lars.groups.stale_parameters import check_holds_parameters
 from lightning_lars.rules import FLAG, NONE_OR_FLAG, require
@@ -25,12 +23,10 @@ from lightning_lars.trainer.callback import Callback
 from lightning_lars.trainer.logging import is_logging, log, logged_step, publish
 from lightning_lars.trainer.training_length import total_steps
 from lightning_lars.trust_ratios.history import TrustRatioHistory
-from lightning_lars.trust_ratios.layer_names import adapted_layers, check_patterns
 from lightning_lars.trust_ratios.layer_statistics import OverSteps
 from lightning_lars.trust_ratios.metrics import log_histograms, per_layer_metrics, summary_metrics
 from lightning_lars.trust_ratios.optimizer_report import OptimizerReport
 from lightning_lars.trust_ratios.plot import check_picture, plot_history, plot_trust_ratios
-from lightning_lars.trust_ratios.protocols import HasTrustRatios
 from lightning_lars.trust_ratios.step_statistics import FOR_ALERTS
 
 if TYPE_CHECKING:
@@ -166,11 +162,13 @@ class TrustRatioMonitor(Callback):
                 "TrustRatioMonitor has nowhere to log to: give the Trainer a logger (logger=True), set "
                 "picture, table or report, or remove the callback"
             )
-        optimizers = self._observable(trainer)
+        optimizers = observable_optimizers(
+            trainer, measures_nothing_else=not self.update_to_weight and self.gradient_norm is False
+        )
         for optimizer in optimizers:
             check_holds_parameters(optimizer, trainer.model or pl_module)
         names = names_of(pl_module)
-        self._check_layers(optimizers, names)
+        check_layers(self.layers, optimizers, names)
         named = by_name(optimizers)
         self._history.set_order(f"{name}{layer}" for name in named for layer in names.values())
         self._warnings = []
@@ -277,45 +275,6 @@ class TrustRatioMonitor(Callback):
     @property
     def _keeps_history(self) -> bool:
         return self.picture is not None or self.report is not None or self.table
-
-    def _observable(self, trainer: Trainer) -> list[Any]:
-        """Return the optimizers to monitor.
-
-        Raises:
-            MisconfigurationException: If there are none, or nothing of them is to be measured.
-        """
-        # Lightning's placeholder for no optimizer has no groups.
-        optimizers = [
-            each
-            for each in parts_of(trainer.optimizers)
-            if each.param_groups and isinstance(each, HasTrustRatios | Optimizer)
-        ]
-        if not optimizers:
-            raise MisconfigurationException(
-                "TrustRatioMonitor needs a torch.optim optimizer, got "
-                f"{kinds(trainer.optimizers) or 'none'}: return one from configure_optimizers or remove the "
-                "callback"
-            )
-        plain = [each for each in optimizers if not isinstance(each, HasTrustRatios)]
-        if plain and not self.update_to_weight and self.gradient_norm is False:
-            raise MisconfigurationException(
-                f"TrustRatioMonitor has nothing to measure of {kinds(plain)}, without trust ratios: leave "
-                "update_to_weight or gradient_norm on or remove the callback"
-            )
-        return optimizers
-
-    def _check_layers(self, optimizers: Sequence[Any], names: Mapping[Tensor, str]) -> None:
-        """Raise if a pattern matches nothing, and warn if there is nothing to log."""
-        adapted = [name for optimizer in optimizers for name in adapted_layers(optimizer, names)]
-        if not adapted:
-            rank_zero_warn(
-                f"TrustRatioMonitor has nothing to log: {[type(each).__name__ for each in optimizers]} hold "
-                "no adapted layer, because all are excluded or frozen. ParamGroupSummary() prints why"
-            )
-        # Frozen layers may be unfrozen, and added to an optimizer.
-        trained = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-        frozen = [name for p, name in names.items() if p not in trained]
-        check_patterns(self.layers, [*adapted, *frozen])
 
     def _flush(self, trainer: Trainer) -> dict[str, dict[str, dict[str, OverSteps]]]:
         """Return the statistics of each optimizer that has any, and add them to the history."""
