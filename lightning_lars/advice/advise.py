@@ -37,9 +37,9 @@ def advise(
 
     A copy of the module trains, with a copy of the Trainer, in the schedule of the whole run. The module, the
     Trainer and the global random state stay as they were, also if the run fails; two calls in a row see the
-    same random numbers, unless a loader has a generator of its own, which goes on. A data module is copied as
-    by ``copy.copy``. Loggers and checkpoints, and callbacks that stop the run, are left out, and there is no
-    validation.
+    same random numbers, unless a loader has its own generator, whose state advances. A data module is copied
+    as by ``copy.copy``. Loggers and checkpoints, and callbacks that stop the run, are left out, and there is
+    no validation.
 
     Only one rank and ``accumulate_grad_batches=1`` give no gradients of two batch sizes: the copy then
     accumulates two batches.

@@ -241,7 +241,7 @@ class BatchSizeSchedule(Callback):
     def steps_per_epoch(self, trainer: Trainer, epochs: int, steps_before: int = 0) -> list[float]:
         """Return the optimizer steps of the next epochs, for a train loader that has a length.
 
-        They are ``inf`` with ``noise_scale``, because nobody knows beforehand.
+        They are ``inf`` with ``noise_scale``, because their number is unknown beforehand.
 
         Args:
             trainer: A Trainer that is fitting.

@@ -38,7 +38,7 @@ class BlockStacks:
     A stack is an ``nn.ModuleList`` or ``nn.Sequential`` with at least two blocks of one class, such as the
     blocks of a vision transformer. It may be in stages: containers of blocks that follow one another (ResNet,
     ConvNeXt of torchvision), or modules that hold such a container each (Swin, ConvNeXt of timm), which are
-    told from blocks with containers of experts by their number and different widths.
+    distinguished from blocks with containers of experts by their number and different widths.
 
     Args:
         root: The model.

@@ -101,9 +101,9 @@ def _is_linear(place: Place) -> bool:
 def _is_matrix(layer: Layer) -> bool:
     if layer.shape is None:
         raise ValueError(
-            f"module must tell the shape of {layer.name!r}, which decides whether it is a matrix: call this "
-            "after a first forward, which initializes lazy modules, pass the wrapper that knows it, or pass "
-            "matrices with a choice for it"
+            f"the shape of {layer.name!r} must be known, because it decides whether this is a matrix: call "
+            "this after a first forward, which initializes lazy modules, pass the wrapper that knows it, or "
+            "pass matrices with a choice for it"
         )
     return len(layer.shape) == 2 and min(layer.shape) > 1
 

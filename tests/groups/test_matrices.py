@@ -263,7 +263,7 @@ def test_nothing_but_matrices_is_refused():
 def test_a_lazy_layer_is_refused_until_its_shape_is_known():
     module = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
     with pytest.raises(
-        ValueError, match=r"must tell the shape of '0.weight', which decides whether .* matrix"
+        ValueError, match=r"the shape of '0.weight' must be known, because it decides whether .* matrix"
     ):
         param_groups(module, matrices=True)
     module(torch.ones(2, 3))
