@@ -41,7 +41,9 @@ STARTS = {
     "LARS": Choice("LARS", 0.0, weight_decay=5e-4, excluded_lr=0.05),
     "LAMB": Choice("LAMB", 0.0, weight_decay=0.01, excluded_lr=0.01),
 }
-LOWEST_RATES = {"SGD": 0.05, "AdamW": 0.002, "LARS": 4.0, "LAMB": 0.005}
+# With --muon. Muon takes the rates of AdamW, which has the other layers at the same one.
+MUON = {"Muon": Choice("Muon", 0.0, weight_decay=0.01)}
+LOWEST_RATES = {"SGD": 0.05, "AdamW": 0.002, "LARS": 4.0, "LAMB": 0.005, "Muon": 0.002}
 RATES = 5
 # Then one change at a time, most conservative first: the first that is as good as the best is chosen.
 EXCLUDED_RATES = {
@@ -49,8 +51,15 @@ EXCLUDED_RATES = {
     "AdamW": (0.002, None),
     "LARS": (0.02, 0.05, 0.1),
     "LAMB": (0.005, 0.01, 0.02),
+    "Muon": (None,),
 }
-CLIPS = {"SGD": (1.0, None), "AdamW": (1.0, None), "LARS": (0.02, None), "LAMB": (1.0, None)}
+CLIPS = {
+    "SGD": (1.0, None),
+    "AdamW": (1.0, None),
+    "LARS": (0.02, None),
+    "LAMB": (1.0, None),
+    "Muon": (1.0, None),
+}
 TOLERANCE = 0.25  # points of accuracy that a single seed cannot resolve
 
 WINDOW = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)  # times the transferred rate
@@ -59,7 +68,7 @@ FIRST_SEED = 11  # for the results: the exploration before this study used seeds
 
 
 def choose(
-    run_cache: RunCache, models: list[str], batch_size: int, rates: int
+    run_cache: RunCache, starts: Mapping[str, Choice], models: list[str], batch_size: int, rates: int
 ) -> dict[str, dict[str, Choice]]:
     """Tune every optimizer at one batch size, on the validation images.
 
@@ -68,7 +77,7 @@ def choose(
     """
     grids = {
         name: [replace(start, lr=LOWEST_RATES[name] * 2.0**k, batch_size=batch_size) for k in range(rates)]
-        for name, start in STARTS.items()
+        for name, start in starts.items()
     }
     every_rate = [each for grid in grids.values() for each in grid]
     seen = _validate(run_cache, dict.fromkeys(models, every_rate), "Rates")
@@ -84,12 +93,13 @@ def choose(
         {
             name: [replace(chosen[first][name], **{key: value}) for value in values]
             for name, values in of.items()
+            if name in starts
         }
         for key, of in (("excluded_lr", EXCLUDED_RATES), ("clip", CLIPS))
     )
     changes = [each for of in (of_rate, of_clip) for grid in of.values() for each in grid]
     seen[first] |= _validate(run_cache, {first: changes}, "Norms and biases, and clips,")[first]
-    for name in STARTS:
+    for name in starts:
         excluded_lr = first_of_the_best(of_rate[name], seen[first]).excluded_lr
         clip = first_of_the_best(of_clip[name], seen[first]).clip
         for model in models:
@@ -238,6 +248,9 @@ def main() -> None:
         "--accelerator", choices=["cpu", "gpu"], default="cpu", help="every process uses the first GPU"
     )
     parser.add_argument("--rates", type=int, default=RATES, help="rates per grid")
+    parser.add_argument(
+        "--muon", action="store_true", help="also AdamW with Muon for the matrices of hidden layers"
+    )
     parser.add_argument("--batch-sizes", action="store_true", help="also train at four batch sizes")
     parser.add_argument(
         "--lr-window", action="store_true", help="also scan learning rates at the large batch size"
@@ -260,7 +273,8 @@ def main() -> None:
     run_cache = RunCache(settings, folder / "runs.csv", arguments.processes)
     base, large = arguments.base_batch_size, arguments.batch_size
 
-    best = choose(run_cache, models, base, arguments.rates)
+    starts = {**STARTS, **(MUON if arguments.muon else {})}
+    best = choose(run_cache, starts, models, base, arguments.rates)
     seeds = range(FIRST_SEED, FIRST_SEED + arguments.seeds)
     few = range(FIRST_SEED, FIRST_SEED + arguments.window_seeds)
     first, of_first = models[0], best[models[0]]

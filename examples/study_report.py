@@ -18,6 +18,7 @@ COLORS = {
     "AdamW": "tab:gray",
     "LARS": "tab:red",
     "LAMB": "tab:orange",
+    "Muon": "tab:green",
 }
 
 

@@ -30,6 +30,7 @@ OPTIMIZERS = {
     "AdamW": torch.optim.AdamW,
     "LARS": partial(LARS, momentum=0.9),
     "LAMB": LAMB,
+    "Muon": torch.optim.AdamW,  # for all but the matrices
 }
 DECAYS = {"linear": {"decay": "polynomial", "power": 1.0}, "cosine": {"decay": "cosine"}}
 PRECISE_SAMPLES = 8192  # samples for PreciseBatchNorm, at any batch size
@@ -228,6 +229,10 @@ def train(run: Run, epochs: int, data: Data, accelerator: str = "cpu") -> Outcom
         exponent = 1 - scaling_exponent(run.rule)
         weight_decay *= scaling_factor(run.batch_size, choice.batch_size, exponent)
     options = {"lr": choice.lr, "weight_decay": weight_decay}
+    of_matrices = None
+    if choice.optimizer == "Muon":
+        # Liu et al. 2025 (arXiv:2502.16982): updates as long as those of AdamW.
+        of_matrices = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw", **options)
     if choice.optimizer == "LARS":
         options["trust_clip"] = choice.clip
     classifier = Classifier(
@@ -235,6 +240,7 @@ def train(run: Run, epochs: int, data: Data, accelerator: str = "cpu") -> Outcom
         optimizer=partial(OPTIMIZERS[choice.optimizer], **options),
         lr_scheduler=partial(WarmupDecayLR, warmup_steps=max(1, steps // 10), **DECAYS[choice.decay]),
         excluded_lr=choice.excluded_lr,
+        matrix_optimizer=of_matrices,
     )
     watch = Watch()
     callbacks = [BatchSizeScaling(choice.batch_size, rule=run.rule), watch]

@@ -168,3 +168,17 @@ def test_the_first_choice_that_matches_the_best_is_chosen(module):
     clipped, free = choice("SGD", 0.1, 5e-4, clip=1.0), choice("SGD", 0.1, 5e-4)
     assert first([clipped, free], {clipped: 88.0, free: 88.2}) == clipped
     assert first([clipped, free], {clipped: 87.9, free: 88.2}) == free
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_has_the_matrices_of_hidden_layers_at_the_rate_of_the_others(module):
+    training = module("study_training")
+    data = training.load(None, 128, 128)
+    muon, adamw = (
+        training.train(
+            training.Run("mlp", training.Choice(name, 0.01, weight_decay=0.01), 32, 11, "sqrt"), 2, data
+        )
+        for name in ("Muon", "AdamW")
+    )
+    assert muon.peak_lr == adamw.peak_lr
+    assert muon.train_loss != adamw.train_loss
