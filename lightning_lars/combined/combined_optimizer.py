@@ -1,14 +1,14 @@
 """Several optimizers as one ``torch.optim.Optimizer``."""
 
-import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_lars.combined.groups import check_fit, common_defaults, hand_out, params_of
 from lightning_lars.combined.state_dicts import joined, taken_apart
 from lightning_lars.combined.states import States
 from lightning_lars.optim.parameters import named_params
@@ -65,8 +65,8 @@ class CombinedOptimizer(Optimizer):
 
     def __init__(self, optimizers: Iterable[Optimizer]) -> None:
         optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-        _check(optimizers)
-        super().__init__(list(_params(optimizers)), _common_defaults(optimizers))
+        check_fit(optimizers)
+        super().__init__(list(params_of(optimizers)), common_defaults(optimizers))
         self.optimizers = optimizers
         self._adopt_groups()
 
@@ -123,15 +123,16 @@ class CombinedOptimizer(Optimizer):
             super().add_param_group(param_group)
             return
         if not any(each is to for each in self.optimizers):
+            kinds = [type(each).__name__ for each in self.optimizers]
             raise ValueError(
-                f"to must be one of the optimizers, {_kinds(self.optimizers)}, got {to!r}: pass the one that "
-                "is to step the group, as in optimizer.add_param_group(group, to=optimizer.optimizers[0])"
+                f"to must be one of the optimizers, {kinds}, got {to!r}: pass the one that is to step the "
+                "group, as in optimizer.add_param_group(group, to=optimizer.optimizers[0])"
             )
         assert to is not None
         given = param_group["params"]
         given = [given] if isinstance(given, Tensor) else list(given)
         tensors = {id(p[1] if isinstance(p, tuple) else p) for p in given}
-        if any(id(p) in tensors for p in _params(self.optimizers)):
+        if any(id(p) in tensors for p in params_of(self.optimizers)):
             raise ValueError("param_group must hold no parameter that is in a group already, got one that is")
         self._follow_groups()
         to.add_param_group({**param_group, "params": given})
@@ -226,31 +227,8 @@ class CombinedOptimizer(Optimizer):
         known = {id(group) for group in [*self._groups, *self.param_groups]}
         self.param_groups.extend(group for group in inner if id(group) not in known)
         if {id(group) for group in inner} != {id(group) for group in self.param_groups}:
-            self._hand_out_groups()
+            hand_out(self.param_groups, self.optimizers)
         self._groups = list(self.param_groups)
-
-    def _hand_out_groups(self) -> None:
-        """Give every optimizer the groups of its parameters, as a callback may have split them.
-
-        Raises:
-            RuntimeError: If the parameters of a group belong to several optimizers, or to none.
-        """
-        holder = {id(p): each for each in self.optimizers for p in _params([each])}
-        of_group = {id(group): each for each in self.optimizers for group in each.param_groups}
-        handed: dict[int, list[dict[str, Any]]] = {id(each): [] for each in self.optimizers}
-        for index, group in enumerate(self.param_groups):
-            holders = {id(holder.get(id(p))) for p in group["params"]}
-            if id(group) in of_group:
-                holders = {id(of_group[id(group)])}
-            if len(holders) != 1 or not holders <= handed.keys():
-                raise RuntimeError(
-                    f"param_groups must hold groups of one optimizer's parameters each, got "
-                    f"{group.get('name', f'group {index}')!r} with those of {len(holders)} or of none: use "
-                    "add_param_group(group, to=optimizer.optimizers[...]) for new parameters"
-                )
-            handed[holders.pop()].append(group)
-        for each in self.optimizers:
-            each.param_groups[:] = handed[id(each)]
 
 
 def parts_of(optimizers: Iterable[Any]) -> list[Any]:
@@ -268,42 +246,3 @@ def parts_of(optimizers: Iterable[Any]) -> list[Any]:
     for each in optimizers:
         parts += parts_of(each.optimizers) if isinstance(each, CombinedOptimizer) else [each]
     return parts
-
-
-def _params(optimizers: Iterable[Optimizer]) -> Iterator[Tensor]:
-    for each in optimizers:
-        for group in each.param_groups:
-            yield from group["params"]
-
-
-def _kinds(optimizers: Iterable[Optimizer]) -> list[str]:
-    return [type(each).__name__ for each in optimizers]
-
-
-def _common_defaults(optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    """Return the hyperparameters that all have: what schedulers ask for, such as ``momentum``."""
-    first, *others = (each.defaults for each in optimizers)
-    return {key: value for key, value in first.items() if all(key in other for other in others)}
-
-
-def _check(optimizers: Sequence[Any]) -> None:
-    for each in optimizers:
-        if not isinstance(each, Optimizer):
-            raise TypeError(f"optimizers must be torch.optim optimizers, got {each!r}")
-        closure = inspect.signature(each.step).parameters.get("closure")
-        if closure is not None and closure.default is closure.empty:
-            raise ValueError(
-                f"optimizers must step without a closure, got {type(each).__name__}, which evaluates it "
-                "several times: the gradients of the others would change meanwhile"
-            )
-    if not optimizers:
-        raise ValueError("optimizers must hold at least one, got none")
-    holder: dict[int, Optimizer] = {}
-    for each in optimizers:
-        for name, p in named_params(each.param_groups):
-            if id(p) in holder:
-                raise ValueError(
-                    f"optimizers must have no parameter in common, got {name!r} in "
-                    f"{type(holder[id(p)]).__name__} and in {type(each).__name__}"
-                )
-            holder[id(p)] = each

@@ -140,6 +140,19 @@ def test_the_rate_of_the_matrices_is_their_peak_under_any_schedule(scheduler, pe
     assert highest == {name: pytest.approx(peak) for name, peak in peaks.items()}
 
 
+def test_the_rate_of_the_excluded_is_no_factor_on_that_of_the_matrices():
+    net = vit(exclude=["*"], excluded_lr_scale=0.2, lr_scheduler=SCHEDULERS["a rate for each"][0])
+    with pytest.raises(ValueError, match="matrix_optimizer must be None where there is no matrix"):
+        net.configure_optimizers()
+    net = vit(
+        exclude=["*patch_embed*", "*head*"],
+        excluded_lr_scale=0.2,
+        lr_scheduler=SCHEDULERS["a rate for each"][0],
+    )
+    groups = net.configure_optimizers()["optimizer"].param_groups
+    assert [(group["name"], group["lr"]) for group in groups] == [("excluded", 0.002), ("matrices", 0.1)]
+
+
 class OneRateForAll(lr_scheduler.LRScheduler):
     def get_lr(self):
         return [0.1 for _ in self.base_lrs]
