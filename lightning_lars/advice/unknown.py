@@ -36,13 +36,13 @@ def of_run(
     """Describe what a run leaves unknown.
 
     Args:
-        critical: What it measured.
-        measured_steps: Its optimizer steps.
+        critical: The noise scale that it measured; None if none.
+        measured_steps: The optimizer steps that it took.
         max_steps: The optimizer steps that it was meant to take.
         batch_size: Effective batch size of the module's own Trainer.
         is_in_warmup: Whether it ended before the learning rate had reached its peak.
         is_distributed: Whether there are several ranks.
-        begin: Optimizer steps of the whole run before these, as a checkpoint has taken them.
+        begin: Optimizer steps before these, which the checkpoint had taken; 0 without one.
     """
     sentences = list(_of_measurement(critical, measured_steps, max_steps))
     if critical is not None and critical.batch_size != batch_size:

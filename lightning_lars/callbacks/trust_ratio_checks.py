@@ -1,4 +1,4 @@
-"""Checks that a Trainer has what a ``TrustRatioMonitor`` is to monitor."""
+"""Checks that there are optimizers and layers for a ``TrustRatioMonitor`` to monitor."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
