@@ -24,8 +24,8 @@ class CombinedOptimizer(Optimizer):
 
     - Hooks registered here run once for each step. A closure is evaluated once, before the first optimizer
       steps.
-    - Gradient scalers unscale all gradients before the step, also those of a fused optimizer, which would do
-      it itself: so they can be clipped.
+    - Gradient scalers unscale all gradients before the step, so that they can be clipped, including those of
+      a fused optimizer, which would unscale them itself.
     - What an optimizer computes over all its parameters, such as ``max_grad_norm``, is over its own.
     - If the step of one raises, those before it have stepped. LARS and LAMB check all layers before they
       update any: put them first.
@@ -117,7 +117,7 @@ class CombinedOptimizer(Optimizer):
             to: The one of ``optimizers`` that is to step it.
 
         Raises:
-            ValueError: If ``to`` is none of them, or a parameter is in a group already.
+            ValueError: If ``to`` is not one of ``optimizers``, or a parameter is already in a group.
         """
         if "optimizers" not in self.__dict__:  # in Optimizer.__init__, which checks the parameters
             super().add_param_group(param_group)
@@ -133,7 +133,7 @@ class CombinedOptimizer(Optimizer):
         given = [given] if isinstance(given, Tensor) else list(given)
         tensors = {id(p[1] if isinstance(p, tuple) else p) for p in given}
         if any(id(p) in tensors for p in params_of(self.optimizers)):
-            raise ValueError("param_group must hold no parameter that is in a group already, got one that is")
+            raise ValueError("param_group must hold no parameter that is already in a group, got one that is")
         self._follow_groups()
         to.add_param_group({**param_group, "params": given})
         self._follow_groups()

@@ -277,7 +277,7 @@ def test_groups_are_added_to_the_optimizer_that_is_named_and_come_last():
     scheduler = lr_scheduler.StepLR(optimizer, 1)
     with pytest.raises(ValueError, match=r"to must be one of the optimizers, \['LAMB', 'SGD'\], got None"):
         optimizer.add_param_group(late)
-    with pytest.raises(ValueError, match="must hold no parameter that is in a group already"):
+    with pytest.raises(ValueError, match="must hold no parameter that is already in a group"):
         optimizer.add_param_group({"params": [module[1].weight]}, to=optimizer.optimizers[0])
     lamb = optimizer.optimizers[0]
     optimizer.add_param_group({**late, "lr": 0.5}, to=lamb)
