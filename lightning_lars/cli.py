@@ -123,15 +123,19 @@ class _LateOptimizer(_EitherCLI):  # type: ignore[misc]
         if subcommand != "advise" or "advise" in self.subcommands():
             super()._run_subcommand(subcommand)
             return
+        path = self._get(self.config_init, "json")
+        writes = path not in (None, "-") and self.trainer.is_global_zero
+        if writes:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
         advice = advise(**self._prepare_subcommand_kwargs(subcommand), trainer=self.trainer)
-        if self.trainer.is_global_zero:
-            path = self._get(self.config_init, "json")
-            if path == "-":
-                print(advice.to_json())
-                return
-            if path is not None:
-                Path(path).write_text(f"{advice.to_json()}\n")
-            advice.print()
+        if not self.trainer.is_global_zero:
+            return
+        if path == "-":
+            print(advice.to_json())
+            return
+        advice.print()  # first, so that nothing is lost where the file cannot be written
+        if writes:
+            Path(path).write_text(f"{advice.to_json()}\n")
 
     def instantiate_classes(self) -> None:
         """Replace the model's ``configure_optimizers``, which runs after ``configure_model``."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -89,5 +90,7 @@ def explain_param_groups(
             group = layer_prefix(prefix, depth) + layer.group if trained else group
             scale = [f"{depths.scale(depth, layer_decay):.4g}"]
         style = None if layer.group != "excluded" and trained else "dim"
-        table.add_row(layer.name, shape, layer.module, group, *scale, rule, style=style)
+        # As text: brackets in names and in patterns are not markup.
+        cells = (layer.name, shape, layer.module, group, *scale, rule)
+        table.add_row(*map(escape, cells), style=style)
     return table

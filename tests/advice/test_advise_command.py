@@ -33,7 +33,7 @@ def _in_a_folder(tmp_path, monkeypatch):
 
 
 def test_the_command_prints_tables_and_writes_json(tmp_path, capsys):
-    path = tmp_path / "advice.json"
+    path = tmp_path / "new/folder/advice.json"
     arguments = ["advise", *OPTIMIZER, "--max_steps=4", f"--json={path}"]
     cli = LargeBatchCLI(Plain, trainer_defaults=QUIET, args=arguments)
     advice = Advice.from_json(path.read_text())
@@ -42,8 +42,16 @@ def test_the_command_prints_tables_and_writes_json(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Parameter groups of LARS" in printed
     assert "Not known:" in printed
-    assert os.listdir(tmp_path) == ["advice.json"]
+    assert os.listdir(tmp_path) == ["new"]
+    assert os.listdir(path.parent) == ["advice.json"]
     assert cli.trainer.global_step == 0
+
+
+def test_the_command_prints_the_tables_before_a_file_that_cannot_be_written(tmp_path, capsys):
+    arguments = ["advise", *OPTIMIZER, "--max_steps=0", f"--json={tmp_path}"]
+    with pytest.raises(IsADirectoryError):
+        LargeBatchCLI(Plain, trainer_defaults=QUIET, args=arguments)
+    assert "Parameter groups of LARS" in capsys.readouterr().out
 
 
 @pytest.mark.slow

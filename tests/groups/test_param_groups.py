@@ -446,3 +446,12 @@ def test_an_optimizer_that_cannot_be_called_raises(optimizer):
 def test_a_callable_that_returns_no_optimizer_raises():
     with pytest.raises(TypeError, match=r"optimizer must return a torch\.optim\.Optimizer, got 7"):
         build_optimizer(nn.Linear(2, 2), lambda groups: 7)
+
+
+def test_brackets_in_names_and_patterns_are_text_in_the_explanation():
+    net = nn.ModuleDict({"[/red]": nn.Linear(2, 2), "[b]old": nn.Linear(2, 2)})
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(explain_param_groups(net, exclude="[[]b]*.[vw]*"))
+    for cell in ("[/red].weight", "[b]old.weight", "'[[]b]*.[vw]*'"):
+        assert f" {cell} " in captured.get()
