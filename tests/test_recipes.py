@@ -3,6 +3,7 @@
 import math
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -302,6 +303,48 @@ def test_a_recipe_is_unpacked_into_the_mixin_and_as_long_as_the_run(tmp_path):
 def test_a_row_that_the_source_does_not_have_raises(build, argument):
     with pytest.raises(ValueError, match=argument):
         build()
+
+
+BY_BATCH_SIZE = {
+    "simclr": recipes.simclr,
+    "byol": recipes.byol,
+    "barlow_twins": recipes.barlow_twins,
+    "moco_v3": recipes.moco_v3,
+    "vicreg": recipes.vicreg,
+    "mae_linear_probing": recipes.mae_linear_probing,
+    "mae_finetuning": lambda batch_size: recipes.mae_finetuning("base", batch_size),
+    "moco_v3_linear_probing": lambda batch_size: recipes.moco_v3_linear_probing("vit", batch_size),
+}
+
+
+@pytest.mark.parametrize("value", [0, -5, "2048", 2048.0, True, None])
+@pytest.mark.parametrize("name", BY_BATCH_SIZE)
+def test_a_batch_size_is_a_whole_number(name, value):
+    with pytest.raises(ValueError, match=f"batch_size must be a whole number above 0, got {value!r}"):
+        BY_BATCH_SIZE[name](value)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "312", True])
+@pytest.mark.parametrize(
+    "build",
+    [
+        recipes.simclr,
+        recipes.byol,
+        recipes.barlow_twins,
+        recipes.swav,
+        recipes.moco_v3,
+        recipes.vicreg,
+        recipes.mae_linear_probing,
+        partial(recipes.mae_finetuning, "base"),
+        partial(recipes.resnet_strikes_back, "A1"),
+        partial(recipes.deit3, "base"),
+        partial(recipes.deit3_imagenet21k, "pretraining"),
+        partial(recipes.mlperf_resnet50, 4096),
+    ],
+)
+def test_the_steps_of_an_epoch_are_a_whole_number(build, value):
+    with pytest.raises(ValueError, match=f"steps_per_epoch must be a whole number above 0, got {value!r}"):
+        build(steps_per_epoch=value)
 
 
 def test_rates_follow_epochs_and_batch_size():

@@ -5,7 +5,7 @@ from functools import partial
 from typing import NamedTuple
 
 from lightning_lars.optim import LAMB, LARS
-from lightning_lars.recipes.recipe import Recipe, recipe, row_of
+from lightning_lars.recipes.recipe import Recipe, recipe, row_of, steps_of
 
 IMAGENET = 1_281_167  # training images
 
@@ -53,7 +53,7 @@ def mlperf_resnet50(batch_size: int, steps_per_epoch: int | None = None) -> Reci
     )
     return recipe(
         optimizer,
-        row.warmup_epochs * steps_per_epoch,
+        steps_of(row.warmup_epochs, steps_per_epoch),
         decay="polynomial",
         end_factor=1e-4 / row.lr,
     )

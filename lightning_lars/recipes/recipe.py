@@ -3,8 +3,9 @@
 from functools import partial
 from typing import Any, TypedDict, TypeVar
 
+from lightning_lars.learning_rate.batch_scaling import check_batch_size
 from lightning_lars.learning_rate.warmup_decay import WarmupDecayLR
-from lightning_lars.rules import require
+from lightning_lars.rules import POSITIVE_WHOLE, require
 
 
 class Recipe(TypedDict):
@@ -51,6 +52,22 @@ def recipe(
         excluded_lr_scale=excluded_lr_scale,
         layer_decay=layer_decay,
     )
+
+
+def linear_rule(lr: float, batch_size: int) -> float:
+    """Return the learning rate for a batch size by the linear rule, from that at batch 256.
+
+    Raises:
+        ValueError: If ``batch_size`` is not a whole number above 0.
+    """
+    check_batch_size("batch_size", batch_size)
+    return lr * batch_size / 256
+
+
+def steps_of(epochs: int, steps_per_epoch: int) -> int:
+    """Return the optimizer steps of some epochs, or raise ValueError unless an epoch has a whole number."""
+    POSITIVE_WHOLE.check("steps_per_epoch", steps_per_epoch)
+    return epochs * steps_per_epoch
 
 
 _Key = TypeVar("_Key", int, str)

@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from lightning_lars.optim import LARS
-from lightning_lars.recipes.recipe import Recipe, recipe, row_of
+from lightning_lars.recipes.recipe import Recipe, linear_rule, recipe, row_of, steps_of
 
 
 def simclr(batch_size: int = 4096, steps_per_epoch: int = 312, base_lr: float = 0.3) -> Recipe:
@@ -23,8 +23,8 @@ def simclr(batch_size: int = 4096, steps_per_epoch: int = 312, base_lr: float = 
         >>> simclr(batch_size=1024)["optimizer"].keywords["lr"]
         1.2
     """
-    optimizer = self_supervised_lars(base_lr * batch_size / 256, 1e-6, lr_in_momentum=True)
-    return recipe(optimizer, 10 * steps_per_epoch, decay="cosine")
+    optimizer = self_supervised_lars(linear_rule(base_lr, batch_size), 1e-6, lr_in_momentum=True)
+    return recipe(optimizer, steps_of(10, steps_per_epoch), decay="cosine")
 
 
 def byol(batch_size: int = 4096, steps_per_epoch: int = 312, epochs: int = 1000) -> Recipe:
@@ -44,7 +44,9 @@ def byol(batch_size: int = 4096, steps_per_epoch: int = 312, epochs: int = 1000)
     presets = {40: (0.45, 1e-6), 100: (0.45, 1e-6), 300: (0.3, 1e-6), 1000: (0.2, 1.5e-6)}
     base, weight_decay = row_of("epochs", epochs, presets)
     return recipe(
-        self_supervised_lars(base * batch_size / 256, weight_decay), 10 * steps_per_epoch, decay="cosine"
+        self_supervised_lars(linear_rule(base, batch_size), weight_decay),
+        steps_of(10, steps_per_epoch),
+        decay="cosine",
     )
 
 
@@ -58,8 +60,8 @@ def barlow_twins(batch_size: int = 2048, steps_per_epoch: int = 626) -> Recipe:
         batch_size: Effective batch size, in images.
         steps_per_epoch: Optimizer steps per epoch; the default is ImageNet's at batch 2048.
     """
-    optimizer = self_supervised_lars(0.2 * batch_size / 256, 1e-6)
-    warmup_steps = 10 * steps_per_epoch
+    optimizer = self_supervised_lars(linear_rule(0.2, batch_size), 1e-6)
+    warmup_steps = steps_of(10, steps_per_epoch)
     return recipe(optimizer, warmup_steps, decay="cosine", end_factor=1e-3, excluded_lr_scale=0.024)
 
 
@@ -76,7 +78,7 @@ def swav(steps_per_epoch: int = 312) -> Recipe:
     peak = 4.8
     return recipe(
         partial(LARS, lr=peak, momentum=0.9, weight_decay=1e-6, trust_coefficient=1e-3),
-        10 * steps_per_epoch,
+        steps_of(10, steps_per_epoch),
         decay="cosine",
         start_factor=0.3 / peak,
         end_factor=0.0048 / peak,
@@ -101,7 +103,9 @@ def moco_v3(batch_size: int = 4096, steps_per_epoch: int = 312, epochs: int = 30
     """
     base, weight_decay = row_of("epochs", epochs, {100: (0.6, 1e-6), 300: (0.3, 1e-6), 1000: (0.3, 1.5e-6)})
     return recipe(
-        self_supervised_lars(base * batch_size / 256, weight_decay), 10 * steps_per_epoch, decay="cosine"
+        self_supervised_lars(linear_rule(base, batch_size), weight_decay),
+        steps_of(10, steps_per_epoch),
+        decay="cosine",
     )
 
 
@@ -121,8 +125,8 @@ def vicreg(batch_size: int = 2048, steps_per_epoch: int = 626, epochs: int = 100
         ValueError: If the source has no rate for this number of epochs.
     """
     base = row_of("epochs", epochs, {100: 0.3, 1000: 0.2})
-    optimizer = self_supervised_lars(base * batch_size / 256, 1e-6)
-    return recipe(optimizer, 10 * steps_per_epoch, decay="cosine", end_factor=1e-3)
+    optimizer = self_supervised_lars(linear_rule(base, batch_size), 1e-6)
+    return recipe(optimizer, steps_of(10, steps_per_epoch), decay="cosine", end_factor=1e-3)
 
 
 def self_supervised_lars(lr: float, weight_decay: float, **options: Any) -> partial[Any]:

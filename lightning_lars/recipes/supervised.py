@@ -4,7 +4,7 @@ from functools import partial
 from typing import NamedTuple
 
 from lightning_lars.optim import LAMB
-from lightning_lars.recipes.recipe import Recipe, recipe, row_of
+from lightning_lars.recipes.recipe import Recipe, recipe, row_of, steps_of
 
 
 class _ResNetStrikesBack(NamedTuple):
@@ -39,7 +39,7 @@ def resnet_strikes_back(procedure: str, steps_per_epoch: int = 625) -> Recipe:
     """
     row = row_of("procedure", procedure, RESNET_STRIKES_BACK)
     optimizer = partial(LAMB, lr=row.lr, eps=1e-6, weight_decay=row.weight_decay, max_grad_norm=1.0)
-    return recipe(optimizer, 5 * steps_per_epoch, decay="cosine")
+    return recipe(optimizer, steps_of(5, steps_per_epoch), decay="cosine")
 
 
 class _DeiT3(NamedTuple):
@@ -101,7 +101,7 @@ def _deit3(row: _DeiT3, steps_per_epoch: int) -> Recipe:
     optimizer = partial(LAMB, lr=row.lr, eps=1e-8, weight_decay=row.weight_decay, max_grad_norm=1.0)
     return recipe(
         optimizer,
-        5 * steps_per_epoch,
+        steps_of(5, steps_per_epoch),
         decay="cosine",
         start_factor=1e-6 / row.lr,
         end_factor=1e-5 / row.lr,

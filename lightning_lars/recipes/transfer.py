@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from lightning_lars.recipes.recipe import Recipe, recipe, row_of
+from lightning_lars.recipes.recipe import Recipe, linear_rule, recipe, row_of, steps_of
 from lightning_lars.recipes.self_supervised import self_supervised_lars
 
 
@@ -21,8 +21,8 @@ def mae_linear_probing(batch_size: int = 16384, steps_per_epoch: int = 78) -> Re
         batch_size: Effective batch size, in images.
         steps_per_epoch: Optimizer steps per epoch; the default is ImageNet's at batch 16384.
     """
-    optimizer = self_supervised_lars(0.1 * batch_size / 256, 0.0)
-    return recipe(optimizer, 10 * steps_per_epoch, decay="cosine")
+    optimizer = self_supervised_lars(linear_rule(0.1, batch_size), 0.0)
+    return recipe(optimizer, steps_of(10, steps_per_epoch), decay="cosine")
 
 
 class _MAE(NamedTuple):
@@ -49,10 +49,10 @@ def mae_finetuning(model: str, batch_size: int = 1024, steps_per_epoch: int = 12
         ValueError: If the source has no command for the model.
     """
     row = row_of("model", model, MAE_FINETUNING)
-    lr = row.base_lr * batch_size / 256
+    lr = linear_rule(row.base_lr, batch_size)
     return recipe(
         partial(torch.optim.AdamW, lr=lr, betas=(0.9, 0.999), weight_decay=0.05),
-        5 * steps_per_epoch,
+        steps_of(5, steps_per_epoch),
         layer_decay=row.layer_decay,
         decay="cosine",
         end_factor=1e-6 / lr,
@@ -79,5 +79,5 @@ def moco_v3_linear_probing(model: str, batch_size: int = 1024) -> Recipe:
         ValueError: If the source has no command for the model.
     """
     base = row_of("model", model, MOCO_V3_LINEAR_PROBING)
-    optimizer = partial(torch.optim.SGD, lr=base * batch_size / 256, momentum=0.9, weight_decay=0.0)
+    optimizer = partial(torch.optim.SGD, lr=linear_rule(base, batch_size), momentum=0.9, weight_decay=0.0)
     return recipe(optimizer, 0, decay="cosine")
