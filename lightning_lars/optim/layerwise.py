@@ -21,8 +21,9 @@ from lightning_lars.optim.state.absent import AbsentState
 from lightning_lars.optim.state.checkpoint import adapt_state_dict, is_checkpoint_dry_run, restore_dtypes
 from lightning_lars.optim.state.eight_bit import EightBitState
 from lightning_lars.optim.state.plain import PlainState
-from lightning_lars.optim.step import Step, params_of
+from lightning_lars.optim.step import Step, exchanging_groups, params_of
 from lightning_lars.rules import check, require
+from lightning_lars.sharding.agreement import check_ranks_agree
 from lightning_lars.sharding.shards import Shard, find_shards, is_distributed
 
 _MISSING: Any = object()
@@ -100,7 +101,8 @@ class LayerwiseOptimizer(LastTrustRatios, Algorithm, Optimizer):
 
         Raises:
             RuntimeError: If a gradient is sparse, a parameter is a shard of a layer whose norm cannot be
-                computed, state is on another device than its parameter, or ``fused=True`` is not supported.
+                computed, ranks list other layers than each other, state is on another device than its
+                parameter, or ``fused=True`` is not supported.
                 No layer has been updated then.
         """
         loss = None
@@ -253,6 +255,9 @@ class LayerwiseOptimizer(LastTrustRatios, Algorithm, Optimizer):
             self._adopt_changed_groups(named, shards)
         self._storage.check({name: shards[p] for name, p in named if p in shards})
         check_sees_all_gradients(self, self.param_groups)
+        if shards and not torch.compiler.is_compiling():
+            exchanged = set(params_of(exchanging_groups(self.param_groups)))
+            check_ranks_agree([(name, p) for name, p in named if p in exchanged], shards)
         self._shards.clear()
         for _, p in named:
             self._shards[p] = shards.get(p)

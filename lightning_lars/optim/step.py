@@ -256,6 +256,11 @@ class Step:
                 self._ratios(elsewhere, own, group["lr"], h)
 
 
+def exchanging_groups(groups: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """Return the groups of which sharded layers need an exchange of norms."""
+    return [g for g in groups if g["layer_adaptation"] or g["max_grad_norm"] is not None]
+
+
 def params_of(groups: Iterable[Mapping[str, Any]]) -> Iterable[Tensor]:
     """Return the parameters of all groups."""
     return chain.from_iterable(group["params"] for group in groups)

@@ -122,11 +122,14 @@ def test_every_rank_knows_the_trust_ratio_of_every_layer(setup, case):
 @over(RUNS)
 def test_a_step_all_reduces_as_often_as_documented(setup, case):
     exchanges = EXCHANGES[setup]["max_grad_norm" in CASES[case][1]]
+    process_groups = EXCHANGES[setup][0]
     for process in seen(setup, case):
-        for collectives in process["collectives"]:
+        for number, collectives in enumerate(process["collectives"]):
             # The gradients of norms under sequence parallelism are sums that nobody has added up yet.
             added_up = 4 if setup == "sequence_parallel-2" else 0
-            expected = {"c10d.allreduce_": exchanges, "c10d_functional.all_reduce": added_up}
+            # Before the first exchange, all ranks of a process group compare their layers.
+            compared = process_groups if number == 0 else 0
+            expected = {"c10d.allreduce_": exchanges + compared, "c10d_functional.all_reduce": added_up}
             if setup == "ddp_zero-2":
                 # Who steps a parameter tells the others.
                 expected["c10d.broadcast_"] = collectives["c10d.broadcast_"]
