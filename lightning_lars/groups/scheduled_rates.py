@@ -180,8 +180,9 @@ def check_end(
         floor = getattr(each, "eta_min", 0.0)
         if floor > 0 and floor >= wanted:
             raise ValueError(
-                f"{type(each).__name__} must end below {argument}, got eta_min={floor!r} for all groups: "
-                "lower it"
+                f"{type(each).__name__} must end below the learning rate of every group, which is "
+                f"{wanted:.4g} for {groups[index].get('name', 'one')!r} with {argument}, got "
+                f"eta_min={floor!r} for all of them: lower it"
             )
         if type(each).__name__ == "SWALR" and len({float(group["swa_lr"]) for group in groups}) == 1:
             raise ValueError(

@@ -137,6 +137,7 @@ class WarmupDecayLR(LRScheduler):
         self.steps_before = 0
         self._steps_seen = observed_steps(optimizer)
         self._has_warned = False
+        _warn_of_unscaled(optimizer)
         super().__init__(optimizer, last_epoch)
 
     def set_total_steps(self, total_steps: int, steps_before: int = 0) -> None:
@@ -289,3 +290,19 @@ class WarmupDecayLR(LRScheduler):
         if self.cooldown_steps is not None:
             return self.cooldown_steps
         return min(total_steps // 5, total_steps - self.warmup_steps)
+
+
+def _warn_of_unscaled(optimizer: Optimizer) -> None:
+    """Warn of groups with the ``lr_scale`` of layer-wise decay whose rates have not been multiplied by it."""
+    groups = optimizer.param_groups
+    scales = {group.get("lr_scale", 1.0) for group in groups}
+    if len(scales) == 1:
+        return
+    rates = {float(group.get("initial_lr", group["lr"])) for group in groups}
+    if len(rates) == 1 and rates != {0.0}:
+        warnings.warn(
+            f"WarmupDecayLR does not multiply by lr_scale, got groups with {len(scales)} different ones and "
+            f"the same lr, {rates.pop():g}: layer_decay has no effect. Pass lr to param_groups too, or build "
+            "the optimizer with build_optimizer(layer_decay=...)",
+            stacklevel=3,
+        )

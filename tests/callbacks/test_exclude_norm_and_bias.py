@@ -384,7 +384,7 @@ FAILURES = {
     "an end above the rate": (
         lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 8, eta_min=0.1),
         {"excluded_lr": 0.01},
-        "CosineAnnealingLR must end below excluded_lr=0.01, got eta_min=0.1",
+        "CosineAnnealingLR must end below .* which is .* with excluded_lr=0.01, got eta_min=0.1",
     ),
 }
 

@@ -216,11 +216,11 @@ def _alone(monkeypatch):
 ONE_RATE = {
     "decays to one rate": (
         partial(lr_scheduler.CosineAnnealingLR, T_max=8, eta_min=0.1),
-        "CosineAnnealingLR must end below excluded_lr=0.02, got eta_min=0.1",
+        "CosineAnnealingLR must end below .* which is .* with excluded_lr=0.02, got eta_min=0.1",
     ),
     "decays to one rate inside": (
         lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.CosineAnnealingLR(o, 8, 0.1)]),
-        "CosineAnnealingLR must end below excluded_lr=0.02, got eta_min=0.1",
+        "CosineAnnealingLR must end below .* which is .* with excluded_lr=0.02, got eta_min=0.1",
     ),
     "averages at one rate": (
         partial(torch.optim.swa_utils.SWALR, swa_lr=0.1),

@@ -131,7 +131,7 @@ class Timm:
     [
         (
             lambda o: lr_scheduler.CosineAnnealingLR(o, 8, eta_min=0.1),
-            "CosineAnnealingLR must end below layer_decay=0.5, got eta_min=0.1",
+            "every group, which is 0.\\d+ for 'layer_0.adapted' with layer_decay=0.5, got eta_min=0.1",
         ),
         (
             partial(torch.optim.swa_utils.SWALR, swa_lr=0.1),
@@ -283,3 +283,18 @@ def test_the_mixin_checks_its_arguments_at_once():
     with pytest.raises(ValueError, match="layer_depth must be None without layer_decay"):
         module(layer_depth={"head.*": 1})
     assert isinstance(module().model.blocks, nn.ModuleList)
+
+
+def test_a_schedule_that_does_not_multiply_by_the_scales_says_so():
+    groups = param_groups(PlainViT(), layer_decay=DECAY)
+    with pytest.warns(
+        UserWarning, match=r"got groups with 4 different ones and the same lr, 0\.5: layer_decay"
+    ):
+        WarmupDecayLR(LARS(groups, lr=LR), warmup_steps=3, total_steps=STEPS)
+    # Warnings are errors.
+    for optimizer in (
+        LARS(param_groups(PlainViT(), layer_decay=DECAY, lr=LR), lr=LR),
+        build_optimizer(PlainViT(), LARS, lr=LR, layer_decay=DECAY),
+        build_optimizer(PlainViT(), LARS, lr=LR),
+    ):
+        WarmupDecayLR(optimizer, warmup_steps=3, total_steps=STEPS)
