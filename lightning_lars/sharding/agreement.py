@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
@@ -63,7 +63,11 @@ def check_ranks_agree(named: Sequence[tuple[str, Tensor]], shards: Mapping[Tenso
 
 
 def _versions() -> list[str]:
-    return [f"torch {torch.__version__.split('+')[0]}", f"lightning-lars {version('lightning-lars')}"]
+    try:
+        own = version("lightning-lars")
+    except PackageNotFoundError:  # a tree that was copied, not installed
+        own = "0+unknown"
+    return [f"torch {torch.__version__.split('+')[0]}", f"lightning-lars {own}"]
 
 
 def _described(name: str, p: Tensor, shard: Shard) -> str:

@@ -1,6 +1,7 @@
 """What a step costs on up to thousands of ranks, of which one is simulated."""
 
 import sys
+from importlib.metadata import PackageNotFoundError
 from unittest.mock import patch
 
 import pytest
@@ -108,3 +109,14 @@ def test_the_latency_counts_every_hop():
     assert latency(TREE, 8) == pytest.approx(4.4 + 14 * 0.936)
     assert latency(TREE, 1024) == pytest.approx(4.4 + 14 * 0.936 + 14 * 5.0)
     assert latency(RING, 1024) == pytest.approx(3.6 + 2 * 896 * 0.846 + 254 * 2.7)
+
+
+def test_ranks_compare_their_layers_where_the_package_is_not_installed():
+    with (
+        simulated(8),
+        patch("lightning_lars.sharding.agreement.version", side_effect=PackageNotFoundError) as looked_up,
+    ):
+        optimizer = lamb(sharded(narrowed(TINY), MESHES["FSDP2"](8), "cpu"))
+        optimizer.step()
+    assert looked_up.called
+    assert len(optimizer.trust_ratios()) == ADAPTED
