@@ -249,7 +249,9 @@ def main() -> None:
     )
     parser.add_argument("--rates", type=int, default=RATES, help="rates per grid")
     parser.add_argument(
-        "--muon", action="store_true", help="also AdamW with Muon for the matrices of hidden layers"
+        "--muon",
+        action="store_true",
+        help="also AdamW with Muon for hidden matrices, which a CPU takes long for",
     )
     parser.add_argument("--batch-sizes", action="store_true", help="also train at four batch sizes")
     parser.add_argument(
