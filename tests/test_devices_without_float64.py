@@ -65,8 +65,8 @@ def test_statistics_of_steps(optimizer_class, devices, max_grad_norm):
     optimizer = optimizer_class(named, lr=1.0, fused=False, max_grad_norm=max_grad_norm)
     statistics = StepStatistics(optimizer, lambda: True)
     optimizer.step()
-    assert len(statistics._quantities) == 8
-    assert {each.total.device for each in statistics._quantities.values()} == {DEVICE}
+    assert len({quantity for quantity, _ in statistics._statistics.labels}) == 8
+    assert statistics._statistics.total.device == DEVICE
     assert statistics._first_steps[0][1].device == DEVICE
 
 

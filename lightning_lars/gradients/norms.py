@@ -8,9 +8,9 @@ from torch import Tensor
 from lightning_lars.sharding.norms import (
     by_device_and_dtype,
     norm_of_each,
+    on_device,
     stacked_norms,
     whole_norms,
-    widest_float,
 )
 from lightning_lars.sharding.shards import Shard, local, local_gradient
 
@@ -40,17 +40,15 @@ def gradient_norms(params: Sequence[Tensor], shards: Mapping[Tensor, Shard], dev
     with_grad = [p for p in params if p.grad is not None]
     gradients = [values_of(local_gradient(p)) for p in with_grad]
     if len(with_grad) == len(params) and not any(p in shards for p in params):
-        return stacked_norms(gradients).to(device)
+        return stacked_norms(gradients, device)
     local_norms = norm_of_each(gradients)
     norms = dict(zip(with_grad, local_norms, strict=True))
     sharded = [p for p in params if p in shards and shards[p].groups]
     if sharded:
         whole = whole_norms([norms.get(p) for p in sharded], [shards[p] for p in sharded])
         norms.update(zip(sharded, whole, strict=True))
-    is_wide = any(norm.dtype == torch.float64 for norm in norms.values())
-    dtype = widest_float(device) if is_wide else torch.float32
-    zero = torch.zeros((), dtype=dtype, device=device)
-    return torch.stack([norms[p].to(zero) if p in norms else zero for p in params])
+    zero = torch.zeros((), device=device)
+    return on_device([norms.get(p, zero) for p in params], device)
 
 
 @torch.no_grad()

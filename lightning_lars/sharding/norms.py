@@ -1,6 +1,6 @@
 """L2 norms of whole layers, sharded or not, accumulated in at least float32."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -78,22 +78,24 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.permute(sorted(range(tensor.ndim), key=lambda d: -strides[d])).reshape(-1)
 
 
-def stacked_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the L2 norms of tensors, shape ``(len(tensors),)``, on the device of the first one.
+def stacked_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the L2 norms of tensors, shape ``(len(tensors),)``, on this device.
 
     Devices and dtypes may be mixed; where they are not, this takes few operations, whatever the number of
     tensors.
     """
     if len(by_device_and_dtype(tensors)) == 1:
-        return layer_norms(list(tensors))
-    norms = norm_of_each(tensors)
-    zero = torch.zeros((), dtype=widest_of(norms), device=norms[0].device)
-    return torch.stack([norm.to(zero) for norm in norms])
+        norms = layer_norms(list(tensors))
+        is_wide = norms.dtype == torch.float64
+        return norms.to(device, widest_float(device) if is_wide else torch.float32)
+    return on_device(norm_of_each(tensors), device)
 
 
-def widest_of(norms: Iterable[Tensor]) -> torch.dtype:
-    """Return float64 if any norm is in float64, otherwise float32."""
-    return torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
+def on_device(norms: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Stack 0-d norms on a device, in float64 if one of them and the device have it, else in float32."""
+    is_wide = any(norm.dtype == torch.float64 for norm in norms)
+    dtype = widest_float(device) if is_wide else torch.float32
+    return torch.stack([norm.to(device, dtype) for norm in norms])
 
 
 def norm_of_each(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -220,7 +220,10 @@ class StepStatistics:
             name = self._by_number.get
             labels = [(quantity, name(layer, layer)) for quantity, layers, _ in of_step for layer in layers]
             first = of_step[0][2]
-            self._statistics.update(labels, torch.cat([values.to(first.device) for _, _, values in of_step]))
+            # Norms are in float64 where their device has it, which that of the ratios may not.
+            dtype = torch.promote_types(first.dtype, torch.float32)
+            values = [values.to(first.device, dtype) for _, _, values in of_step]
+            self._statistics.update(labels, torch.cat(values))
 
     def _group_numbers(self, named: Mapping[str, Tensor]) -> dict[str, int]:
         sizes = [len(group["params"]) for group in self._optimizer.param_groups]

@@ -38,8 +38,8 @@ def update_norms(
     change = [before[p].float() for p in params]
     torch._foreach_sub_(change, after)
     if not any(p in shards for p in params):
-        of_change, of_weights = stacked_norms(change), stacked_norms(after)
-        return of_change, of_weights.to(of_change)
+        device = params[0].device
+        return stacked_norms(change, device), stacked_norms(after, device)
     of_params = [shards.get(p, Shard((), p.device)) for p in params]
     norms = whole_norms(norm_of_each([*change, *after]), [*of_params, *of_params])
     of_change, of_weights = torch.stack([norm.to(norms[0]) for norm in norms]).view(2, -1)
