@@ -337,7 +337,7 @@ def test_the_lines_of_the_page_log_the_configuration_of_the_cli(tmp_path, name, 
         "--trainer.max_steps=1",
         f"--trainer.logger={kind}",
         *where,
-        "--optimizer=LARS",
+        "--optimizer=lightning_lars.LARS",  # other tests import other classes of that name
         "--optimizer.lr=3.2",
     ]
     monkeypatch.chdir(tmp_path)
