@@ -29,7 +29,7 @@ class Advice:
     batch_size: int
     """Effective batch size of the module's own Trainer."""
     base_batch_size: int
-    """Batch size that the module's learning rate is for: ``BatchSizeScaling``'s, else ``batch_size``."""
+    """Batch size that the module's learning rate is for, from ``BatchSizeScaling`` or else ``batch_size``."""
     measured_steps: int
     """Optimizer steps of the short run."""
     steps: int | None
@@ -45,7 +45,7 @@ class Advice:
     parameter_bytes: int
     """Bytes of the parameters that are trained."""
     state_bytes: dict[str, int]
-    """Bytes of optimizer state on one device, by optimizer: measured for the module's own, computed for
+    """Bytes of optimizer state on one device, by optimizer, measured for the module's own and computed for
     others."""
     unusual: tuple[str, ...]
     """What is unusual in the groups, in sentences."""
