@@ -1,6 +1,7 @@
 """What a ``TrustRatioMonitor`` leaves when training ends: a table, a plot and a report."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import rich
@@ -28,7 +29,7 @@ def write_outputs(
     picture: Path | None,
     report: Path | None,
 ) -> None:
-    """Print the table, and save plot and report, on rank 0; a file that cannot be saved is a warning.
+    """Print the table, and save plot and report, on rank 0; what fails is a warning.
 
     Args:
         trainer: The Trainer, after training.
@@ -42,22 +43,25 @@ def write_outputs(
     if not trainer.is_global_zero or not history.steps:
         return
     if table:
-        print_trust_ratios(rich.get_console(), history)
+        with _never_failing("print its table"):
+            print_trust_ratios(rich.get_console(), history)
     if picture is not None:
-        try:
+        with _never_failing(f"save its plot {picture}"):
             save_picture(history, picture)
-        except (OSError, ValueError) as error:
-            # Training is done, and other callbacks have yet to save it.
-            rank_zero_warn(f"TrustRatioMonitor could not save its plot {picture}: {error}")
-        else:
             rank_zero_info(f"TrustRatioMonitor saved {picture}.")
     if report is not None:
-        try:
+        with _never_failing(f"save its report {report}"):
             _save_report(trainer, pl_module, history, warnings, report)
-        except (OSError, ValueError) as error:
-            rank_zero_warn(f"TrustRatioMonitor could not save its report {report}: {error}")
-        else:
             rank_zero_info(f"TrustRatioMonitor saved {report}.")
+
+
+@contextmanager
+def _never_failing(to_do: str) -> Iterator[None]:
+    """Warn of any error: training is done, and other callbacks have yet to save it."""
+    try:
+        yield
+    except Exception as error:
+        rank_zero_warn(f"TrustRatioMonitor could not {to_do}: {type(error).__name__}: {error}")
 
 
 def _save_report(

@@ -26,6 +26,7 @@ def write_report(sources: Sequence[str | Path], output: str | Path, *, weights_o
 
     Raises:
         FileNotFoundError: If a source does not exist.
+        OSError: If the output cannot be written.
         ValueError: If there is no source, or one is the output, or neither a CSV log nor a checkpoint of
             Lightning.
 
@@ -46,7 +47,11 @@ def write_report(sources: Sequence[str | Path], output: str | Path, *, weights_o
     if Path(output).resolve() in [path.resolve() for path in paths]:
         raise ValueError(f"output must be another file than the sources, got {output}, which is one of them")
     runs = [_read(path, weights_only=weights_only) for path in paths]
-    save_page(reduce(Run.merged, runs), ", ".join(map(str, paths)), Path(output))
+    try:
+        save_page(reduce(Run.merged, runs), ", ".join(map(str, paths)), Path(output))
+    except OSError as error:
+        # That of a full disk names no file.
+        raise OSError(error.errno, error.strerror, error.filename or str(output)) from error
 
 
 def _read(path: Path, *, weights_only: bool) -> Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -200,8 +201,11 @@ def save_picture(history: TrustRatioHistory, path: Path) -> None:
 
     # Without pyplot, which would keep the figure and open a window.
     figure, _ = plot_history(history, Figure())
+    # In memory first: where the disk is full, matplotlib's PDF fails with an error that does not say so.
+    drawn = BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:], dpi=150)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    path.write_bytes(drawn.getvalue())
 
 
 def _check_recorded(history: TrustRatioHistory) -> None:
