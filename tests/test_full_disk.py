@@ -23,6 +23,9 @@ from lightning_lars.run_report.command import main
 from tests.support.boring import boring, trainer
 from tests.support.checkpoints import UNSAFELY
 from tests.support.full_disk import NO_SPACE, full_disk
+from tests.support.ranks import on_ranks
+from tests.support.small_network import deviation
+from tests.workers import elastic, full_disk_ranks
 
 # So that the moments of these small layers are in 8 bits.
 QUANTIZED = {LARS8bit: {"min_8bit_size": 256}, LAMB8bit: {"min_8bit_size": 256}}
@@ -198,3 +201,19 @@ def test_what_remains_where_a_checkpoint_is_replaced_on_a_full_disk(tmp_path, te
     assert result["left"]["kept-step=4.ckpt"] == 4
     # Lightning moves a temporary file to its place: from another file system, it is copied over the old one.
     assert result["left"]["last.ckpt"] == (4 if temporary == "disk" else None)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", elastic.RATES)
+def test_ranks_name_the_one_whose_disk_is_full_and_go_on(tmp_path, name):
+    ends = on_ranks(2, full_disk_ranks.go_on_or_resume, name, str(tmp_path))
+    expected = elastic.alone(name)
+    moved = deviation(expected, dict(elastic.network(name).named_parameters()))
+    assert moved > 0.05
+    for message, went_on, resumed in ends:
+        assert "ranks:dict_keys([1])" in message
+        assert NO_SPACE in message
+        assert deviation(went_on, resumed) == 0
+        # State in eight bits is rounded, of float32 sums in another order.
+        assert deviation(went_on, expected) < (0.02 * moved if name == "LAMB8bit" else 1e-9)
