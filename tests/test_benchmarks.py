@@ -78,6 +78,18 @@ def test_the_cost_of_many_ranks_is_printed_and_drawn(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_time_in_the_exchange_of_norms_is_printed():
+    printed = run("benchmarks.exchange", "--models", "ResNet-50", "--ranks", 2, "--rounds", 2)
+    cells = [line.split("│")[2:-1] for line in printed.splitlines() if "ResNet-50" in line]
+    assert [name.strip() for name, *_ in cells] == ["LARS", "LAMB"]
+    for _, step, waiting, exchange, excluded, gain in cells:
+        assert float(step) > float(waiting) > 0
+        assert float(exchange) > 0
+        assert float(excluded) > 0
+        assert 0 < float(gain.strip().rstrip("%")) < 100
+
+
+@pytest.mark.slow
 def test_the_time_of_the_host_is_printed_beside_that_of_torchs_optimizers(monkeypatch):
     pytest.importorskip("triton", reason="there is no triton for this system")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
