@@ -88,9 +88,12 @@ class Algorithm(ABC):
 
     @classmethod
     def hyperparameters(cls, group: Mapping[str, Any]) -> Hyperparameters:
-        """Return the hyperparameters of a group, with ``weight_decay`` 0 if the decay is decoupled."""
+        """Return the hyperparameters of a group, with ``weight_decay`` 0 if the decay is decoupled.
+
+        Lists become tuples, so that they are those of this step if the lists change in place.
+        """
         names = cls.Hyperparameters._fields
-        values = list(map(group.__getitem__, names))
+        values = [tuple(value) if type(value) is list else value for value in map(group.__getitem__, names)]
         if group["decoupled_weight_decay"]:
             values[names.index("weight_decay")] = 0.0
         return cls.Hyperparameters(*values)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_lars.optim.algorithm import Algorithm
+from lightning_lars.optim.algorithm import Algorithm, Hyperparameters
 from lightning_lars.optim.backends.eager import Eager
 from lightning_lars.optim.backends.triton_table import current_stream, is_capturing
 from lightning_lars.optim.batches import Batch
@@ -25,6 +25,9 @@ class Unchanged(NamedTuple):
 
     modified: list[Tensor]
     """The tensors that a step writes to."""
+
+    hyperparameters: list[Hyperparameters]
+    """The current hyperparameters of each group."""
 
 
 class Plan:
@@ -51,10 +54,12 @@ class Plan:
     ) -> None:
         self.backends, self._state = backends, state
         self._algorithm = algorithm
-        self._groups = [(group, list(group["params"]), self._rules_of(group)) for group in groups]
+        self._groups = [_KnownGroup(group, list(group["params"]), algorithm) for group in groups]
+        numbers = {id(group): number for number, group in enumerate(groups)}
+        self._numbers = [numbers[id(backend.batch.group)] for backend in backends]
         self._moving = [p for backend in backends for p in backend.batch.params]
         moving = set(self._moving)
-        self._resting = [p for _, params, _ in self._groups for p in params if p not in moving]
+        self._resting = [p for known in self._groups for p in known.params if p not in moving]
         self._stateful = list(states)
         self._has_moved = [p in moving for p in self._stateful]
         moved = list(compress(states.values(), self._has_moved))
@@ -76,8 +81,9 @@ class Plan:
         """Return the layers of a step if nothing but values and gradient addresses has changed, else None."""
         if len(groups) != len(self._groups):
             return None
-        for group, (known, params, rules) in zip(groups, self._groups, strict=True):
-            if group is not known or not _are_same(group["params"], params) or self._rules_of(group) != rules:
+        hyperparameters = [self._algorithm.hyperparameters(group) for group in groups]
+        for group, h, known in zip(groups, hyperparameters, self._groups, strict=True):
+            if not known.has_same_rules(group, h):
                 return None
         if any(
             is_capturing(device) or current_stream(device) != stream
@@ -95,17 +101,16 @@ class Plan:
             return None
         if list(map(Tensor.data_ptr, modified)) != self._addresses:
             return None
-        return Unchanged(grads, list(map(Tensor.data_ptr, grads)), modified)
+        return Unchanged(grads, list(map(Tensor.data_ptr, grads)), modified, hyperparameters)
 
     def batches(self, found: Unchanged) -> list[Batch]:
         """Return the batches of a step, with the current hyperparameters of their groups."""
         rest = iter(found.grads)
         return [
             backend.batch._replace(
-                h=self._algorithm.hyperparameters(backend.batch.group),
-                grads=list(islice(rest, len(backend.batch.params))),
+                h=found.hyperparameters[number], grads=list(islice(rest, len(backend.batch.params)))
             )
-            for backend in self.backends
+            for backend, number in zip(self.backends, self._numbers, strict=True)
         ]
 
     def begin(self, batches: Sequence[Batch], found: Unchanged) -> Sequence[Eager]:
@@ -120,13 +125,34 @@ class Plan:
         self._gradient_addresses = found.addresses
         return self.backends
 
-    def _rules_of(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Return the options of a group that determine batches and back ends, with numbers as 0 or not 0."""
-        return (*map(_sort_of, self._algorithm.hyperparameters(group)), group.get("min_8bit_size"))
+
+class _KnownGroup:
+    """A parameter group, and those of its options that determine batches and back ends."""
+
+    def __init__(self, group: dict[str, Any], params: list[Tensor], algorithm: type[Algorithm]) -> None:
+        self.group, self.params = group, params
+        self._h = algorithm.hyperparameters(group)
+        self._rules = self._rules_of(group, self._h)
+
+    def has_same_rules(self, group: Mapping[str, Any], h: Hyperparameters) -> bool:
+        """Return whether this is the group, with the same parameters and options."""
+        if group is not self.group or not _are_same(group["params"], self.params):
+            return False
+        if h == self._h and group.get("min_8bit_size") == self._rules[-1]:
+            return True
+        if self._rules_of(group, h) != self._rules:
+            return False
+        self._h = h
+        return True
+
+    @staticmethod
+    def _rules_of(group: Mapping[str, Any], h: Hyperparameters) -> tuple[Any, ...]:
+        """Return the options that determine batches and back ends, with numbers as 0 or not 0."""
+        return (*map(_sort_of, h), group.get("min_8bit_size"))
 
 
 def _sort_of(value: Any) -> Any:
-    if isinstance(value, tuple | list):
+    if isinstance(value, tuple):
         return tuple(map(_sort_of, value))
     is_number = isinstance(value, float | int) and not isinstance(value, bool)
     return ("number", value != 0) if is_number else value

@@ -223,6 +223,15 @@ def test_a_step_looks_again_where_a_layer_or_a_rule_has_changed(optimizer_class,
     assert compare(optimizer_class, change, monkeypatch)[0] is False
 
 
+@pytest.mark.parametrize(("betas", "takes_over"), [((0.5, 0.6), True), ((0.0, 0.6), False)])
+def test_betas_in_a_list_may_change_in_place(betas, takes_over, monkeypatch):
+    def change(params, optimizer):
+        for group in optimizer.param_groups:
+            group["betas"][:] = betas
+
+    assert compare(LAMB, change, monkeypatch, betas=[0.9, 0.999])[0] is takes_over
+
+
 def test_a_bound_on_all_gradients_may_come_and_move(monkeypatch):
     def bounded(params, optimizer):
         for group in optimizer.param_groups:

@@ -150,7 +150,7 @@ class Triton(Eager):
             of_rules.h,
             self.state_maps,
             has_lr_tensor,
-            len(of_rules.numbers) - 1,
+            0 if mode == "apply" else len(of_rules.numbers) - 1,
             compiled(self.algorithm.direction),
             None if batch.adapts_direction else compiled(self.algorithm.denominator_vector),
             self.moments,
@@ -259,7 +259,7 @@ def _namedtuple(names: tuple[str, ...]) -> Any:
 
 
 def _argument(value: Any) -> Any:
-    if isinstance(value, tuple | list):
+    if isinstance(value, tuple):
         return tuple(map(_argument, value))
     if value is None:
         return None  # equations test it by ``is None``

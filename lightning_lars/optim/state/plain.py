@@ -56,7 +56,7 @@ class PlainState:
 
     def tensors(self, states: Iterable[Mapping[str, Any]]) -> list[Tensor]:
         """Return the plain tensors in the state of layers that :meth:`BatchState.can_repeat` allows."""
-        return list(chain.from_iterable(state.values() for state in states))
+        return list(chain.from_iterable([state.values() for state in states]))
 
     def first_step_test(self, moments: Sequence[str]) -> Callable[[Tensor, Any], bool]:
         """Return a function of a layer and its state: whether one of these moments is still missing."""
