@@ -93,7 +93,7 @@ def test_no_step_reads_the_value_of_a_tensor():
 class Steep(Linear):
     """The mean of ``w . x``, whose gradient is the mean of x, of many sizes; steps are gradients."""
 
-    optimizer = partial(torch.optim.SGD, lr=1.0)
+    optimizer = staticmethod(partial(torch.optim.SGD, lr=1.0))
 
     def __init__(self, batches=24, dtype=torch.float64, **kwargs):
         generator = np.random.default_rng(3)
@@ -168,7 +168,7 @@ def test_norms_are_unscaled_and_skipped_steps_not_kept_in_mixed_precision(tmp_pa
             return super().training_step(batch, batch_idx) * (1e38 if batch_idx == 5 else 1.0)
 
     class Fused(Overflows):
-        optimizer = partial(torch.optim.SGD, lr=1.0, fused=True)
+        optimizer = staticmethod(partial(torch.optim.SGD, lr=1.0, fused=True))
 
     for module_class in (Overflows, Fused):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)

@@ -32,7 +32,7 @@ def samples(number, seed=0):
 class Linear:
     """The mean of ``w . x``, over two parameters, which do not move."""
 
-    optimizer = partial(torch.optim.SGD, lr=0.0)
+    optimizer = staticmethod(partial(torch.optim.SGD, lr=0.0))
 
     def __init__(self, data=None, batch_size=4):
         super().__init__()
