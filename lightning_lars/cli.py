@@ -1,23 +1,18 @@
 """LightningCLIs that build their optimizer over parameter groups, from YAML or the command line."""
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch.cli
 import pytorch_lightning.cli
-from lightning.pytorch import LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_lars.advice.advise import advise
-from lightning_lars.groups.build import build_optimizer
 from lightning_lars.groups.layer_depth import LayerDepth
 from lightning_lars.groups.matrices import Matrices
-from lightning_lars.groups.scheduled_rates import keep_group_rates, matrix_rates
-from lightning_lars.trainer.strategy_checks import check_strategy
-from lightning_lars.trainer.training_length import scheduler_config
+from lightning_lars.trainer.cli_optimizers import ConfigureOptimizers, warn_of_override
 
 _EitherCLI: Any = object
 
@@ -150,10 +145,10 @@ class _LateOptimizer(_EitherCLI):  # type: ignore[misc]
             if lr_scheduler:
                 rank_zero_warn("--lr_scheduler has no effect without --optimizer")
             return
-        _warn_of_override(self.model, type(self).__name__)
+        warn_of_override(self.model, type(self).__name__)
         if not lr_scheduler and config["lr_scheduler_interval"] is not None:
             rank_zero_warn("--lr_scheduler_interval has no effect without --lr_scheduler")
-        self.model.configure_optimizers = _ConfigureOptimizers(
+        self.model.configure_optimizers = ConfigureOptimizers(
             self.model, optimizer, lr_scheduler, config["lr_scheduler_interval"], config["param_groups"]
         )
 
@@ -165,63 +160,6 @@ class _LateOptimizer(_EitherCLI):  # type: ignore[misc]
                 "built before configure_model: override that of the module, or pass "
                 "auto_configure_optimizers=False"
             )
-
-
-class _ConfigureOptimizers:
-    """Replaces a model's ``configure_optimizers``, and can be pickled with it for other processes."""
-
-    def __init__(
-        self,
-        module: LightningModule,
-        optimizer: Any,
-        lr_scheduler: Any,
-        lr_scheduler_interval: Literal["step", "epoch"] | None,
-        groups: Any,
-    ) -> None:
-        self.module = module
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.lr_scheduler_interval = lr_scheduler_interval
-        self.groups = groups
-
-    def __call__(self) -> Any:
-        return self.__wrapped__()
-
-    def __wrapped__(self) -> Any:  # where Lightning looks for overrides
-        optimizer = build_optimizer(
-            self.module,
-            partial(lightning.pytorch.cli.instantiate_class, init=self.optimizer),
-            **self.groups,
-        )
-        check_strategy(self.module, optimizer)
-        if not self.lr_scheduler:
-            return optimizer
-        of_matrices = matrix_rates(optimizer.param_groups)
-        scheduler = lightning.pytorch.cli.instantiate_class(optimizer, self.lr_scheduler)
-        keep_group_rates(
-            scheduler,
-            optimizer.param_groups,
-            self.groups["excluded_lr"],
-            self.groups["excluded_lr_scale"],
-            self.groups["layer_decay"],
-            of_matrices,
-        )
-        config = scheduler_config(self.module, scheduler, self.lr_scheduler_interval)
-        return {"optimizer": optimizer, "lr_scheduler": config}
-
-
-def _warn_of_override(model: LightningModule, cli: str) -> None:
-    """Warn, as the stock CLI does, if a model has its own ``configure_optimizers``."""
-    owner = next(each for each in (model, *type(model).__mro__) if "configure_optimizers" in vars(each))
-    # By name, because lightning.pytorch and pytorch_lightning each define a LightningModule.
-    by = getattr(owner, "__name__", "")
-    if by == "LightningModule":
-        return
-    unused = ", and the arguments of LargeBatchMixin have no effect" if by == "LargeBatchMixin" else ""
-    rank_zero_warn(
-        f"`{type(model).__name__}.configure_optimizers` will be overridden by `{cli}`, which builds "
-        f"--optimizer{unused}: use only one of the two"
-    )
 
 
 def _class_to_build(registered: Mapping[str, Any], key: str, config: Mapping[str, Any]) -> Any:
