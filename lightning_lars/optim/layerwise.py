@@ -160,7 +160,7 @@ class LayerwiseOptimizer(LastTrustRatios, Algorithm, Optimizer):
         if any(group["lr"] is other["lr"] for other in self.param_groups if isinstance(other["lr"], Tensor)):
             # Schedulers write to the tensor of each group, and would scale a shared one twice.
             group["lr"] = group["lr"].clone()
-        self._check_groups([*self.param_groups, group])
+        self._check_groups([group], first=(self.param_groups or [group])[0])
         super().add_param_group(group)
         self._param_ndims.update(dimensions(self.param_groups[-1]["params"]))
 
@@ -237,13 +237,15 @@ class LayerwiseOptimizer(LastTrustRatios, Algorithm, Optimizer):
         if "_param_ndims" not in self.__dict__:  # a copy, not an optimizer that loads a state dict
             self._param_ndims = dimensions(params_of(self.param_groups))
 
-    def _check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    def _check_groups(
+        self, groups: Sequence[Mapping[str, Any]], first: Mapping[str, Any] | None = None
+    ) -> None:
+        """Raise ValueError if a group breaks a rule, or has another ``max_grad_norm`` than the first."""
+        bound = (groups[0] if first is None else first)["max_grad_norm"]
+        rule = f"the same in every group ({bound!r}), because it bounds the norm over all of them"
         for group in groups:
             self._check_group(group)
-        first = groups[0]["max_grad_norm"]
-        rule = f"the same in every group ({first!r}), because it bounds the norm over all of them"
-        for group in groups:
-            require("max_grad_norm", rule, group["max_grad_norm"], group["max_grad_norm"] == first)
+            require("max_grad_norm", rule, group["max_grad_norm"], group["max_grad_norm"] == bound)
 
     def _refresh_shards(self) -> None:
         """Find how the parameters are sharded, at the first step, when all wrappers are in place."""

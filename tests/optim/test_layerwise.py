@@ -323,3 +323,12 @@ def test_the_grad_scaler_skips_a_step_that_overflowed(optimizer_class, skipped):
     scaler.update()
     assert [torch.equal(p, before[name]) for name, p in params.items()] == [skipped] * len(params)
     assert scaler.get_scale() == (4.0 if skipped else 8.0)
+
+
+@both
+def test_construction_checks_every_group_once(optimizer_class, monkeypatch):
+    checked = []
+    monkeypatch.setattr(optimizer_class, "check_combination", staticmethod(checked.append))
+    optimizer = optimizer_class([{"params": [Parameter(torch.ones(2))], "lr": lr} for lr in range(9)])
+    optimizer.add_param_group({"params": [Parameter(torch.ones(2))]})
+    assert len(checked) == 10
