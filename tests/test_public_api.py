@@ -86,8 +86,9 @@ assert rank_zero.log is log and log.name.startswith("lightning.")  # what silenc
 """
 
 
+@pytest.mark.timeout(300)  # a first import also compiles, which takes minutes on a busy machine
 def test_the_optimizers_are_imported_with_torch_alone_and_the_rest_when_it_is_asked_for():
-    run = subprocess.run([sys.executable, "-c", IMPORTS_LITTLE], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", IMPORTS_LITTLE], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
 
 
