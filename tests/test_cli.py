@@ -22,6 +22,7 @@ from lightning_lars import LAMB, LARS, LargeBatchMixin, WarmupDecayLR
 from lightning_lars.cli import LargeBatchCLI, PytorchLightningLargeBatchCLI
 from tests.support.boring import Boring
 from tests.support.releases import has
+from tests.support.slow import slow_unless
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -30,6 +31,7 @@ DOORS = [
     ("stock_cli.py", "callbacks.yaml"),
     ("large_batch_cli.py", "large_batch_cli.yaml"),
 ]
+CONFIGS = [config for _, config in DOORS]
 
 
 @pytest.fixture
@@ -65,7 +67,9 @@ def metrics(tmp_path):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize(("script", "config"), DOORS, ids=[config for _, config in DOORS])
+@pytest.mark.parametrize(
+    ("script", "config"), [slow_unless(door is DOORS[-1], *door) for door in DOORS], ids=CONFIGS
+)
 def test_each_entry_point_trains_from_its_yaml(tmp_path, monkeypatch, run_script, script, config):
     monkeypatch.chdir(tmp_path)
     csv_log = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=."]
@@ -99,7 +103,7 @@ def test_a_door_trains_in_a_process_separate(tmp_path):
     assert float([row["accuracy"] for row in metrics(tmp_path) if row["accuracy"]][-1]) > 0.95
 
 
-@pytest.mark.parametrize(("script", "config"), DOORS, ids=[config for _, config in DOORS])
+@pytest.mark.parametrize(("script", "config"), DOORS, ids=CONFIGS)
 def test_the_printed_configuration_is_read_back_as_itself(tmp_path, printed, script, config):
     first = printed(script, "fit", "--config", str(EXAMPLES / config), "--print_config")
     (tmp_path / "printed.yaml").write_text(first)

@@ -17,29 +17,16 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
-# What a page trains for, and what its blocks run with in less time; as they are they run in the slow tests.
-TRAINS = {
-    "small_to_large_batch.md": ("SMALL, LARGE, EPOCHS = 16, 256, 4", "SMALL, LARGE, EPOCHS = 16, 256, 1")
-}
-
-
 @pytest.mark.parametrize(
-    ("page", "is_whole"),
-    [
-        *((page, page.name not in TRAINS) for page in PAGES),
-        *(slow_unless(False, ROOT / "docs" / name, True) for name in TRAINS),
-    ],
-    ids=lambda value: getattr(value, "name", str(value)),
+    "page",
+    [slow_unless(page.name != "small_to_large_batch.md", page) for page in PAGES],
+    ids=lambda page: page.name,
 )
 @pytest.mark.filterwarnings("default")
-def test_every_python_block_runs(page, is_whole, tmp_path, monkeypatch):
+def test_every_python_block_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": page.stem}
-    text = page.read_text()
-    if not is_whole:
-        assert TRAINS[page.name][0] in text
-        text = text.replace(*TRAINS[page.name])
-    for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         exec(compile(block, page.name, "exec"), namespace)
 
 

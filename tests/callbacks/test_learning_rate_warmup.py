@@ -344,10 +344,8 @@ class Compiled(Walk):
         self.compiled()
 
 
-@pytest.mark.parametrize(
-    "scheduler",
-    [pytest.param(None, marks=pytest.mark.slow), partial(lr_scheduler.CosineAnnealingLR, T_max=40)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", [None, partial(lr_scheduler.CosineAnnealingLR, T_max=40)])
 @pytest.mark.skipif(
     not has("typing-extensions>=4.12"), reason="torch 2.13 cannot compile with typing-extensions before 4.12"
 )

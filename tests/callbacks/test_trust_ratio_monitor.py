@@ -278,6 +278,7 @@ def test_histograms_of_tensorboard_have_the_prefix_of_the_logger_as_numbers_have
     assert f"run3{joined_by}trust_ratio/median" in tags["scalars"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::ResourceWarning")
 def test_weights_and_biases_gets_summary_and_histograms(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")

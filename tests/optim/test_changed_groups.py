@@ -191,6 +191,7 @@ def test_groups_may_take_turns(optimizer_class):
         torch.testing.assert_close(own["params"], expected["params"], rtol=0.0, atol=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has("torch>=2.7"), reason="torch 2.6 cannot compile a step")
 def test_a_compiled_step_follows_the_groups():
     torch.compiler.reset()

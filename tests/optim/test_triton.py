@@ -33,10 +33,8 @@ def run_compiled(worker, *arguments):
 
 
 @pytest.mark.timeout(180)  # nothing may be in Triton's cache
-@pytest.mark.parametrize(
-    ("capability", "kernels", "number"),
-    [pytest.param(80, "all", 36, marks=pytest.mark.slow), (90, "few", 27)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "kernels", "number"), [(80, "all", 36), (90, "few", 27)])
 def test_every_kernel_compiles_for_a_gpu_and_moves_4_elements_at_a_time(capability, kernels, number):
     compiled = run_compiled("compile_kernels.py", str(capability), kernels)
     assert len(compiled) == number
@@ -52,6 +50,7 @@ def test_every_kernel_compiles_for_a_gpu_and_moves_4_elements_at_a_time(capabili
             assert instructions["st.global.v2" if in_half else "st.global.v4"] >= 1, name
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_kernels_that_are_launched_again_get_the_arguments_that_triton_gave_them():
     launched = run_compiled("launches.py")

@@ -77,7 +77,7 @@ def test_there_are_as_many_placements_as_three_mesh_dimensions_allow():
 
 
 @pytest.mark.timeout(180)  # eight processes are simulated in this one
-@pytest.mark.parametrize("shapes", [SHAPES[1:4], pytest.param(SHAPES, marks=pytest.mark.slow)], ids=len)
+@pytest.mark.parametrize("shapes", [SHAPES[1:2], pytest.param(SHAPES, marks=pytest.mark.slow)], ids=len)
 def test_every_placement_has_the_norm_of_the_whole_layer_in_three_collectives(mesh, shapes):
     torch.manual_seed(0)
     placed = [(shape, placements) for shape, placements in PLACEMENTS if shape in shapes]
