@@ -52,6 +52,8 @@ COMMON_RULES: dict[str, Rule] = {
 }
 """Rules for the hyperparameters that all layer-wise optimizers share."""
 
+_OF_PYTHON = (float, int, bool, str, type(None))
+
 
 class Algorithm(ABC):
     """The equations of a layer-wise optimizer, independent of the back end.
@@ -90,10 +92,11 @@ class Algorithm(ABC):
     def hyperparameters(cls, group: Mapping[str, Any]) -> Hyperparameters:
         """Return the hyperparameters of a group, with ``weight_decay`` 0 if the decay is decoupled.
 
-        Lists become tuples, so that they are those of this step if the lists change in place.
+        Lists become tuples, so that they are those of this step if the lists change in place, and NumPy's
+        numbers those of Python, which kernels can be compiled for.
         """
         names = cls.Hyperparameters._fields
-        values = [tuple(value) if type(value) is list else value for value in map(group.__getitem__, names)]
+        values = [_of_python(group[name]) for name in names]
         if group["decoupled_weight_decay"]:
             values[names.index("weight_decay")] = 0.0
         return cls.Hyperparameters(*values)
@@ -153,3 +156,11 @@ class Algorithm(ABC):
     def decay_only_bounds(h: Hyperparameters) -> tuple[float, float]:
         """Return the bounds of ``denominator / |w|`` for a layer that only weight decay moves."""
         return (1 - ROUNDING) * h.weight_decay, (1 + ROUNDING) * h.weight_decay
+
+
+def _of_python(value: Any) -> Any:
+    if type(value) in _OF_PYTHON:
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(map(_of_python, value))
+    return value.item() if is_number(value) and hasattr(value, "item") else value

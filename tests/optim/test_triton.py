@@ -58,6 +58,9 @@ def test_kernels_that_are_launched_again_get_the_arguments_that_triton_gave_them
     assert launched["lars"]["launches"] == [*of_gradients, "walk", "adapt", "walk", "walk"]
     assert launched["lamb"]["launches"] == ["walk", "adapt", "walk", "walk", "count"]
     assert all(each["repeated"] and not each["differ"] for each in launched.values())
+    # Triton compiles an int into the kernel, which would not see a later learning rate.
+    floats = launched["floats"]["arguments"]
+    assert launched["ints"]["arguments"] == launched["of NumPy"]["arguments"] == floats
 
 
 def test_the_table_has_an_address_for_every_layer_and_a_chunk_for_every_part_of_one():

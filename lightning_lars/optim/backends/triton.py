@@ -50,6 +50,9 @@ class Triton(Eager):
         if self._arguments and batch.h != self.h:
             self._arguments.clear()
         super().begin(batch)
+        if not isinstance(self.lr, Tensor):
+            # Triton compiles an int into the kernel, and later rates would have no effect.
+            self.lr = float(self.lr)
 
     def find_gradients(self, addresses: Sequence[int]) -> None:
         """Use the gradients at these addresses in the next step."""
