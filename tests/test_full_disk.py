@@ -1,5 +1,6 @@
 """What remains, and what can go on, if the disk is full when something is saved."""
 
+import gc
 import json
 import shutil
 import subprocess
@@ -106,6 +107,8 @@ def load_by_dcp(net, optimizer, path):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+# With Python 3.13, torch's writer of a file that could not be written raises once more when it is collected.
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*NoCloseWriter")
 @pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
 @pytest.mark.parametrize(
     ("save", "load"), [(save_by_torch, load_by_torch), (save_by_dcp, load_by_dcp)], ids=["torch", "dcp"]
@@ -129,6 +132,8 @@ def test_an_optimizer_that_could_not_be_saved_goes_on(tmp_path, optimizer_class,
     with full_disk(), pytest.raises((RuntimeError, CheckpointException)) as raised:
         save(*run, tmp_path / "second")
     assert NO_SPACE in f"{raised.value} {raised.value.__context__}"
+    del raised
+    gc.collect()
     assert_same(optimizer, never_saved[1])
     resumed = start()
     step(*resumed)
