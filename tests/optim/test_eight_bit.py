@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn import Parameter
 
@@ -227,6 +228,36 @@ def test_a_checkpoint_continues_exactly(eight_bit_class, optimizer_class):
             assert torch.equal(p, resumed_params[name])
             for key, value in optimizer.state[p].items():
                 assert same(resumed.state[resumed_params[name]][key], value)
+
+
+@both
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+def test_its_own_state_dict_goes_through_torch_distributed_checkpoint_more_than_once(
+    eight_bit_class, optimizer_class, tmp_path
+):
+    params = layers()
+    optimizer = build(eight_bit_class, params)
+    give_gradients(params.values(), 0)
+    optimizer.step()
+    for number in range(2):
+        dcp.save({"optimizer": optimizer.state_dict()}, checkpoint_id=tmp_path / str(number))
+        resumed_params = {name: Parameter(p.detach().clone()) for name, p in params.items()}
+        resumed = build(eight_bit_class, resumed_params, eps=0.5)
+        for p in resumed_params.values():
+            p.grad = torch.zeros_like(p)
+        resumed.step()  # it loads into state that exists
+        for name, p in params.items():
+            resumed_params[name].data.copy_(p)
+        loaded = {"optimizer": resumed.state_dict()}
+        dcp.load(loaded, checkpoint_id=tmp_path / str(number))
+        resumed.load_state_dict(loaded["optimizer"])
+        assert resumed.state.keys() == set(resumed_params.values())
+        for each, of_each in ((optimizer, params), (resumed, resumed_params)):
+            give_gradients(of_each.values(), number + 1)
+            each.step()
+        for name, p in params.items():
+            assert torch.equal(p, resumed_params[name])
+        params, optimizer = resumed_params, resumed
 
 
 @both

@@ -44,6 +44,7 @@ def adapt_state_dict(
             f'state_dict must be an optimizer state dict, with "state" and "param_groups", got {got!r}: in a '
             'Lightning checkpoint, use an element of checkpoint["optimizer_states"]'
         )
+    saved = {**saved, "state": _without_duplicates(saved["state"])}
     saved, unscaled, without_counterpart = translate(
         eight_bit_state_dict(saved, in_floats="min_8bit_size" not in own_groups[0])
     )
@@ -99,6 +100,15 @@ def pair_params(
     """Pair each parameter with its number in a state dict."""
     saved_ids = chain.from_iterable(group["params"] for group in saved_groups)
     return zip(saved_ids, chain.from_iterable(group["params"] for group in own_groups), strict=True)
+
+
+def _without_duplicates(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Drop what ``torch.distributed.checkpoint`` adds to the state of parameter 0 as that of ``"0"``.
+
+    It loads tensors in place, and everything else, which is the same there, under the number as text.
+    """
+    duplicates = {str(number) for number in state if isinstance(number, int)}
+    return {key: value for key, value in state.items() if key not in duplicates}
 
 
 def _check_state(
