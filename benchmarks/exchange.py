@@ -1,11 +1,10 @@
-"""What could be gained by hiding the exchange of norms behind work that needs no norm.
+"""What it gains that the exchange of norms runs while the layers that need no norm are updated.
 
     python -m benchmarks.exchange
 
-Processes with gloo hold the FSDP2 shards of a model. A step measures the layers, waits for one all-reduce of
-their norms, and moves the layers. Excluded parameters need no norm: their part of the step could run while
-the others wait. It is measured as the step of an optimizer of these parameters alone. The gain is at most the
-shorter of the two.
+Processes with gloo hold the FSDP2 shards of a model. A step measures the adapted layers, starts one
+all-reduce of their norms, updates the excluded parameters, waits, and updates the adapted layers. It takes
+turns with a step that waits at once.
 """
 
 import argparse
@@ -36,61 +35,79 @@ ALGORITHMS = {"LARS": LARS, "LAMB": LAMB}
 class Times(NamedTuple):
     """Medians over the steps of a rank, in milliseconds."""
 
-    step: float
-    waiting: float
-    """In the all-reduce of a step: for the ranks that are behind, and for the exchange."""
+    at_once: float
+    """A step that waits for the all-reduce as soon as it has begun."""
+
+    hidden: float
+    """A step that updates the excluded parameters first."""
+
+    waiting_at_once: float
+    """In the all-reduce: for the ranks that are behind, and for the exchange."""
+
+    waiting_hidden: float
 
     exchange: float
-    """An all-reduce of as many bytes, when all ranks are there."""
+    """An all-reduce of as many bytes by itself, when all ranks have arrived."""
 
     excluded: float
-    """The step of the excluded parameters."""
+    """The step of an optimizer of the excluded parameters."""
 
 
-class TimedAllReduce:
-    """Takes the place of ``torch.distributed.all_reduce``, and adds up how long it takes."""
+class AllReduce:
+    """Takes the place of ``torch.distributed.all_reduce``, and adds up how long the step waits for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, waits_at_once: bool) -> None:
         self.milliseconds, self.bytes = 0.0, 0
+        self._waits_at_once = waits_at_once
         self._all_reduce = dist.all_reduce
 
     def __call__(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.bytes = tensor.nbytes
-        start = time.perf_counter()
-        result = self._all_reduce(tensor, *args, **kwargs)
-        self.milliseconds += 1e3 * (time.perf_counter() - start)
-        return result
+        self._work = self._all_reduce(tensor, *args, **kwargs)
+        if self._waits_at_once and self._work is not None:
+            self.wait()
+            self._work = None
+        return self
+
+    def wait(self) -> None:
+        if self._work is not None:
+            self.milliseconds += timed(self._work.wait)
 
 
-def timed(function: Callable[[], object], rounds: int) -> list[float]:
-    """Return the milliseconds of each call; all ranks begin each at the same time."""
-    times = []
-    for _ in range(rounds):
-        dist.barrier()
-        start = time.perf_counter()
-        function()
-        times.append(1e3 * (time.perf_counter() - start))
-    return times
+def timed(function: Callable[[], object]) -> float:
+    """Return the milliseconds of a call."""
+    start = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def together(function: Callable[[], object]) -> float:
+    """Return the milliseconds of a call that all ranks begin at the same time."""
+    dist.barrier()
+    return timed(function)
 
 
 def measure(model: str, algorithm: Callable[..., Optimizer], rounds: int) -> Times:
     """Return the times of a rank."""
     groups = grouped(list(sharded(MODELS[model](), fsdp2(dist.get_world_size()), "cpu").parameters()))
-    whole, excluded = algorithm(groups, lr=1e-3), algorithm(groups[1:], lr=1e-3)
-    waits = []
-
-    def step() -> None:
-        with mock.patch.object(dist, "all_reduce", TimedAllReduce()) as all_reduce:
-            whole.step()
-        waits.append((all_reduce.milliseconds, all_reduce.bytes))
-
-    for function in (step, excluded.step):
-        timed(function, 3)
-    waits.clear()
-    steps, parts = timed(step, rounds), timed(excluded.step, rounds)
-    message = torch.zeros(waits[-1][1] // 8, dtype=torch.float64)
-    exchanges = timed(partial(dist.all_reduce, message), rounds)
-    return Times(*map(statistics.median, (steps, [each for each, _ in waits], exchanges, parts)))
+    optimizer, excluded = algorithm(groups, lr=1e-3), algorithm(groups[1:], lr=1e-3)
+    for _ in range(3):
+        optimizer.step()
+        excluded.step()
+    steps: dict[bool, list[float]] = {True: [], False: []}
+    waits: dict[bool, list[float]] = {True: [], False: []}
+    parts, exchanges = [], []
+    for number in range(rounds):
+        for waits_at_once in (True, False) if number % 2 else (False, True):
+            all_reduce = AllReduce(waits_at_once=waits_at_once)
+            with mock.patch.object(dist, "all_reduce", all_reduce):
+                steps[waits_at_once].append(together(optimizer.step))
+            waits[waits_at_once].append(all_reduce.milliseconds)
+        parts.append(together(excluded.step))
+        message = torch.zeros(all_reduce.bytes // 8, dtype=torch.float64)
+        exchanges.append(together(partial(dist.all_reduce, message)))
+    samples = (steps[True], steps[False], waits[True], waits[False], exchanges, parts)
+    return Times(*map(statistics.median, samples))
 
 
 def rank(number: int, ranks: int, model: str, rounds: int, folder: str) -> None:
@@ -108,20 +125,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["ResNet-50", "GPT 0.1 B"])
-    parser.add_argument("--ranks", type=int, default=4, help="Processes.")
-    parser.add_argument("--rounds", type=int, default=31, help="Steps of each measurement.")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="Processes.")
+    parser.add_argument("--rounds", type=int, default=31, help="Steps of each kind.")
     arguments = parser.parse_args()
-    columns = ("Step, ms", "Waiting", "Exchange alone", "Excluded parameters", "Gain at most")
-    table = Table("Model", "Optimizer", *columns, title=f"{arguments.ranks} ranks, FSDP2, gloo")
+    columns = ("Step, ms", "hidden", "x", "Waiting, ms", "hidden", "Exchange alone", "Excluded alone")
+    table = Table("Model", "Ranks", "Optimizer", *columns)
     for model in arguments.models:
-        with tempfile.TemporaryDirectory() as folder:
-            options = (arguments.ranks, model, arguments.rounds, folder)
-            torch.multiprocessing.spawn(rank, options, nprocs=arguments.ranks)
-            saved = [torch.load(Path(folder) / f"{number}.pt") for number in range(arguments.ranks)]
-        for name in ALGORITHMS:
-            times = Times(*map(statistics.mean, zip(*(each[name] for each in saved), strict=True)))
-            gain = min(times.waiting, times.excluded) / times.step
-            table.add_row(model, name, *(f"{each:.2f}" for each in times), f"{gain:.1%}")
+        for ranks in arguments.ranks:
+            with tempfile.TemporaryDirectory() as folder:
+                torch.multiprocessing.spawn(rank, (ranks, model, arguments.rounds, folder), nprocs=ranks)
+                saved = [torch.load(Path(folder) / f"{number}.pt") for number in range(ranks)]
+            for name in ALGORITHMS:
+                times = Times(*map(statistics.mean, zip(*(each[name] for each in saved), strict=True)))
+                steps = (f"{times.at_once:.1f}", f"{times.hidden:.1f}", f"{times.hidden / times.at_once:.3f}")
+                table.add_row(model, str(ranks), name, *steps, *(f"{each:.1f}" for each in times[2:]))
     Console().print(table)
 
 

@@ -1,13 +1,13 @@
 """Norms that need an all-reduce where layers are sharded: of whole layers, and of all gradients."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_lars.optim.backends.eager import Eager
 from lightning_lars.optim.batches import Batch, Shards
-from lightning_lars.sharding.norms import layer_norms, whole_norms
+from lightning_lars.sharding.norms import layer_norms, start_whole_norms, whole_norms
 from lightning_lars.sharding.shards import Shard, local
 
 Norms = tuple[Tensor, Tensor]
@@ -38,10 +38,10 @@ def gradient_scale(
     return (max_grad_norm / norm).clamp(max=1)
 
 
-def all_reduce_norms(
+def start_exchange(
     waiting: Iterable[tuple[Batch, Norms]], params: Iterable[Tensor], shards: Shards
-) -> dict[Tensor, Norms]:
-    """Return the norms of whole layers, for all that are sharded.
+) -> Callable[[], dict[Tensor, Norms]]:
+    """Begin to compute the norms of whole layers, for all that are sharded.
 
     All ranks must call this, because a layer without a gradient on one rank may have one on another.
 
@@ -49,10 +49,13 @@ def all_reduce_norms(
         waiting: Batches of sharded layers with a gradient, and the norms of their local shards.
         params: All parameters that may be sharded, in the same order on all ranks.
         shards: How each parameter is sharded.
+
+    Returns:
+        A function, to be called once, that waits for the norms and returns them.
     """
     sharded = _sharded(params, shards)
     if not sharded:
-        return {}
+        return dict
     weights: dict[Tensor, Tensor] = {}
     directions: dict[Tensor, Tensor] = {}
     for batch, (w_norms, d_norms) in waiting:
@@ -63,9 +66,14 @@ def all_reduce_norms(
             # The shard is part of the layer, though it has no gradient and is not updated.
             weights[p] = layer_norms([local(p)])[0]
     here = [weights.get(p) for p in sharded] + [directions.get(p) for p in sharded]
-    norms = whole_norms(here, [*sharded.values(), *sharded.values()])
-    pairs = zip(norms[: len(sharded)], norms[len(sharded) :], strict=True)
-    return dict(zip(sharded, pairs, strict=True))
+    finish = start_whole_norms(here, [*sharded.values(), *sharded.values()])
+
+    def norms_of_layers() -> dict[Tensor, Norms]:
+        norms = finish()
+        pairs = zip(norms[: len(sharded)], norms[len(sharded) :], strict=True)
+        return dict(zip(sharded, pairs, strict=True))
+
+    return norms_of_layers
 
 
 def stack_norms(params: Sequence[Tensor], norms: dict[Tensor, Norms], device: torch.device) -> Norms:

@@ -16,10 +16,10 @@ from lightning_lars.optim.backends.triton_table import LayerTables, is_capturing
 from lightning_lars.optim.batches import Batch, Shards, sort_layers
 from lightning_lars.optim.distributed_norms import (
     Norms,
-    all_reduce_norms,
     gradient_scale,
     is_updated_elsewhere,
     stack_norms,
+    start_exchange,
 )
 from lightning_lars.optim.plan import Plan, Unchanged
 from lightning_lars.optim.state.plain import PlainState, States, checked_moments, number_of
@@ -74,26 +74,24 @@ class Step:
         Raises:
             RuntimeError: If a layer cannot be updated; no layer has been updated then.
         """
-        waiting = []
-        for backend in self._begin():
-            batch = backend.batch
-            # In the layers of a plan, nothing needs to be unpacked.
-            opens = backend.holds_moments and not batch.in_eight_bit and self.found is None
-            throughout = self.state.unpacked(self.states, batch) if opens else nullcontext()
-            with throughout:
-                with self._unpacked(backend, batch.adapts_direction):
-                    norms = backend.measure()
-                if norms is None or not batch.is_sharded:
-                    self._move(backend, norms)
-                    if backend.can_repeat:
-                        self._taken.append(backend)
-                    continue
-            assert not isinstance(norms, TrustRatios)  # no back end returns them for shards
-            waiting.append((backend, norms))
-            self.scratch.release()
+        backends = self._begin()
+        waiting: list[tuple[Eager, Norms]] = []
+        for backend in backends:
+            if _exchanges_norms(backend.batch):
+                with self._unpacked_throughout(backend):
+                    waiting.append((backend, self._measure(backend)))
+                self.scratch.release()
+        # Meanwhile the others are moved, which need no norm of another rank.
+        exchange = self._start_exchange(waiting) if self.is_sharded else None
+        for backend in backends:
+            if not _exchanges_norms(backend.batch):
+                with self._unpacked_throughout(backend):
+                    self._move(backend, self._measure(backend))
+                if backend.can_repeat:
+                    self._taken.append(backend)
         self.scratch.recycle()
-        if self.is_sharded:
-            self._move_sharded(waiting)
+        if exchange is not None:
+            self._move_sharded([backend for backend, _ in waiting], exchange())
         if self.plan is None and self._can_repeat():
             self.plan = Plan(self.algorithm, self.groups, self.states, self.state, self._taken)
         for backend in self._taken:
@@ -191,6 +189,16 @@ class Step:
         backend: type[Eager] | None = self.algorithm.cpu
         return backend or Eager
 
+    def _unpacked_throughout(self, backend: Eager) -> AbstractContextManager[None]:
+        """Hold the moments of a batch in float32 or wider, if its back end needs them in both phases."""
+        # In the layers of a plan, nothing needs to be unpacked.
+        opens = backend.holds_moments and not backend.batch.in_eight_bit and self.found is None
+        return self.state.unpacked(self.states, backend.batch) if opens else nullcontext()
+
+    def _measure(self, backend: Eager) -> Any:
+        with self._unpacked(backend, backend.batch.adapts_direction):
+            return backend.measure()
+
     def _unpacked(self, backend: Eager, opens: bool) -> AbstractContextManager[None]:
         """Hold the moments of a batch in float32 or wider during measure() or move(), if it uses them."""
         opens = opens and not backend.holds_moments
@@ -239,21 +247,32 @@ class Step:
         self.ratios.append((batch.params, ratios))
         return [each.ratio for each in ratios]
 
-    def _move_sharded(self, waiting: Sequence[tuple[Eager, Norms]]) -> None:
-        """Update all sharded layers, after an all-reduce of their norms."""
-        adapted = [group for group in self.groups if group["layer_adaptation"]]
+    def _start_exchange(self, waiting: Sequence[tuple[Eager, Norms]]) -> Callable[[], dict[Tensor, Norms]]:
+        """Begin the all-reduce of the norms of all sharded layers."""
         local_norms = [(backend.batch, norms) for backend, norms in waiting]
-        norms = all_reduce_norms(local_norms, params_of(adapted), self.shards)
-        for backend, _ in waiting:
+        return start_exchange(local_norms, params_of(self._adapted_groups), self.shards)
+
+    @property
+    def _adapted_groups(self) -> list[dict[str, Any]]:
+        return [group for group in self.groups if group["layer_adaptation"]]
+
+    def _move_sharded(self, backends: Sequence[Eager], norms: dict[Tensor, Norms]) -> None:
+        """Update all sharded layers from the norms of whole layers."""
+        for backend in backends:
             batch = backend.batch
             self._move(backend, stack_norms(batch.params, norms, batch.weights[0].device))
-        for group in adapted:
+        for group in self._adapted_groups:
             # This rank has no shard of these layers to update, but all ranks report their trust ratios.
             elsewhere = [p for p in group["params"] if is_updated_elsewhere(p, self.shards)]
             if elsewhere:
                 own = stack_norms(elsewhere, norms, elsewhere[0].device)
                 h = self.algorithm.hyperparameters(group)
                 self._ratios(elsewhere, own, group["lr"], h)
+
+
+def _exchanges_norms(batch: Batch) -> bool:
+    """Return whether the trust ratios of a batch need norms of other ranks."""
+    return batch.is_sharded and bool(batch.group["layer_adaptation"])
 
 
 def exchanging_groups(groups: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:

@@ -1,11 +1,11 @@
 """L2 norms of whole layers, sharded or not, accumulated in at least float32."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_lars.sharding.shards import Shard, all_reduce_sums
+from lightning_lars.sharding.shards import Shard, start_sums
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 """One tensor per layer."""
@@ -107,7 +107,12 @@ def norm_of_each(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def whole_norms(norms: Sequence[Tensor | None], shards: Sequence[Shard]) -> list[Tensor]:
-    """Return the L2 norm of every sharded layer from the norms of its local shards.
+    """Return what :func:`start_whole_norms` computes, without other work meanwhile."""
+    return start_whole_norms(norms, shards)()
+
+
+def start_whole_norms(norms: Sequence[Tensor | None], shards: Sequence[Shard]) -> Callable[[], list[Tensor]]:
+    """Begin to compute the L2 norm of every sharded layer from the norms of its local shards.
 
     All ranks that hold a shard of any of the layers must call this, with the layers in the same order. It
     takes one all-reduce for each mesh dimension that shards layers, whatever their number.
@@ -117,7 +122,8 @@ def whole_norms(norms: Sequence[Tensor | None], shards: Sequence[Shard]) -> list
         shards: How each layer is sharded.
 
     Returns:
-        0-d tensors on the device of their shard, in float64 where the device supports it.
+        A function, to be called once, that waits for the norms and returns them: 0-d tensors on the device of
+        their shard, in float64 where the device supports it.
     """
     zeros = {
         device: torch.zeros((), dtype=widest_float(device), device=device)
@@ -129,7 +135,8 @@ def whole_norms(norms: Sequence[Tensor | None], shards: Sequence[Shard]) -> list
         wide = local_norms.to(widest_float(local_norms.device))
         for i, square in zip(indices, wide.square().unbind(), strict=True):
             squares[i] = square.to(zeros[shards[i].device])
-    return list(torch._foreach_sqrt(all_reduce_sums(squares, shards)))
+    finish = start_sums(squares, shards)
+    return lambda: list(torch._foreach_sqrt(finish()))
 
 
 def by_device_and_dtype(

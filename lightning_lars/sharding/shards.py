@@ -1,7 +1,8 @@
 """Layers that are sharded across ranks: their process groups and their local shards."""
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -100,24 +101,40 @@ def laid_out_as(p: Tensor, part: Tensor) -> Tensor:
     )
 
 
-def all_reduce_sums(values: Sequence[Tensor], shards: "Sequence[Shard]") -> list[Tensor]:
-    """Sum every value over the ranks that hold its layer, with one all-reduce for each process group.
+def start_sums(values: Sequence[Tensor], shards: "Sequence[Shard]") -> Callable[[], list[Tensor]]:
+    """Begin to sum every value over the ranks that hold its layer, by one all-reduce per process group.
 
     Args:
         values: 0-d tensors of one dtype, on the device where their shard can be reduced.
         shards: For each value; the same on all ranks, in the same order.
+
+    Returns:
+        A function, to be called once, that waits for the sums and returns them. The first all-reduce runs
+        meanwhile; the others begin in this function, since they continue with its sums.
     """
     summed = list(values)
     members: dict[ProcessGroup, list[int]] = {}
     for i, shard in enumerate(shards):
         for group in shard.groups:
             members.setdefault(group, []).append(i)
-    for group, indices in members.items():
-        total = torch.stack([summed[i] for i in indices])
-        dist.all_reduce(total, group=group)
-        for i, value in zip(indices, total.unbind(), strict=True):
-            summed[i] = value
-    return summed
+
+    def start(group: "ProcessGroup") -> tuple[Tensor, Any]:
+        total = torch.stack([summed[i] for i in members[group]])
+        # torch.compile cannot trace an asynchronous all-reduce.
+        return total, dist.all_reduce(total, group=group, async_op=not torch.compiler.is_compiling())
+
+    running = [start(group) for group in islice(members, 1)]
+
+    def finish() -> list[Tensor]:
+        for group, indices in members.items():
+            total, work = running.pop() if running else start(group)
+            if work is not None:
+                work.wait()
+            for i, value in zip(indices, total.unbind(), strict=True):
+                summed[i] = value
+        return summed
+
+    return finish
 
 
 def _ranks(group: "ProcessGroup") -> tuple[int, ...]:

@@ -9,8 +9,10 @@ import torch
 
 pytest.importorskip("torch.testing._internal.distributed.fake_pg")
 
+from benchmarks.model_shapes import grouped
 from benchmarks.ranks import RING, TREE, collectives, host, lamb, latency
 from benchmarks.sharded_models import MESHES, MODELS, gpt, narrowed, resnet, sharded, simulated
+from lightning_lars import LAMB, LARS
 from lightning_lars.sharding import shards
 from tests.support.slow import slow_unless
 
@@ -36,6 +38,37 @@ def test_convolutions_of_a_residual_network_are_exchanged_at_once():
     parameters, layers, sent = collectives(MODELS["ResNet-50"](), "HSDP", 1024)
     assert (parameters, layers) == (25_557_032, 161)
     assert sent == [16 * 54]
+
+
+@pytest.mark.parametrize("mesh", ["FSDP2", "FSDP2 x TP"])
+@pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
+def test_excluded_layers_move_while_norms_are_exchanged_and_the_others_after_it(optimizer_class, mesh):
+    moved = []
+
+    def have_moved():
+        return [not torch.equal(p.to_local(), value) for p, value in zip(params, before, strict=True)]
+
+    class Work:
+        def wait(self):
+            moved.append(("wait", *map(any, (have_moved()[:ADAPTED], have_moved()[ADAPTED:]))))
+
+    def all_reduce(total, group, async_op):
+        moved.append(("start", *map(any, (have_moved()[:ADAPTED], have_moved()[ADAPTED:]))))
+        assert async_op
+        return Work()
+
+    with simulated(8):
+        groups = grouped(list(sharded(TINY, MESHES[mesh](8), "cpu").parameters()))
+        params = [p for group in groups for p in group["params"]]
+        assert len(groups[0]["params"]) == ADAPTED
+        optimizer = optimizer_class(groups, lr=0.1)
+        optimizer.step()  # the first one compares the layers of the ranks, too
+        before = [p.to_local().clone() for p in params]
+        with patch.object(shards.dist, "all_reduce", all_reduce):
+            optimizer.step()
+        assert all(have_moved())
+    first = [("start", False, False), ("wait", False, True)]
+    assert moved == (first if mesh == "FSDP2" else [*first, ("start", False, True), ("wait", False, True)])
 
 
 def calls(model, world_size):
