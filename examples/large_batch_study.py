@@ -40,9 +40,9 @@ STARTS = {
     "AdamW": Choice("AdamW", 0.0, weight_decay=0.01),
     "LARS": Choice("LARS", 0.0, weight_decay=5e-4, excluded_lr=0.05),
     "LAMB": Choice("LAMB", 0.0, weight_decay=0.01, excluded_lr=0.01),
+    # Takes the rates of AdamW, which has all but the matrices of hidden layers, at the same one.
+    "Muon": Choice("Muon", 0.0, weight_decay=0.01),
 }
-# With --muon. Muon takes the rates of AdamW, which has the other layers at the same one.
-MUON = {"Muon": Choice("Muon", 0.0, weight_decay=0.01)}
 LOWEST_RATES = {"SGD": 0.05, "AdamW": 0.002, "LARS": 4.0, "LAMB": 0.005, "Muon": 0.002}
 RATES = 5
 # Then one change at a time, most conservative first: the first that is as good as the best is chosen.
@@ -152,33 +152,29 @@ Planned = list[tuple[str, list[Run]]]
 
 def by_rule(model: str, best: Mapping[str, Choice], batch_size: int, seeds: range) -> Planned:
     """Transfer the choices to the large batch size."""
-    sgd = best["SGD"]
-    return [
-        _row(f"SGD at {sgd.batch_size}", model, sgd, sgd.batch_size, seeds, "none"),
-        _row("Plain SGD, linear rule", model, plain(sgd), batch_size, seeds, "linear"),
-        _row("Plain SGD", model, plain(sgd), batch_size, seeds),
-        *(_row(name, model, choice, batch_size, seeds) for name, choice in best.items()),
-    ]
+    reference, small = next(iter(best.items()))
+    rows = [_row(f"{reference} at {small.batch_size}", model, small, small.batch_size, seeds, "none")]
+    if "SGD" in best:
+        rows.append(_row("Plain SGD, linear rule", model, plain(best["SGD"]), batch_size, seeds, "linear"))
+    of_all = with_plain_sgd(best)
+    return rows + [_row(name, model, choice, batch_size, seeds) for name, choice in of_all.items()]
 
 
 def by_batch_size(model: str, best: Mapping[str, Choice], batch_sizes: list[int], seeds: range) -> Planned:
     """Transfer the choices to several batch sizes, for the same number of epochs."""
-    choices = {"Plain SGD": plain(best["SGD"]), **best}
     return [
         _row(name, model, choice, size, seeds, "none" if size == choice.batch_size else "sqrt")
-        for name, choice in choices.items()
+        for name, choice in with_plain_sgd(best).items()
         for size in batch_sizes
     ]
 
 
 def by_rate(model: str, best: Mapping[str, Choice], batch_size: int, seeds: range) -> Planned:
     """Scan multiples of the transferred rate, for LARS with its clip and without it."""
-    clip = other_clip(best["LARS"])
-    choices = {
-        "Plain SGD": plain(best["SGD"]),
-        **best,
-        f"LARS, clip {clip}": replace(best["LARS"], clip=clip),
-    }
+    choices = with_plain_sgd(best)
+    if "LARS" in best:
+        clip = other_clip(best["LARS"])
+        choices[f"LARS, clip {clip}"] = replace(best["LARS"], clip=clip)
     return [
         _row(name, model, replace(choice, lr=choice.lr * factor), batch_size, seeds)
         for name, choice in choices.items()
@@ -187,9 +183,9 @@ def by_rate(model: str, best: Mapping[str, Choice], batch_size: int, seeds: rang
 
 
 def variants(model: str, best: Mapping[str, Choice], batch_size: int, seeds: range) -> Planned:
-    """Change one setting at a time of LARS and LAMB at the large batch size."""
+    """Change one setting at a time of LARS and LAMB at the large batch size, and the precision of Muon."""
     rows = []
-    for name in ("LARS", "LAMB"):
+    for name in [name for name in ("LARS", "LAMB") if name in best]:
         choice = best[name]
         clip = other_clip(choice)
         rows += [
@@ -200,12 +196,24 @@ def variants(model: str, best: Mapping[str, Choice], batch_size: int, seeds: ran
             _row(f"{name}, one rate for all", model, replace(choice, excluded_lr=None), batch_size, seeds),
             _row(f"{name}, exponent 0.75", model, choice, batch_size, seeds, 0.75),
         ]
+    if "Muon" in best:
+        choice = best["Muon"]
+        in_bfloat16 = replace(choice, optimizer="Muon in bfloat16")
+        rows += [
+            _row("Muon", model, choice, batch_size, seeds),
+            _row("Muon in bfloat16", model, in_bfloat16, batch_size, seeds),
+        ]
     return rows
 
 
 def other_clip(choice: Choice) -> float | None:
     """Return the clip that was not chosen."""
     return next(clip for clip in CLIPS[choice.optimizer] if clip != choice.clip)
+
+
+def with_plain_sgd(best: Mapping[str, Choice]) -> dict[str, Choice]:
+    """Return the choices, led by textbook SGD if SGD is among them."""
+    return {**({"Plain SGD": plain(best["SGD"])} if "SGD" in best else {}), **best}
 
 
 def plain(sgd: Choice) -> Choice:
@@ -249,16 +257,18 @@ def main() -> None:
     )
     parser.add_argument("--rates", type=int, default=RATES, help="rates per grid")
     parser.add_argument(
-        "--muon",
-        action="store_true",
-        help="also AdamW with Muon for hidden matrices, which a CPU takes long for",
+        "--optimizers",
+        nargs="+",
+        choices=list(STARTS),
+        default=["SGD", "AdamW", "LARS", "LAMB"],
+        help="Muon is for the matrices of hidden layers, beside AdamW",
     )
     parser.add_argument("--batch-sizes", action="store_true", help="also train at four batch sizes")
     parser.add_argument(
         "--lr-window", action="store_true", help="also scan learning rates at the large batch size"
     )
     parser.add_argument(
-        "--variants", action="store_true", help="also change one setting at a time of LARS and LAMB"
+        "--variants", action="store_true", help="also change one setting at a time of LARS, LAMB and Muon"
     )
     arguments = parser.parse_args()
 
@@ -275,7 +285,7 @@ def main() -> None:
     run_cache = RunCache(settings, folder / "runs.csv", arguments.processes)
     base, large = arguments.base_batch_size, arguments.batch_size
 
-    starts = {**STARTS, **(MUON if arguments.muon else {})}
+    starts = {name: start for name, start in STARTS.items() if name in arguments.optimizers}
     best = choose(run_cache, starts, models, base, arguments.rates)
     seeds = range(FIRST_SEED, FIRST_SEED + arguments.seeds)
     few = range(FIRST_SEED, FIRST_SEED + arguments.window_seeds)

@@ -125,7 +125,9 @@ def table_of_windows(rows: Sequence[Row]) -> Table:
     for name, accuracy in means.items():
         best = max(accuracy, key=accuracy.__getitem__)
         reaching = [
-            "" if name == other else str(window(accuracy, max(means[other].values())) or "none")
+            ""
+            if name == other or other not in means
+            else str(window(accuracy, max(means[other].values())) or "none")
             for other in ("Plain SGD", "SGD")
         ]
         table.add_row(

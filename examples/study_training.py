@@ -31,6 +31,7 @@ OPTIMIZERS = {
     "LARS": partial(LARS, momentum=0.9),
     "LAMB": LAMB,
     "Muon": torch.optim.AdamW,  # for all but the matrices
+    "Muon in bfloat16": torch.optim.AdamW,
 }
 DECAYS = {"linear": {"decay": "polynomial", "power": 1.0}, "cosine": {"decay": "cosine"}}
 PRECISE_SAMPLES = 8192  # samples for PreciseBatchNorm, at any batch size
@@ -214,6 +215,14 @@ def be_quiet() -> None:
     warnings.filterwarnings("ignore", "`isinstance")
 
 
+def _muon(name: str) -> type[torch.optim.Optimizer]:
+    if name == "Muon in bfloat16":
+        return torch.optim.Muon
+    from float32_muon import Float32Muon  # needs torch 2.9, which the rest of the study does not
+
+    return Float32Muon
+
+
 def train(run: Run, epochs: int, data: Data, accelerator: str = "cpu") -> Outcome:
     """Train once. All runs warm up over a tenth of their steps."""
     started = time.process_time()
@@ -230,9 +239,9 @@ def train(run: Run, epochs: int, data: Data, accelerator: str = "cpu") -> Outcom
         weight_decay *= scaling_factor(run.batch_size, choice.batch_size, exponent)
     options = {"lr": choice.lr, "weight_decay": weight_decay}
     of_matrices = None
-    if choice.optimizer == "Muon":
+    if choice.optimizer.startswith("Muon"):
         # Liu et al. 2025 (arXiv:2502.16982): updates as long as those of AdamW.
-        of_matrices = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw", **options)
+        of_matrices = partial(_muon(choice.optimizer), adjust_lr_fn="match_rms_adamw", **options)
     if choice.optimizer == "LARS":
         options["trust_clip"] = choice.clip
     classifier = Classifier(

@@ -170,15 +170,62 @@ def test_the_first_choice_that_matches_the_best_is_chosen(module):
     assert first([clipped, free], {clipped: 87.9, free: 88.2}) == free
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_the_study_trains_the_optimizers_that_it_is_asked_for(module):
+    script, choice = module("large_batch_study"), module("study_training").Choice
+    best = {name: choice(name, 0.01, weight_decay=0.01) for name in ("AdamW", "Muon")}
+    of_rule = script.by_rule("mlp", best, 32, range(1))
+    assert [name for name, _ in of_rule] == ["AdamW at 128", "AdamW", "Muon"]
+    assert [run.batch_size for _, (run,) in of_rule] == [128, 32, 32]
+    assert {name for name, _ in script.by_batch_size("mlp", best, [32], range(1))} == set(best)
+    assert {name for name, _ in script.by_rate("mlp", best, 32, range(1))} == set(best)
+    of_variants = script.variants("mlp", best, 32, range(1))
+    assert [run.choice.optimizer for _, (run,) in of_variants] == ["Muon", "Muon in bfloat16"]
+    assert script.variants("mlp", {"AdamW": best["AdamW"]}, 32, range(1)) == []
+
+
+with_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+
+
+@with_muon
 def test_muon_has_the_matrices_of_hidden_layers_at_the_rate_of_the_others(module):
     training = module("study_training")
     data = training.load(None, 128, 128)
-    muon, adamw = (
+    muon, in_bfloat16, adamw = (
         training.train(
-            training.Run("mlp", training.Choice(name, 0.01, weight_decay=0.01), 32, 11, "sqrt"), 2, data
+            training.Run("mlp", training.Choice(name, 0.01, weight_decay=0.01), 64, 11, "sqrt"), 1, data
         )
-        for name in ("Muon", "AdamW")
+        for name in ("Muon", "Muon in bfloat16", "AdamW")
     )
     assert muon.peak_lr == adamw.peak_lr
     assert muon.train_loss != adamw.train_loss
+    assert muon.train_loss != in_bfloat16.train_loss
+
+
+@with_muon
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+def test_muon_in_single_precision_differs_from_the_one_of_torch_by_rounding_alone(module, shape, nesterov):
+    """The reference is the iteration of Jordan et al. 2024 in float64."""
+    steps = []
+    for muon in (module("float32_muon").Float32Muon, torch.optim.Muon):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        optimizer = muon([weight], lr=1.0, weight_decay=0.0, nesterov=nesterov)
+        momentum = torch.zeros(shape, dtype=torch.float64)
+        for _ in range(2):
+            gradient = torch.randn(shape)
+            before = weight.detach().clone()
+            weight.grad = gradient.clone()
+            assert optimizer.step(lambda: 3.0) == 3.0
+            assert torch.equal(weight.grad, gradient)
+            momentum = 0.95 * momentum + 0.05 * gradient.double()
+            steps.append(before - weight.detach())
+        torch.testing.assert_close(optimizer.state[weight]["momentum_buffer"].double(), momentum)
+    x = 0.95 * momentum + 0.05 * gradient.double() if nesterov else momentum
+    x /= x.norm()
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+    x *= max(1, shape[0] / shape[1]) ** 0.5
+    torch.testing.assert_close(steps[1].double(), x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(steps[3].double(), x, rtol=0.05, atol=0.03)
+    assert (steps[3] - x).abs().max() > 100 * (steps[1] - x).abs().max()
