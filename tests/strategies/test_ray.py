@@ -12,26 +12,33 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_lars import BatchSizeScaling, LearningRateWarmup
 from tests.support.boring import trainer
+from tests.workers.ray_runs import made
 
 pytest.importorskip("ray.train", reason="Ray Train is not installed: pip install 'ray[train]'")
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(590)]
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The folder of the runs, which another process made, as Ray leaves threads behind."""
-    folder = tmp_path_factory.mktemp("ray")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")]),
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
-    }
-    command = [sys.executable, "-m", "tests.workers.ray_runs", str(folder)]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-5000:]
-    return folder
+def run(tmp_path_factory):
+    """Returns the folder of a run, which another process makes, as Ray leaves threads behind."""
+    folders = {}
+
+    def run_once(name):
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name)
+            environment = {
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")]),
+                "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+            }
+            command = [sys.executable, "-m", "tests.workers.ray_runs", name, str(folders[name])]
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-5000:]
+        return folders[name]
+
+    return run_once
 
 
 def trained(folder):
@@ -45,34 +52,37 @@ def logged(folder, version):
     return {int(row["step"]): (float(row["trust_ratio/max"]), float(row["effective_lr/max"])) for row in rows}
 
 
-def test_a_run_in_which_a_worker_is_killed_ends_with_the_same_numbers(runs):
-    whole, killed = trained(runs / "whole"), trained(runs / "killed")
-    assert whole["global_step"] == killed["global_step"] == 22
-    torch.testing.assert_close(killed["state_dict"], whole["state_dict"], rtol=0, atol=0)
-    (one,), (other,) = whole["optimizer_states"], killed["optimizer_states"]
-    assert one["param_groups"] == other["param_groups"]
-    torch.testing.assert_close(one["state"], other["state"], rtol=0, atol=0)
-
-
-def test_the_monitor_logs_every_step_before_and_after_a_worker_is_killed(runs):
-    whole = logged(runs / "whole", 0)
-    before, after = logged(runs / "killed", 0), logged(runs / "killed", 1)
+def test_two_workers_train_with_warmup_and_scaling(run):
+    whole = logged(run("whole"), 0)
     assert list(whole) == list(range(22))
     for step, (ratio, rate) in whole.items():
         # The square root of two workers, after a warmup of five steps.
         assert rate / ratio == pytest.approx(4 * 2**0.5 * min(1, (step + 1) / 5))
+
+
+def test_a_run_in_which_a_worker_is_killed_ends_with_the_same_numbers(run):
+    assert (run("killed") / "killed").exists()
+    whole, killed = trained(run("whole")), trained(run("killed"))
+    assert whole["global_step"] == killed["global_step"] == 22
+    torch.testing.assert_close(killed["state_dict"], whole["state_dict"], rtol=0, atol=0)
+    (one,), (other,) = whole["optimizer_states"], killed["optimizer_states"]
+    assert one["param_groups"] == other["param_groups"]
+    assert one["state"]
+    torch.testing.assert_close(one["state"], other["state"], rtol=0, atol=0)
+
+
+def test_the_monitor_logs_every_step_before_and_after_a_worker_is_killed(run):
+    before, after = logged(run("killed"), 0), logged(run("killed"), 1)
     # The epoch that was interrupted begins again.
-    assert (runs / "killed/killed").exists()
     assert 11 <= max(before) < 22
     assert list(after) == list(range(11, 22))
-    assert {**before, **after} == whole
+    assert {**before, **after} == logged(run("whole"), 0)
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_callbacks_and_accumulation_equal_one_device_though_a_worker_is_killed(runs, tmp_path):
-    from tests.workers.ray_runs import made
-
-    killed = trained(runs / "callbacks")
+def test_callbacks_and_accumulation_equal_one_device_though_a_worker_is_killed(run, tmp_path):
+    assert (run("callbacks") / "killed").exists()
+    killed = trained(run("callbacks"))
     module, data = made()
     start = {name: value.clone() for name, value in module.state_dict().items()}
     # Two workers with 64 samples each take the same ones in a step.
@@ -80,7 +90,6 @@ def test_callbacks_and_accumulation_equal_one_device_though_a_worker_is_killed(r
     callbacks = [BatchSizeScaling(base_batch_size=64, rule="sqrt"), LearningRateWarmup(warmup_steps=5)]
     alone = trainer(tmp_path, max_epochs=2, accumulate_grad_batches=2, callbacks=callbacks)
     alone.fit(module, DataLoader(data, 128, sampler=sampler, drop_last=True))
-    assert (runs / "callbacks/killed").exists()
     assert alone.global_step == killed["global_step"] == 8
     torch.testing.assert_close(killed["state_dict"], module.state_dict(), rtol=0, atol=1e-12)
     (state,) = killed["optimizer_states"]

@@ -1,7 +1,6 @@
-"""Runs of Ray Train, in one Ray: ``python -m tests.workers.ray_runs FOLDER``, with examples/ on the path."""
+"""Runs of Ray Train: ``python -m tests.workers.ray_runs NAME FOLDER``, with examples/ on the path."""
 
 import sys
-from pathlib import Path
 
 import lightning
 import torch
@@ -43,22 +42,21 @@ def train(options):
     ray_train.fit(*made(), options)
 
 
-def main(folder):
-    """Train the example with and without a worker that dies, and the module above with one."""
+def main(name, folder):
+    """Train the example without and with a worker that is killed, or the module above with one."""
     import ray
     import ray_train
 
+    function, options = {
+        "whole": (ray_train.train, {"kill_in_epoch": None, "accumulate": 1}),
+        "killed": (ray_train.train, {"kill_in_epoch": 1, "accumulate": 1}),
+        "callbacks": (train, {"kill_in_epoch": 1, "accumulate": 2}),
+    }[name]
     # Processes share the cores that the machine has: two workers, and Ray Train itself.
     ray.init(num_cpus=3, include_dashboard=False)
-    for name, function, options in [
-        ("whole", ray_train.train, {"kill_in_epoch": None, "accumulate": 1}),
-        ("killed", ray_train.train, {"kill_in_epoch": 1, "accumulate": 1}),
-        ("callbacks", train, {"kill_in_epoch": 1, "accumulate": 2}),
-    ]:
-        (folder / name).mkdir()
-        ray_train.run(function, {**options, "epochs": 2, "folder": str(folder / name)}, workers=2)
+    ray_train.run(function, {**options, "epochs": 2, "folder": folder}, workers=2)
     ray.shutdown()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*sys.argv[1:])
