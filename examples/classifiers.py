@@ -3,6 +3,7 @@
 import lightning
 from images import network
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -15,11 +16,12 @@ class Classifier(lightning.LightningModule):
     Args:
         image_size: Height and width of the images.
         width: Channels of the first convolution.
+        norm: ``"batch"``, over the images of a batch on one device, or ``"group"``, of every image by itself.
     """
 
-    def __init__(self, image_size: int = 8, width: int = 16) -> None:
+    def __init__(self, image_size: int = 8, width: int = 16, norm: str = "batch") -> None:
         super().__init__()
-        self.net = network(image_size, width)
+        self.net = network(image_size, width, norm=norm)
         self.accuracy = MulticlassAccuracy(10, average="micro")
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -42,3 +44,16 @@ class Classifier(lightning.LightningModule):
 
 class MixinClassifier(LargeBatchMixin, Classifier):
     """The same classifier, with optimizer and schedule as arguments of the module."""
+
+
+class ShardedClassifier(MixinClassifier):
+    """The same, with every layer sharded across all devices by FSDP2."""
+
+    def configure_model(self) -> None:
+        # Lightning calls this again before it tests.
+        if not isinstance(self.net, FSDPModule):
+            mesh = self.device_mesh["data_parallel"]
+            for layer in self.net:
+                if len(list(layer.parameters())) > 0:
+                    fully_shard(layer, mesh=mesh)
+            fully_shard(self.net, mesh=mesh)

@@ -48,13 +48,21 @@ def batches(data: TensorDataset, batch_size: int, shuffle: bool) -> DataLoader:
     return DataLoader(data, batch_size=None, sampler=BatchSampler(sampler, batch_size, drop_last=shuffle))
 
 
-def network(image_size: int, width: int = 16, classes: int = 10) -> nn.Sequential:
-    """Return a network of three convolutions with batch norm and a linear head."""
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Return a norm of every image by itself, in groups of eight channels."""
+    return nn.GroupNorm(channels // 8, channels)
+
+
+NORMS = {"batch": nn.BatchNorm2d, "group": group_norm}
+
+
+def network(image_size: int, width: int = 16, classes: int = 10, norm: str = "batch") -> nn.Sequential:
+    """Return a network of three convolutions with norms, and a linear head."""
 
     def convolution(channels_in: int, channels_out: int, stride: int) -> list[nn.Module]:
         # Without a bias, because the norm that follows has one.
         convolve = nn.Conv2d(channels_in, channels_out, 5, stride, padding=2, bias=False)
-        return [convolve, nn.BatchNorm2d(channels_out), nn.ReLU()]
+        return [convolve, NORMS[norm](channels_out), nn.ReLU()]
 
     return nn.Sequential(
         *convolution(1, width, stride=image_size // 8),

@@ -4,20 +4,23 @@
     python examples/train.py --dataset fashion-mnist --optimizer lamb --batch-size 1024
 
 Warms up and decays the learning rate, prints which layers are adapted and excluded, logs the trust ratio of
-every adapted layer, and ends with the accuracy on test images.
+every adapted layer, and ends with the accuracy on test images. On several hosts: examples/multi_node.
 """
 
 import argparse
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import lightning
 import rich
 import torch
-from classifiers import MixinClassifier
+from classifiers import MixinClassifier, ShardedClassifier
 from images import FASHION_MNIST, digits, fashion_mnist
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 
 from lightning_lars import TrustRatioMonitor, WarmupDecayLR, explain_param_groups, recipes
@@ -41,9 +44,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="default: 15, or 3 for fashion-mnist")
     parser.add_argument("--accelerator", default="auto", help="as for lightning.Trainer")
     parser.add_argument("--devices", default="auto", help="as for lightning.Trainer")
-    parser.add_argument("--strategy", default="auto", help="as for lightning.Trainer")
+    parser.add_argument("--num-nodes", type=int, default=1, help="hosts, as for lightning.Trainer")
+    parser.add_argument("--strategy", default="auto", help="as for lightning.Trainer, or fsdp2")
+    parser.add_argument("--timeout", type=float, default=30, help="minutes to wait for others: ddp and fsdp2")
     parser.add_argument("--precision", default="32-true", help="as for lightning.Trainer")
+    parser.add_argument("--norm", choices=["batch", "group"], default="batch", help="batch: per device")
     parser.add_argument("--log-dir", type=Path, default=Path("logs"))
+    parser.add_argument(
+        "--checkpoint-dir", type=Path, help="save there after every epoch, and resume from the last one there"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
@@ -54,15 +63,23 @@ def main() -> None:
     epochs = arguments.epochs or (15 if small else 3)
     has_trust_ratios = arguments.optimizer in STARTING_POINTS
     logger = CSVLogger(arguments.log_dir, name=f"{arguments.dataset}-{arguments.optimizer}")
+    callbacks = [LearningRateMonitor()]
+    if has_trust_ratios:
+        callbacks.append(TrustRatioMonitor(layers="*"))
+    last = None
+    if arguments.checkpoint_dir is not None:
+        callbacks.append(every_epoch(arguments.checkpoint_dir))
+        last = arguments.checkpoint_dir / "last.ckpt"
     trainer = lightning.Trainer(
         accelerator=arguments.accelerator,
         devices=arguments.devices,
-        strategy=arguments.strategy,
+        num_nodes=arguments.num_nodes,
+        strategy=strategy_of(arguments),
         precision=arguments.precision,
         max_epochs=epochs,
         logger=logger,
         log_every_n_steps=5,
-        callbacks=[LearningRateMonitor(), *([TrustRatioMonitor(layers="*")] if has_trust_ratios else [])],
+        callbacks=callbacks,
     )
     on_all_devices = batch_size * trainer.world_size
     warmup_steps = epochs * (len(train) // on_all_devices) // 10
@@ -73,15 +90,33 @@ def main() -> None:
         options = {"optimizer": OTHERS[arguments.optimizer], "lr_scheduler": scheduler}
     if arguments.lr is not None:
         options["optimizer"] = partial(options["optimizer"], lr=arguments.lr)
-    model = MixinClassifier(image_size=train[0][0].shape[-1], **options)
+    module = ShardedClassifier if arguments.strategy == "fsdp2" else MixinClassifier
+    model = module(image_size=train[0][0].shape[-1], norm=arguments.norm, **options)
     if trainer.is_global_zero:
         rich.print(explain_param_groups(model))
-    trainer.fit(model, DataLoader(train, batch_size, shuffle=True, drop_last=True))
+    loader = DataLoader(train, batch_size, shuffle=True, drop_last=True)
+    trainer.fit(model, loader, ckpt_path=last if last is not None and last.exists() else None)
     trainer.test(model, DataLoader(test, 500), verbose=False)
     if trainer.is_global_zero:
         rich.print(f"Log: {logger.log_dir}/metrics.csv")
         rich.print(f"Test accuracy: {trainer.callback_metrics['test accuracy']:.2%} of {len(test):,} images")
 
 
+def strategy_of(arguments: argparse.Namespace) -> str | DDPStrategy | ModelParallelStrategy:
+    """Return the strategy that the arguments name."""
+    timeout = timedelta(minutes=arguments.timeout)
+    if arguments.strategy == "fsdp2":
+        devices = torch.cuda.device_count() or 1 if arguments.devices == "auto" else int(arguments.devices)
+        return ModelParallelStrategy(arguments.num_nodes * devices, tensor_parallel_size=1, timeout=timeout)
+    return DDPStrategy(timeout=timeout) if arguments.strategy == "ddp" else arguments.strategy
+
+
+def every_epoch(folder: Path) -> ModelCheckpoint:
+    """Save after every epoch, and link ``last.ckpt`` to the last checkpoint that is whole."""
+    name = {"filename": "{epoch}", "enable_version_counter": False}
+    return ModelCheckpoint(folder, save_top_k=-1, save_last="link", **name)
+
+
 if __name__ == "__main__":
-    main()
+    # torchrun then reports the error of the rank that failed first.
+    record(main)()

@@ -8,12 +8,14 @@ import re
 import runpy
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import lightning
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
@@ -106,16 +108,22 @@ def test_missing_images_name_the_command_that_installs_them(tmp_path, train):
 def test_arguments_of_the_trainer_reach_it(train, monkeypatch):
     trainers = []
     fit = lightning.Trainer.fit
-    monkeypatch.setattr(
-        lightning.Trainer, "fit", lambda self, *given: (trainers.append(self), fit(self, *given))
-    )
+
+    def noted(self, *arguments, **options):
+        trainers.append(self)
+        fit(self, *arguments, **options)
+
+    monkeypatch.setattr(lightning.Trainer, "fit", noted)
     arguments = ["--strategy", "ddp", "--devices", "1", "--accelerator", "cpu", "--epochs", "1"]
+    arguments += ["--timeout", "2", "--norm", "group"]
     try:
         assert accuracy(train(*arguments, "--batch-size", "64", "--precision", "64-true")) > 10
     finally:
         dist.destroy_process_group()
     (trainer,) = trainers
     assert type(trainer.strategy).__name__ == "DDPStrategy"
+    assert trainer.strategy._timeout == timedelta(minutes=2)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in trainer.lightning_module.modules())
     assert trainer.precision == "64-true"
     assert trainer.num_training_batches == 1437 // 64
 
