@@ -68,8 +68,8 @@ def main() -> None:
         callbacks.append(TrustRatioMonitor(layers="*"))
     last = None
     if arguments.checkpoint_dir is not None:
-        callbacks.append(every_epoch(arguments.checkpoint_dir))
         last = arguments.checkpoint_dir / "last.ckpt"
+        callbacks += [every_epoch(arguments.checkpoint_dir), SharedFolder(last)]
     trainer = lightning.Trainer(
         accelerator=arguments.accelerator,
         devices=arguments.devices,
@@ -115,6 +115,22 @@ def every_epoch(folder: Path) -> ModelCheckpoint:
     """Save after every epoch, and link ``last.ckpt`` to the last checkpoint that is whole."""
     name = {"filename": "{epoch}", "enable_version_counter": False}
     return ModelCheckpoint(folder, save_top_k=-1, save_last="link", **name)
+
+
+class SharedFolder(lightning.Callback):
+    """Raise on all ranks if some find a checkpoint to resume from, and others do not."""
+
+    def __init__(self, last: Path) -> None:
+        self.last, self.is_found = last, last.exists()
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        by_all, by_any = (
+            trainer.strategy.reduce_boolean_decision(self.is_found, all=of) for of in (True, False)
+        )
+        if by_any and not by_all:
+            raise RuntimeError(
+                f"all hosts must share --checkpoint-dir, but {self.last} is on some of them only"
+            )
 
 
 if __name__ == "__main__":

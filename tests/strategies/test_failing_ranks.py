@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -83,3 +84,10 @@ def test_a_rank_that_waits_for_another_in_vain_raises_after_the_timeout():
     waits, leaves_out = on_ranks(2, failing.wait_in_vain, 2)
     assert "Timed out waiting 2000ms" in waits
     assert leaves_out is None
+
+
+def test_hosts_that_share_no_folder_of_checkpoints_all_raise_before_they_train(tmp_path):
+    (tmp_path / "0.ckpt").touch()
+    examples = Path(__file__).parents[2] / "examples"
+    for error in on_ranks(2, failing.share_no_folder, str(tmp_path), str(examples)):
+        assert "all hosts must share --checkpoint-dir" in error

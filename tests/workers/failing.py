@@ -1,11 +1,13 @@
 """Trains on two ranks, of which the second fails in a step after the one that is saved."""
 
+import importlib
 import sys
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -65,6 +67,20 @@ def wait_in_vain(seconds):
     # Of all processes, whose group waits longer: until then, both are there.
     dist.barrier()
     return error
+
+
+def share_no_folder(folder, examples):
+    """Start a run of the example on a folder of this rank's own; return the error."""
+    sys.path.insert(0, examples)
+    shared_folder = importlib.import_module("train").SharedFolder(Path(folder) / f"{dist.get_rank()}.ckpt")
+    trainer = Trainer(
+        accelerator="cpu", devices=2, strategy=ddp(), max_steps=1, logger=False, callbacks=[shared_folder]
+    )
+    try:
+        trainer.fit(Used(optimizer=OPTIMIZERS["LAMB"]))
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 @record
