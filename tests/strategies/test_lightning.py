@@ -96,8 +96,9 @@ def dtype_of(name):
 
 def test_the_table_has_every_run():
     page = Path(__file__).parents[2] / "docs" / "strategies.md"
-    table = page.read_text().partition("## Through Lightning")[2]
-    documented = re.findall(r"^\|.*\| `([^`]+)` \|$", table, re.MULTILINE)
+    table = page.read_text().partition("## Through Lightning")[2].partition("\n## ")[0]
+    # A row of another file names its test.
+    documented = re.findall(r"^\|.*\| `(?!test_)([^`]+)` \|$", table, re.MULTILINE)
     assert sorted(documented) == sorted(RUNS) == sorted({name for name, _ in ALL})
 
 
