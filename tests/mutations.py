@@ -89,8 +89,8 @@ MUTATIONS = (
     # Kernels: factors on the CPU; masks, chunks, sums and factors in Triton.
     Mutation(
         "optim/backends/cpu_sgd.py",
-        "rate, scale = rate * h.momentum, scale / (1 - rate * scale * h.weight_decay)",
-        "rate = rate * h.momentum",
+        "scale / (1 - decay) * input_scale",
+        "scale * input_scale",
         "tests/optim/test_fused.py -k papers_step",
     ),
     Mutation(

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from lightning_lars import LAMB, LARS
 from lightning_lars.optim.backends import choice, cpu_sgd
-from tests.support.layers import EXCLUDED, give_gradients, groups, layers, values, walk
+from tests.support.layers import give_gradients, groups, layers, values, walk
 from tests.support.slow import slow_unless
 
 # Triton's interpreter is numpy, which warns of what is not finite.
@@ -34,6 +34,11 @@ OPTIONS = [
     (LARS, {"denominator": "decayed_gradient", "nesterov": True, "trust_clip": "larc"}),
     (LARS, {"denominator": "momentum", "weight_decay": 0.1, "dampening": 0.3}),
     (LARS, {"denominator": "momentum", "momentum": 0.0, "maximize": True}),
+    (LARS, {"denominator": "momentum", "nesterov": True, "weight_decay": 0.1, "dampening": 0.3}),
+    (
+        LARS,
+        {"denominator": "momentum", "nesterov": True, "decoupled_weight_decay": True, "weight_decay": 0.1},
+    ),
     (LARS, {"trust_coefficient": 1e-9, "weight_decay": 0.1}),
     (LAMB, {}),
     (LAMB, {"weight_decay": 0.0}),
@@ -42,11 +47,6 @@ OPTIONS = [
     (LAMB, {"trust_clip": (0.1, 2.0), "max_weight_norm": 1.0}),
 ]
 ONLY_IN_TRITON = [
-    (LARS, {"denominator": "momentum", "nesterov": True, "weight_decay": 0.1, "dampening": 0.3}),
-    (
-        LARS,
-        {"denominator": "momentum", "nesterov": True, "decoupled_weight_decay": True, "weight_decay": 0.1},
-    ),
     (LAMB, {"bias_correction": False}),
     (LAMB, {"grad_averaging": False, "max_grad_norm": 1.0}),
 ]
@@ -381,10 +381,6 @@ def test_without_decay_a_weight_that_is_not_finite_spoils_no_other_of_its_layer_
     close(*ends)
 
 
-def adapted_layers(dtype=torch.float32):
-    return {name: p for name, p in layers(dtype).items() if name not in EXCLUDED}
-
-
 def with_gaps(dtype=torch.float32):
     # A copy to another device would close the gaps.
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -393,7 +389,6 @@ def with_gaps(dtype=torch.float32):
 
 
 NOT_FUSED = [
-    ("torch", LARS, {"denominator": "momentum", "nesterov": True}, torch.float32, adapted_layers, "momentum"),
     ("torch", LAMB, {"bias_correction": False}, torch.float32, layers, "bias_correction=True"),
     ("torch", LAMB, {"grad_averaging": False}, torch.float32, layers, "grad_averaging=True"),
     *(
@@ -487,7 +482,8 @@ def test_the_kernel_for_an_adapted_layer_is_the_papers_step(momentum, nesterov):
         {**LARS([Parameter(torch.ones(1))]).defaults, "momentum": momentum, "nesterov": nesterov}
         | {"weight_decay": weight_decay}
     )
-    cpu_sgd.adapted_sgd(h, weights, g.float(), held if momentum else None, lr, scale, input_scale / scale)
+    halves = cpu_sgd.halves_of_step(h, lr, scale, input_scale / scale)
+    cpu_sgd.take_halves(h, weights, g.float(), held if momentum else None, halves)
     torch.testing.assert_close(weights.double(), expected_w, rtol=1e-6, atol=1e-6)
     if momentum:
         torch.testing.assert_close(held.double(), expected_v, rtol=1e-6, atol=1e-6)

@@ -18,25 +18,11 @@ _MAX_DECAY = 0.5
 
 
 class CpuSGD(Cpu):
-    """The step of an algorithm with the direction of SGD.
-
-    The factors are ``rate, scale, input_scale``, and the direction is::
-
-        u = scale * (g + weight_decay * w)
-        v = momentum * v + input_scale * u
-        d = u + momentum * v  if nesterov else  v
-    """
-
-    @staticmethod
-    def why_not(h: Hyperparameters) -> str | None:
-        """Return which hyperparameters the kernel does not support, None if it supports all."""
-        if h.layer_adaptation and h.nesterov and h.denominator == "momentum":
-            return 'torch has no fused CPU kernel for nesterov with denominator="momentum"'
-        return None
+    """The step of :class:`~lightning_lars.optim.lars.LARS`."""
 
     def _direction_in_advance(self) -> TensorList:
         (v,) = self.state.moments()
-        if v is None:
+        if v is None or self.h.nesterov:  # the kernel has no output for a direction that is not v
             return super()._direction_in_advance()
         _, _, input_scale = self._factors(1.0)
         _sgd(self.w, self.g, v, self.h, lr=0.0, input_scale=input_scale)  # only updates v
@@ -56,47 +42,60 @@ class CpuSGD(Cpu):
         if ratio is None and factors[0][1] == 1:
             rate, _, input_scale = factors[0]
             _sgd(self.w, self.g, v, h, lr=rate, input_scale=input_scale, nesterov=h.nesterov)
-        elif all([_is_precise(h, *each) for each in factors]):  # noqa: C419, because it is faster
-            for i, (w, g) in enumerate(zip(self.w, self.g, strict=True)):
-                own = factors[0] if ratio is None else factors[i]
-                adapted_sgd(h, w, g, None if v is None else v[i], *own)
-        else:
+            self._write()
+            return
+        halves = [split for each in factors if (split := halves_of_step(h, *each)) is not None]
+        if len(halves) < len(factors):
             super().move(1.0 if ratio is None else self.w[0].new_tensor(ratio))
             return
+        for i, (w, g) in enumerate(zip(self.w, self.g, strict=True)):
+            take_halves(h, w, g, None if v is None else v[i], halves[0 if ratio is None else i])
         self._write()
 
 
-def adapted_sgd(
-    h: Hyperparameters, w: Tensor, g: Tensor, v: Tensor | None, rate: float, scale: float, input_scale: float
-) -> None:
-    """Take the step of one layer in place.
+def halves_of_step(
+    h: Hyperparameters, rate: float, scale: float, input_scale: float
+) -> tuple[float | None, float, float] | None:
+    """Split the step of an adapted layer into a step of SGD without momentum and one with it.
 
-    This is SGD with ``dampening=1 - scale * input_scale``. SGD's own Nesterov momentum is undampened, so it
-    takes two steps: ``w = w - rate * scale * u``, after which ``g + weight_decay * w`` is
-    ``(1 - rate * scale * weight_decay) * u``, and ``w = w - rate * momentum * v``.
+    Without Nesterov momentum, the second is the whole step. Nesterov momentum as SGD has it is undampened;
+    its first half is ``w = w - rate * scale * u``, after which ``g + weight_decay * w`` is
+    ``(1 - rate * scale * weight_decay) * u``, and its second half ``w = w - rate * momentum * v``.
 
     Args:
         h: The hyperparameters of the group.
-        w: Weights.
-        g: Gradient, only read.
-        v: Momentum buffer; None without momentum, and then ``w = w - rate * scale * u``.
         rate: Factor on the direction.
         scale: Factor on the gradient: the trust ratio.
         input_scale: Factor on ``u`` in the update of ``v``: one minus the dampening.
+
+    Returns:
+        The learning rate of the first half, None if there is none, and that of the second half with one
+        minus its dampening. None if the two halves are not exact to float32 precision.
     """
-    if h.nesterov or v is None:
-        _sgd([w], [g], None, h, lr=rate * scale)
-    if h.nesterov:
-        rate, scale = rate * h.momentum, scale / (1 - rate * scale * h.weight_decay)
-    if v is not None:
-        _sgd([w], [g], [v], h, lr=rate, input_scale=scale * input_scale)
+    if not scale * input_scale > _MIN_SCALE:
+        return None
+    if not h.momentum:
+        return None, rate * scale, input_scale
+    if not h.nesterov:
+        return None, rate, scale * input_scale
+    decay = rate * scale * h.weight_decay
+    if not decay < _MAX_DECAY:
+        return None
+    return rate * scale, rate * h.momentum, scale / (1 - decay) * input_scale
 
 
-def _is_precise(h: Hyperparameters, rate: float, scale: float, input_scale: float) -> bool:
-    """Return whether :func:`adapted_sgd` is exact to float32 precision with these factors."""
-    return scale * input_scale > _MIN_SCALE and not (
-        h.nesterov and not rate * scale * h.weight_decay < _MAX_DECAY
-    )
+def take_halves(
+    h: Hyperparameters,
+    w: Tensor,
+    g: Tensor,
+    v: Tensor | None,
+    halves: tuple[float | None, float, float],
+) -> None:
+    """Take the step of one layer in place, as :func:`halves_of_step` splits it; ``g`` is only read."""
+    first, second, input_scale = halves
+    if first is not None:
+        _sgd([w], [g], None, h, lr=first)
+    _sgd([w], [g], None if v is None else [v], h, lr=second, input_scale=input_scale)
 
 
 def _sgd(
