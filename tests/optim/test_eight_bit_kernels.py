@@ -9,6 +9,7 @@ from torch.nn import Parameter
 from lightning_lars import LAMB8bit, LARS8bit
 from lightning_lars.optim.backends import choice
 from lightning_lars.optim.state.eight_bit import EightBitState
+from lightning_lars.optim.state.torchao import QuantizationMaps
 from tests.support.layers import give_gradients
 from tests.support.slow import slow_unless
 
@@ -16,7 +17,9 @@ triton = pytest.importorskip("triton", minversion="3.3", reason="there is no tri
 quantization = pytest.importorskip("torchao.optim.quant_utils", reason="there is no torchao for this system")
 
 kernels = pytest.importorskip("lightning_lars.optim.backends.triton_eight_bit")
-tl, pointers_to, quantize = triton.language, kernels.pointers_to, kernels.quantize
+table_argument = pytest.importorskip("lightning_lars.optim.backends.triton").table_argument
+tl, addresses_of, pointers_to = triton.language, kernels.addresses_of, kernels.pointers_to
+rows_from, quantize = kernels.rows_from, kernels.quantize
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of several chunks, cut in the middle of one; of one block; and one whose state stays in 32 bits.
@@ -25,11 +28,11 @@ NAN, INF = float("nan"), float("inf")
 
 
 @triton.jit
-def requantize(x, columns, shares, size, block: tl.constexpr):
-    from_triton = pointers_to(columns, 0, 0, 1)
-    at = tl.program_id(0) * block + tl.arange(0, block)
-    mask = at < size
-    quantize(from_triton, shares, at, mask, tl.load(x + at, mask=mask, other=0.0), block)
+def requantize(x, columns, table, size, rows: tl.constexpr, has_mask: tl.constexpr):
+    to = pointers_to(addresses_of(columns, 0, 0, 1), has_mask)
+    start = tl.program_id(0) * rows * 256
+    at = rows_from(start, rows)
+    quantize(to, table, start, size, tl.load(x + at, mask=at < size, other=0.0), has_mask, rows)
 
 
 def hard_to_round(shares):
@@ -41,8 +44,9 @@ def hard_to_round(shares):
     return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1).reshape(-1)
 
 
+@pytest.mark.parametrize(("rows", "has_mask"), [(1, False), (4, True)])
 @pytest.mark.parametrize("signed", [True, False])
-def test_codes_and_scales_are_those_of_torchao_to_the_bit(signed):
+def test_codes_and_scales_are_those_of_torchao_to_the_bit(signed, rows, has_mask):
     torch.manual_seed(0)
     shares = torch.tensor(quantization.create_dynamic_map(signed=signed), device=DEVICE)
     wide = torch.randn(16 * 256, device=DEVICE) * 10 ** torch.empty(16 * 256, device=DEVICE).uniform_(-9, 1)
@@ -54,7 +58,9 @@ def test_codes_and_scales_are_those_of_torchao_to_the_bit(signed):
     expected = quantization.quantize_8bit_with_qmap(scaled, shares)
     codes, scales = torch.zeros_like(expected), torch.zeros_like(expected_scales)
     columns = torch.tensor([[t.data_ptr()] for t in (codes, scales, shares)], device=DEVICE)
-    requantize[(triton.cdiv(x.numel(), 1024),)](x, columns, shares, x.numel(), block=1024)
+    table = table_argument(QuantizationMaps().code_table(signed, torch.device(DEVICE)))
+    grid = (triton.cdiv(x.numel(), 256 * rows),)
+    requantize[grid](x, columns, table, x.numel(), rows=rows, has_mask=has_mask)
     torch.testing.assert_close(scales, expected_scales, rtol=0.0, atol=0.0, equal_nan=True)
     assert torch.equal(codes, expected)
 
@@ -203,3 +209,22 @@ def test_a_layer_whose_order_in_memory_is_not_that_of_its_codes_is_opened(optimi
             optimizer.step()
         ends.append(p.detach().contiguous())
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer_class", [slow_unless(False, LARS8bit), slow_unless(False, LAMB8bit)])
+def test_codes_may_lie_at_any_address(optimizer_class, never_opened):
+    ends = []
+    for offset in (0, 1):
+        params, optimizer = build(optimizer_class, True, {})
+        for step in range(3):
+            give_gradients(params.values(), step)
+            for state in optimizer.state.values():
+                for value in state.values():
+                    if hasattr(value, "codes"):
+                        memory = value.codes.new_empty(value.codes.numel() + 1)
+                        value.codes = (
+                            memory[offset:][: value.codes.numel()].view_as(value.codes).copy_(value.codes)
+                        )
+            optimizer.step()
+        ends.append([p.detach() for p in params.values()])
+    torch.testing.assert_close(*ends, rtol=0.0, atol=0.0)

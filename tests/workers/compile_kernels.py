@@ -16,6 +16,7 @@ from lightning_lars.optim.backends.triton_ratio import adapt
 from lightning_lars.optim.backends.triton_scalars import count
 from lightning_lars.optim.backends.triton_table import CHUNK
 from lightning_lars.optim.backends.triton_walk import BLOCK, WARPS, walk
+from lightning_lars.optim.state.code_table import CodeTable
 
 INSTRUCTIONS = (
     "ld.global.v4",
@@ -46,6 +47,7 @@ RATIOS = {
 HALF = ("lars gradient", "lamb")
 FEW = (*HALF, "lars momentum", "novograd")
 WHOLE = torch.zeros(64, dtype=torch.int64)
+CODES = torch.zeros(64, dtype=torch.uint8)
 FLOATS, DOUBLES = torch.zeros(64), torch.zeros(64, dtype=torch.float64)
 
 
@@ -66,11 +68,13 @@ def compiled(algorithm, options: dict[str, object], dtype, mode: str, in_eight_b
     h = algorithm.hyperparameters(group_of(algorithm, options))
     kept, has_ratio = algorithm.used_moments(h), mode != "measure"
     factors = factors_in_kernel(algorithm, has_ratio=has_ratio, is_first=False, h=h)
+    table = CodeTable(FLOATS, CODES, cells=1400, first=6729, shift=17)
+    tables = (triton.table_argument(table),) * len(kept)
     return walk.warmup(
         *[WHOLE] * 5, FLOATS, DOUBLES, FLOATS if has_ratio else None,
         tuple(factor.number for factor in factors), tuple(tl.constexpr(factor.kind) for factor in factors),
         0.1 if mode == "move" else FLOATS[0], 0.1, FLOATS[0], 64, 64, triton.arguments(h),
-        (FLOATS,) * len(kept) if in_eight_bit else (),
+        tables if in_eight_bit else (),
         tensor_lr=mode != "move",
         numbers=len(factors) - 1,
         direction=triton.compiled(algorithm.direction),
@@ -86,7 +90,7 @@ def compiled(algorithm, options: dict[str, object], dtype, mode: str, in_eight_b
         decays=h.weight_decay != 0,
         has_scale=mode == "move",
         chunk_size=CHUNK,
-        block=BLOCK,
+        block=CHUNK if in_eight_bit else BLOCK,
         num_warps=WARPS,
         grid=(1,),
     )  # fmt: skip

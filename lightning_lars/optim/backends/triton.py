@@ -22,6 +22,7 @@ from lightning_lars.optim.backends.triton_scalars import count, root
 from lightning_lars.optim.backends.triton_table import CHUNK, LayerTable
 from lightning_lars.optim.backends.triton_walk import BLOCK, WARPS, walk
 from lightning_lars.optim.batches import Batch
+from lightning_lars.optim.state.code_table import CodeTable
 from lightning_lars.optim.trust_ratio import Number, TrustRatios, bounds
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -91,7 +92,7 @@ class Triton(Eager):
             self.moments = len(self.algorithm.used_moments(self.h))
             self.steps_in = 2 + len(columns)
             steps = [self.state.steps()] if self.algorithm.counts_steps else []
-            self.state_maps = self.state.maps()
+            self.code_tables = tuple(map(table_argument, self.state.code_tables()))
             self._table = self.tables.table((self.batch.weights, self.batch.grads, *columns, *steps))
         return self._table
 
@@ -151,7 +152,7 @@ class Triton(Eager):
             table.layers,
             table.chunks,
             of_rules.h,
-            self.state_maps,
+            self.code_tables,
             has_lr_tensor,
             0 if mode == "apply" else len(of_rules.numbers) - 1,
             compiled(self.algorithm.direction),
@@ -165,7 +166,7 @@ class Triton(Eager):
             self.h.weight_decay != 0,
             self.gradient_scale is not None,
             CHUNK,
-            BLOCK,
+            CHUNK if batch.in_eight_bit else BLOCK,
             warps=WARPS,
         )
 
@@ -254,6 +255,12 @@ def arguments(h: Any) -> Any:
         values["low"], values["high"] = bounds(h)
         values["trust_clip"] = "larc" if values["trust_clip"] == "larc" else "number"
     return _namedtuple(tuple(values))(*map(_argument, values.values()))
+
+
+def table_argument(table: CodeTable) -> CodeTable:
+    """Return a table of codes as an argument of a kernel."""
+    cells, first, shift = map(tl.constexpr, table[2:])
+    return table._replace(cells=cells, first=first, shift=shift)
 
 
 @cache

@@ -11,7 +11,14 @@ Squares are summed in float64, because in float32 the square of a number below 1
 import triton
 import triton.language as tl
 
-from lightning_lars.optim.backends.triton_eight_bit import dequantize, pointers_to, quantize
+from lightning_lars.optim.backends.triton_eight_bit import (
+    BLOCK_SIZE,
+    addresses_of,
+    dequantize,
+    pointers_to,
+    quantize,
+    rows_from,
+)
 from lightning_lars.optim.backends.triton_scalars import (
     ADDRESS,
     address_in,
@@ -78,7 +85,7 @@ def walk(
     layers,
     chunks,
     h,
-    qmaps,
+    code_tables,
     tensor_lr: tl.constexpr,
     numbers: tl.constexpr,
     direction: tl.constexpr,
@@ -101,8 +108,8 @@ def walk(
     moments. ``"move"`` updates weights and moments. ``"apply"`` updates the weights along the stored
     direction.
 
-    With moments in 8 bits, whose quantization maps are ``qmaps``, computing the direction twice moves fewer
-    bytes than storing it, so ``"measure"`` stores nothing but the sums.
+    With moments in 8 bits, computing the direction twice moves fewer bytes than storing it, so ``"measure"``
+    stores nothing but the sums.
     """
     chunk = tl.program_id(0)
     layer = tl.load(layer_of_chunk + chunk)
@@ -114,11 +121,12 @@ def walk(
     moments_at = ()
     for i in tl.static_range(moments):
         if in_eight_bit:
-            moments_at = moments_at + (pointers_to(columns, 2 + 3 * i, layer, layers),)
+            moment_at = addresses_of(columns, 2 + 3 * i, layer, layers)
+            every_at = every_at | moment_at[0]
         else:
             moment_at = address_in(columns, 2 + i, layer, layers)
             every_at = every_at | moment_at
-            moments_at = moments_at + (moment_at,)
+        moments_at = moments_at + (moment_at,)
     stores_direction: tl.constexpr = denominator_vector is None and not in_eight_bit
     d_from = directions
     if mode == "apply" or stores_direction:
@@ -137,8 +145,10 @@ def walk(
             factor_of_layer(factors[i + 1], kinds[i + 1], rate_of_all, ratio, t),
         )
     is_narrow = ((offset + chunk_size > size) | ((every_at & 15) != 0)).to(tl.int32)
-    w_squares = tl.zeros([block], tl.float64)
-    d_squares = tl.zeros([block], tl.float64)
+    rows: tl.constexpr = block // BLOCK_SIZE
+    shape: tl.constexpr = (rows, BLOCK_SIZE) if in_eight_bit else (block,)
+    w_squares = tl.zeros(shape, tl.float64)
+    d_squares = tl.zeros(shape, tl.float64)
     for has_mask in tl.static_range(2):
         if is_narrow == has_mask:
             w_from = pointer_to(w_at, dtype, has_mask)
@@ -146,11 +156,14 @@ def walk(
             moments_from = ()
             for i in tl.static_range(moments):
                 if in_eight_bit:
-                    moments_from = moments_from + (moments_at[i],)
+                    moments_from = moments_from + (pointers_to(moments_at[i], has_mask),)
                 else:
                     moments_from = moments_from + (pointer_to(moments_at[i], tl.float32, has_mask),)
             for start in range(0, chunk_size, block):
-                at = offset + start + tl.arange(0, block)
+                if in_eight_bit:
+                    at = rows_from(offset + start, rows)
+                else:
+                    at = offset + start + tl.arange(0, block)
                 mask = at < size
                 w = load(w_from + at, mask, has_mask)
                 if h.decoupled_weight_decay:
@@ -172,7 +185,9 @@ def walk(
                         before = ()
                         for i in tl.static_range(moments):
                             if in_eight_bit:
-                                before = before + (dequantize(moments_from[i], at, mask),)
+                                before = before + (
+                                    dequantize(moments_from[i], offset + start, size, has_mask, rows),
+                                )
                             else:
                                 before = before + (load(moments_from[i] + at, mask, has_mask),)
                         for i in tl.static_range(absent):
@@ -183,7 +198,9 @@ def walk(
                             if not in_eight_bit:
                                 store(moments_from[i] + at, step[i + 1], mask, has_mask)
                             elif mode == "move":
-                                quantize(moments_from[i], qmaps[i], at, mask, step[i + 1], block)
+                                table = code_tables[i]
+                                first, after = offset + start, step[i + 1]
+                                quantize(moments_from[i], table, first, size, after, has_mask, rows)
                         if mode == "measure" and stores_direction:
                             store(d_from + at, d, mask, has_mask)
                 if mode == "measure":
@@ -194,5 +211,5 @@ def walk(
                 else:
                     store(w_from + at, w - rate * d, mask, has_mask)
     if mode == "measure":
-        tl.store(sums + chunk, tl.sum(w_squares, axis=0))
-        tl.store(sums + chunks + chunk, tl.sum(d_squares, axis=0))
+        tl.store(sums + chunk, tl.sum(w_squares))
+        tl.store(sums + chunks + chunk, tl.sum(d_squares))

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_lars.optim.algorithm import Algorithm
 from lightning_lars.optim.backends.choice import uses_triton
 from lightning_lars.optim.batches import Batch
+from lightning_lars.optim.state.code_table import CodeTable
 from lightning_lars.optim.state.plain import BatchState, PlainState, States
 from lightning_lars.optim.state.torchao import (
     QuantizationMaps,
@@ -171,7 +172,8 @@ class EightBitBatchState(BatchState):
 
     def end_step(self) -> None:
         """Record that a kernel has written the moments in 8 bits, with our own quantization maps."""
-        for moment, qmap in zip(self._moments, self.maps(), strict=True):
+        for moment, signed in zip(self._moments, self._signed(), strict=True):
+            qmap = self._qmaps.get(signed, self._device)
             for value in moment:
                 self._has_own_maps = self._has_own_maps and value.qmap is qmap
                 value.qmap = qmap
@@ -180,11 +182,17 @@ class EightBitBatchState(BatchState):
         """Return whether the quantization maps that this step read are those that it wrote with."""
         return self._has_own_maps
 
-    def maps(self) -> tuple[Tensor, ...]:
-        """Return the quantization map of each moment in use that is stored in 8 bits."""
-        device = self.batch.weights[0].device
-        keys = (key for key in self._algorithm.moments if key in self._used)
-        return tuple(self._qmaps.get(is_signed(key), device) for key in keys)
+    def code_tables(self) -> tuple[CodeTable, ...]:
+        """Return the table of nearest codes of each moment in use that is stored in 8 bits."""
+        return tuple(self._qmaps.code_table(signed, self._device) for signed in self._signed())
+
+    @property
+    def _device(self) -> torch.device:
+        return self.batch.weights[0].device
+
+    def _signed(self) -> list[bool]:
+        """Return whether each moment in use is signed."""
+        return [is_signed(key) for key in self._algorithm.moments if key in self._used]
 
     def _zeros(self, key: str, w: Tensor) -> Tensor:
         zeros: Tensor = eight_bit_zeros(w, key, self._qmaps)

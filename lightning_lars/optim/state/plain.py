@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_lars.optim.algorithm import Algorithm
 from lightning_lars.optim.backends.choice import match_layout
 from lightning_lars.optim.batches import Batch
+from lightning_lars.optim.state.code_table import CodeTable
 from lightning_lars.optim.state.torchao import to_float
 from lightning_lars.rules import Rule
 from lightning_lars.sharding.shards import laid_out_as, local
@@ -139,8 +140,8 @@ class BatchState:
         """Return whether a step leaves the state in the tensors from which the next step reads it."""
         return all(type(value) is Tensor for state in self.batch.states for value in (state or {}).values())
 
-    def maps(self) -> tuple[Tensor, ...]:
-        """Return the quantization map of each moment in use that is stored in 8 bits."""
+    def code_tables(self) -> tuple[CodeTable, ...]:
+        """Return the table of nearest codes of each moment in use that is stored in 8 bits."""
         return ()
 
     def next_steps(self) -> list[Tensor]:

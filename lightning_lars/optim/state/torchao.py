@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_lars.optim.state.code_table import CodeTable, code_table
 from lightning_lars.sharding.shards import laid_out_as, local
 
 BLOCK_SIZE = 256
@@ -90,7 +91,7 @@ def fits_eight_bit(p: Any, min_8bit_size: int) -> bool:
 
 
 class QuantizationMaps:
-    """The quantization maps of one optimizer, copied once to each device.
+    """The quantization maps of one optimizer and their tables of codes, copied once to each device.
 
     A quantization map (torchao's ``qmap``) has shape ``(256,)`` and gives the value of each code, as a
     fraction of the scale. Each optimizer has its own maps: they are copied on the stream of its steps,
@@ -99,16 +100,43 @@ class QuantizationMaps:
 
     def __init__(self) -> None:
         self._qmaps: dict[tuple[bool, torch.device], Tensor] = {}
+        self._code_tables: dict[tuple[bool, torch.device], CodeTable] = {}
 
     def get(self, signed: bool, device: torch.device) -> Tensor:
         """Return the map for signed or unsigned moments."""
         qmap = self._qmaps.get((signed, device))
         if qmap is None:
-            with torch.device("cpu"):
-                zeros = import_eight_bit_tensor().zeros((BLOCK_SIZE,), signed, BLOCK_SIZE, device="cpu")
-            on_host = zeros.qmap.pin_memory() if device.type == "cuda" else zeros.qmap
-            qmap = self._qmaps[signed, device] = on_host.to(device, non_blocking=True)
+            qmap = self._qmaps[signed, device] = _on_device(_qmap_on_host(signed), device)
         return qmap
+
+    def code_table(self, signed: bool, device: torch.device) -> CodeTable:
+        """Return the table in which a kernel looks up the nearest codes of the map."""
+        table = self._code_tables.get((signed, device))
+        if table is None:
+            on_host = _code_table_on_host(signed)
+            thresholds, lowest = (_on_device(x, device) for x in (on_host.thresholds, on_host.lowest))
+            table = on_host._replace(thresholds=thresholds, lowest=lowest)
+            self._code_tables[signed, device] = table
+        return table
+
+
+@cache
+def _qmap_on_host(signed: bool) -> Tensor:
+    with torch.device("cpu"):
+        zeros = import_eight_bit_tensor().zeros((BLOCK_SIZE,), signed, BLOCK_SIZE, device="cpu")
+    qmap: Tensor = zeros.qmap
+    return qmap
+
+
+@cache
+def _code_table_on_host(signed: bool) -> CodeTable:
+    return code_table(_qmap_on_host(signed))
+
+
+def _on_device(on_host: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device without synchronizing."""
+    pinned = on_host.pin_memory() if device.type == "cuda" else on_host.clone()
+    return pinned.to(device, non_blocking=True)
 
 
 def to_float(state: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
