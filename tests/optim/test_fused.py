@@ -101,7 +101,7 @@ class Calls:
         if kernels == "torch":
             self.patches = [
                 patch.object(torch, name, wraps=getattr(torch, name))
-                for name in ("_fused_sgd_", "_fused_adam_")
+                for name in ("_fused_sgd_", "_fused_adamw_")
             ]
         else:
             from lightning_lars.optim.backends import triton

@@ -1,7 +1,4 @@
-"""A back end for LAMB on the CPU, built on torch's fused Adam kernels."""
-
-from collections.abc import Callable
-from typing import Any
+"""A back end for LAMB on the CPU, built on torch's fused AdamW kernel."""
 
 import torch
 from torch import Tensor
@@ -16,26 +13,26 @@ _LONG = 16384
 
 
 class CpuAdam(Cpu):
-    """The step of an algorithm with the direction of AdamW, which the trust ratio scales.
+    """The step of :class:`~lightning_lars.optim.lamb.LAMB`.
 
-    The direction ``m_hat / (sqrt(v_hat) + eps) + weight_decay * w`` is the result of a step of Adam with
-    ``lr=-1`` that starts at ``weight_decay * w``. Without ``layer_adaptation`` the step is AdamW's own.
+    Its direction is the result of a step of Adam with ``lr=-1`` that starts at ``weight_decay * w``. Without
+    ``layer_adaptation`` the step is AdamW's own.
     """
 
     @staticmethod
     def why_not(h: Hyperparameters) -> str | None:
-        """Return which hyperparameters the kernels do not support, None if they support all."""
+        """Return which hyperparameters the kernel does not support, None if it supports all."""
         if not (h.bias_correction and h.grad_averaging):
             return "torch's kernel on the CPU needs bias_correction=True and grad_averaging=True"
         return None
 
     def _direction_in_advance(self) -> TensorList:
-        u = self._decay()
-        self._fused_step(torch._fused_adam_, u, lr=-1.0, weight_decay=0.0)
+        u = self._decay_term()
+        self._adamw(u, -1.0, 0.0)
         return TensorList(u)
 
-    def _decay(self) -> list[Tensor]:
-        """Return ``weight_decay * w``."""
+    def _decay_term(self) -> list[Tensor]:
+        """Return what the decay adds to the direction."""
         decay, u = self.h.weight_decay, self.scratch.like(self.g)
         if decay == 0:  # 0 * w is not 0 where w is not finite
             torch._foreach_zero_(u)
@@ -51,18 +48,16 @@ class CpuAdam(Cpu):
         """Update the weights with the trust ratios, and the moments too if ``ratio`` is None."""
         lr = float(self.lr)
         if self.stored_direction is None:
-            self._fused_step(torch._fused_adamw_, self.w, lr=lr, weight_decay=self.h.weight_decay)
+            self._adamw(self.w, lr, self.h.weight_decay)
         else:
             assert ratio is not None
             subtract_scaled(self.w, self.stored_direction.value(), [lr * each for each in ratio])
         self._write()
 
-    def _fused_step(
-        self, kernel: Callable[..., Any], params: list[Tensor], *, lr: float, weight_decay: float
-    ) -> None:
-        m, v = self.state.moments()
+    def _adamw(self, params: list[Tensor], lr: float, weight_decay: float) -> None:
+        m, v = filter(None, self.state.moments())  # both are always in use
         beta1, beta2 = self.h.betas
-        kernel(
+        torch._fused_adamw_(
             params,
             self.g,
             m,
