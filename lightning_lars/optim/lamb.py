@@ -8,7 +8,7 @@ from torch import Tensor, sqrt
 from lightning_lars.optim.algorithm import COMMON_RULES, Factors, Hyperparameters, PerLayer
 from lightning_lars.optim.backends.cpu_adam import CpuAdam
 from lightning_lars.optim.layerwise import LayerwiseOptimizer
-from lightning_lars.optim.trust_ratio import Number, TrustRatios, bounds, clip, one_minus_power, trust_ratio
+from lightning_lars.optim.trust_ratio import Number, TrustRatios, clip, clipped, one_minus_power, trust_ratio
 from lightning_lars.rules import (
     FLAG,
     NON_NEGATIVE,
@@ -121,8 +121,7 @@ class LAMB(LayerwiseOptimizer):
     def ratio(w_norm: Number, d_norm: Number, lr: Any, h: Hyperparameters) -> TrustRatios[Number]:
         numerator = w_norm if h.max_weight_norm is None else clip(w_norm, 0.0, h.max_weight_norm)
         ratio = trust_ratio(numerator, d_norm, eps=h.trust_eps)
-        clipped = ratio if h.trust_clip is None else clip(ratio, *bounds(h))
-        return TrustRatios(w_norm, d_norm, ratio, clipped)
+        return TrustRatios(w_norm, d_norm, ratio, clipped(ratio, h))
 
     @staticmethod
     def factors(ratio: PerLayer, lr: PerLayer, is_first: bool, t: PerLayer, h: Hyperparameters) -> Factors:

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_lars.optim.algorithm import COMMON_RULES, Factors, Hyperparameters, PerLayer, Value
 from lightning_lars.optim.backends.cpu_sgd import CpuSGD
 from lightning_lars.optim.layerwise import LayerwiseOptimizer
-from lightning_lars.optim.trust_ratio import Number, TrustRatios, bounds, clip, over_lr, trust_ratio
+from lightning_lars.optim.trust_ratio import Number, TrustRatios, clipped, over_lr, trust_ratio
 from lightning_lars.rules import FLAG, FRACTION, NON_NEGATIVE, POSITIVE, one_of, positive_or, require
 
 
@@ -132,8 +132,7 @@ class LARS(LayerwiseOptimizer):
         ratio = trust_ratio(w_norm, d_norm, trust_coefficient=h.trust_coefficient, eps=h.eps)
         if h.trust_clip == "larc":
             ratio = over_lr(ratio, lr)
-        clipped = ratio if h.trust_clip is None else clip(ratio, *bounds(h))
-        return TrustRatios(w_norm, d_norm, ratio, clipped)
+        return TrustRatios(w_norm, d_norm, ratio, clipped(ratio, h))
 
     @staticmethod
     def factors(ratio: PerLayer, lr: PerLayer, is_first: bool, t: PerLayer, h: Hyperparameters) -> Factors:

@@ -114,14 +114,16 @@ def clip(ratio: Number, low: float, high: float) -> Number:
     return ratio if math.isnan(ratio) else min(max(ratio, low), high)
 
 
-def bounds(h: Any) -> tuple[float, float]:
-    """Return the lower and upper bound of the trust ratio that ``trust_clip`` sets."""
-    if h.trust_clip is None:
-        return 0.0, math.inf
-    if h.trust_clip == "larc":
+def clipped(ratio: Number, h: Any) -> Number:
+    """Return a ratio, or a tensor of ratios, within the bounds that ``trust_clip`` sets."""
+    return ratio if h.trust_clip is None else clip(ratio, *bounds(h.trust_clip))
+
+
+def bounds(limit: Any) -> tuple[float, float]:
+    """Return the lower and upper bound that a number, a pair of numbers or ``"larc"`` sets."""
+    if limit == "larc":
         return 0.0, 1.0
-    low, high = h.trust_clip if is_pair(h.trust_clip) else (0.0, h.trust_clip)
-    return low, high
+    return limit if is_pair(limit) else (0.0, limit)
 
 
 def over_lr(ratio: Number, lr: float | Tensor) -> Number:

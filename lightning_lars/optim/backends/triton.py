@@ -240,7 +240,7 @@ def compiled(equation: Callable[..., Any]) -> Any:
         for name, value in equation.__globals__.items()
     }
     names |= {"tl": tl, "sqrt": root, "TrustRatios": trust_ratios}
-    names |= {name: getattr(triton_ratio, name) for name in ("trust_ratio", "clip", "over_lr", "bounds")}
+    names |= {name: getattr(triton_ratio, name) for name in ("trust_ratio", "clip", "clipped", "over_lr")}
     return triton.jit(FunctionType(equation.__code__, names, equation.__name__))
 
 
@@ -252,7 +252,7 @@ def arguments(h: Any) -> Any:
     """
     values = h._asdict()
     if values.get("trust_clip") is not None:
-        values["low"], values["high"] = bounds(h)
+        values["low"], values["high"] = bounds(h.trust_clip)
         values["trust_clip"] = "larc" if values["trust_clip"] == "larc" else "number"
     return _namedtuple(tuple(values))(*map(_argument, values.values()))
 

@@ -26,9 +26,11 @@ def over_lr(ratio, lr):
 
 
 @triton.jit
-def bounds(h):
-    """Return the lower and the upper bound of the trust ratio."""
-    return h.low, h.high
+def clipped(ratio, h):
+    """Return the trust ratio within its bounds."""
+    if h.trust_clip is not None:
+        ratio = clip(ratio, h.low, h.high)
+    return ratio
 
 
 @triton.jit
