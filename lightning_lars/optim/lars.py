@@ -43,7 +43,7 @@ class LARS(LayerwiseOptimizer):
         eps: Added to the denominator, at least 0.
         denominator: The denominator of the trust ratio. ``"gradient"``: as above. ``"decayed_gradient"``:
             ``|g + weight_decay * w| + eps`` (SimCLR, BYOL, optax). ``"momentum"``: momentum runs first, on
-            ``g + weight_decay * w``; its direction ``d``, Nesterov's included, is then applied as
+            that decayed gradient; its direction ``d``, Nesterov's included, is then applied as
             ``w = w - lr * trust_coefficient * |w| / (|d| + eps) * d``.
         trust_clip: Upper bound of the trust ratio, above 0; None for no bound. ``"larc"`` replaces the ratio
             by ``min(trust_ratio / lr, 1)``, so that no layer has a higher rate than ``lr``.
@@ -104,12 +104,15 @@ class LARS(LayerwiseOptimizer):
 
     @staticmethod
     def check_combination(h: Hyperparameters) -> None:
-        for name in ("nesterov", "lr_in_momentum", "dampening"):
-            rule = f"{type(getattr(h, name))()} unless momentum is above 0"
-            require(name, rule, getattr(h, name), h.momentum > 0 or not getattr(h, name))
-        rule = 'False with denominator="momentum", where lr would cancel out of the step'
-        holds = not (h.lr_in_momentum and LARS.adapts_direction(h))
-        require("lr_in_momentum", rule, h.lr_in_momentum, holds)
+        def refuse(name: str, where: str) -> None:
+            value = getattr(h, name)
+            require(name, f"{type(value)()} {where}", value, not value)
+
+        if not LARS.used_moments(h):
+            for name in ("nesterov", "lr_in_momentum", "dampening"):
+                refuse(name, "unless momentum is above 0")
+        if LARS.adapts_direction(h):
+            refuse("lr_in_momentum", 'with denominator="momentum", where lr would cancel out of the step')
 
     @classmethod
     def used_moments(cls, h: Hyperparameters) -> tuple[str, ...]:
@@ -121,9 +124,7 @@ class LARS(LayerwiseOptimizer):
 
     @staticmethod
     def denominator_vector(w: Value, g: Value, h: Hyperparameters) -> Value:
-        if h.denominator == "decayed_gradient":
-            g = g + h.weight_decay * w
-        return g
+        return g + h.weight_decay * w if h.denominator == "decayed_gradient" else g
 
     @staticmethod
     def ratio(w_norm: Number, d_norm: Number, lr: Any, h: Hyperparameters) -> TrustRatios[Number]:

@@ -81,7 +81,7 @@ class LastTrustRatios:
         """Return for each adapted layer whether only weight decay contributed to its last step.
 
         This happens with a gradient of 0 if the decay is part of the adapted update. The trust ratio makes
-        such a step as long as any other, whatever ``weight_decay`` is.
+        such a step as long as any other, however small the decay is.
 
         Returns:
             0-d bool tensors, as :meth:`trust_ratios` returns them.

@@ -58,9 +58,9 @@ def halves_of_step(
 ) -> tuple[float | None, float, float] | None:
     """Split the step of an adapted layer into a step of SGD without momentum and one with it.
 
-    Without Nesterov momentum, the second is the whole step. Nesterov momentum as SGD has it is undampened;
-    its first half is ``w = w - rate * scale * u``, after which ``g + weight_decay * w`` is
-    ``(1 - rate * scale * weight_decay) * u``, and its second half ``w = w - rate * momentum * v``.
+    Without Nesterov momentum, the second is the whole step. Nesterov momentum as SGD has it is undampened:
+    here its first half is ``w = w - rate * scale * u``, which also takes ``rate * scale * weight_decay * u``
+    from ``u``, and its second half ``w = w - rate * momentum * v``.
 
     Args:
         h: The hyperparameters of the group.
@@ -69,8 +69,8 @@ def halves_of_step(
         input_scale: Factor on ``u`` in the update of ``v``: one minus the dampening.
 
     Returns:
-        The learning rate of the first half, None if there is none, and that of the second half with one
-        minus its dampening. None if the two halves are not exact to float32 precision.
+        The learning rate of the first half, None if there is none, and that of the second half with its
+        ``input_scale``. None if the two halves are not exact to float32 precision.
     """
     if not scale * input_scale > _MIN_SCALE:
         return None

@@ -18,13 +18,13 @@ class AbsentState:
         >>> import torch
         >>> from lightning_lars.optim.state.absent import AbsentState
         >>> kept, pruned = torch.ones(2), torch.ones(3)
-        >>> state, absent = {kept: "momentum", pruned: "another"}, AbsentState()
+        >>> state, absent = {kept: "its state", pruned: "another"}, AbsentState()
         >>> absent.follow(state, [kept])
         >>> list(state.values())
-        ['momentum']
+        ['its state']
         >>> absent.follow(state, [kept, pruned])
         >>> list(state.values())
-        ['momentum', 'another']
+        ['its state', 'another']
     """
 
     def __init__(self) -> None:
