@@ -13,6 +13,7 @@ from lightning_lars.optim.algorithm import Algorithm
 from lightning_lars.optim.backends.scratch import Scratch
 from lightning_lars.optim.backends.triton_table import LayerTables
 from lightning_lars.optim.batches import Batch
+from lightning_lars.optim.checked import CheckedHyperparameters, check_groups
 from lightning_lars.optim.last_trust_ratios import LastTrustRatios
 from lightning_lars.optim.parameters import check_params, named_params, recheck_params
 from lightning_lars.optim.plan import Plan
@@ -22,7 +23,6 @@ from lightning_lars.optim.state.checkpoint import adapt_state_dict, is_checkpoin
 from lightning_lars.optim.state.eight_bit import EightBitState
 from lightning_lars.optim.state.plain import PlainState
 from lightning_lars.optim.step import Step, exchanging_groups, params_of
-from lightning_lars.rules import check, require
 from lightning_lars.sharding.agreement import check_ranks_agree
 from lightning_lars.sharding.shards import Shard, find_shards, is_distributed
 
@@ -48,12 +48,13 @@ class LayerwiseOptimizer(LastTrustRatios, Algorithm, Optimizer):
     # The number of dimensions of each parameter, at construction or at the last step.
     _param_ndims: dict[Tensor, int | None]
     _absent_state: AbsentState
+    _checked: CheckedHyperparameters
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         self._last_trust_ratios = []
         self._shards, self._param_ndims = {}, {}
         self._plan = None
-        self._absent_state = AbsentState()
+        self._absent_state, self._checked = AbsentState(), CheckedHyperparameters()
         self._scratch, self._tables = Scratch(), LayerTables()
         if "_storage" not in self.__dict__:
             self._storage = PlainState()
@@ -76,15 +77,6 @@ class LayerwiseOptimizer(LastTrustRatios, Algorithm, Optimizer):
         """Return those arguments of ``__init__`` that are hyperparameters."""
         return {name: arguments[name] for name in cls.RULES if name in arguments}
 
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        """Raise ValueError if a hyperparameter of the group breaks its rule."""
-        lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
-        check(self.RULES, group)
-        check(self._storage.rules, group)
-        self.check_combination(self.hyperparameters(group))
-
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
@@ -100,18 +92,21 @@ class LayerwiseOptimizer(LastTrustRatios, Algorithm, Optimizer):
             The value of the closure, or None without one.
 
         Raises:
+            ValueError: If a hyperparameter of a group was changed and breaks its rule. Of a learning rate in
+                a tensor only the size is checked.
             RuntimeError: If a gradient is sparse, a parameter is a shard of a layer whose norm cannot be
                 computed, ranks list other layers than each other, state is on another device than its
                 parameter, or ``fused=True`` is not supported.
-                No layer has been updated then.
+                In either case no layer has been updated.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
 
+        hyperparameters = self._checked.of(self.param_groups, type(self), self._storage.rules, self.defaults)
         plan = None if torch.compiler.is_compiling() else self._plan
-        found = None if plan is None else plan.unchanged(self.param_groups, self.state)
+        found = None if plan is None else plan.unchanged(self.param_groups, hyperparameters, self.state)
         if found is None:
             self._refresh_shards()
             plan = None
@@ -119,6 +114,7 @@ class LayerwiseOptimizer(LastTrustRatios, Algorithm, Optimizer):
         step = Step(
             type(self),
             self.param_groups,
+            hyperparameters,
             self.state,
             self._storage,
             self._shards,
@@ -225,6 +221,7 @@ class LayerwiseOptimizer(LastTrustRatios, Algorithm, Optimizer):
         self._last_trust_ratios = []
         self._shards, self._plan = {}, None
         self._scratch, self._absent_state = Scratch(), AbsentState()
+        self._checked = CheckedHyperparameters()
         if "_tables" in self.__dict__:
             self._tables.forget()
         else:
@@ -240,12 +237,7 @@ class LayerwiseOptimizer(LastTrustRatios, Algorithm, Optimizer):
     def _check_groups(
         self, groups: Sequence[Mapping[str, Any]], first: Mapping[str, Any] | None = None
     ) -> None:
-        """Raise ValueError if a group breaks a rule, or has another ``max_grad_norm`` than the first."""
-        bound = (groups[0] if first is None else first)["max_grad_norm"]
-        rule = f"the same in every group ({bound!r}), because it bounds the norm over all of them"
-        for group in groups:
-            self._check_group(group)
-            require("max_grad_norm", rule, group["max_grad_norm"], group["max_grad_norm"] == bound)
+        check_groups(type(self), self._storage.rules, groups, first)
 
     def _refresh_shards(self) -> None:
         """Find how the parameters are sharded, at the first step, when all wrappers are in place."""
@@ -278,9 +270,6 @@ class LayerwiseOptimizer(LastTrustRatios, Algorithm, Optimizer):
         """Adopt the parameters of groups that were changed without ``add_param_group``."""
         check_not_flattened(named, shards, self._param_ndims)
         recheck_params(named)
-        for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
         # In place, because torch 2.11 cannot compile an assignment to an attribute of an optimizer.
         self._param_ndims.clear()
         self._param_ndims.update(dimensions(p for _, p in named))

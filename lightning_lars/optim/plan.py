@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_lars.optim.algorithm import Algorithm, Hyperparameters
+from lightning_lars.optim.algorithm import Hyperparameters
 from lightning_lars.optim.backends.eager import Eager
 from lightning_lars.optim.backends.triton_table import current_stream, is_capturing
 from lightning_lars.optim.batches import Batch
@@ -26,7 +26,7 @@ class Unchanged(NamedTuple):
     modified: list[Tensor]
     """The tensors that a step writes to."""
 
-    hyperparameters: list[Hyperparameters]
+    hyperparameters: Sequence[Hyperparameters]
     """The current hyperparameters of each group."""
 
 
@@ -36,8 +36,8 @@ class Plan:
     To check that a layer is unchanged takes a microsecond, to set it up again ten.
 
     Args:
-        algorithm: The algorithm of the optimizer.
         groups: The parameter groups of the optimizer.
+        hyperparameters: The hyperparameters of each group.
         states: The state of each layer, by parameter.
         state: How the state is stored between steps.
         backends: Back ends that can repeat a step, in the order of their batches, on layers that are not
@@ -46,15 +46,17 @@ class Plan:
 
     def __init__(
         self,
-        algorithm: type[Algorithm],
         groups: Sequence[dict[str, Any]],
+        hyperparameters: Sequence[Hyperparameters],
         states: States,
         state: PlainState,
         backends: Sequence[Eager],
     ) -> None:
         self.backends, self._state = backends, state
-        self._algorithm = algorithm
-        self._groups = [_KnownGroup(group, list(group["params"]), algorithm) for group in groups]
+        self._groups = [
+            _KnownGroup(group, list(group["params"]), h)
+            for group, h in zip(groups, hyperparameters, strict=True)
+        ]
         numbers = {id(group): number for number, group in enumerate(groups)}
         self._numbers = [numbers[id(backend.batch.group)] for backend in backends]
         self._moving = [p for backend in backends for p in backend.batch.params]
@@ -77,11 +79,15 @@ class Plan:
         strides: Any = [list(tensor.stride()) for tensor in (*modified, *grads)]
         self._kinds = TensorGuards(*modified, *grads, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
 
-    def unchanged(self, groups: Sequence[dict[str, Any]], states: States) -> Unchanged | None:
+    def unchanged(
+        self,
+        groups: Sequence[dict[str, Any]],
+        hyperparameters: Sequence[Hyperparameters],
+        states: States,
+    ) -> Unchanged | None:
         """Return the layers of a step if nothing but values and gradient addresses has changed, else None."""
         if len(groups) != len(self._groups):
             return None
-        hyperparameters = [self._algorithm.hyperparameters(group) for group in groups]
         for group, h, known in zip(groups, hyperparameters, self._groups, strict=True):
             if not known.has_same_rules(group, h):
                 return None
@@ -129,9 +135,9 @@ class Plan:
 class _KnownGroup:
     """A parameter group, and those of its options that determine batches and back ends."""
 
-    def __init__(self, group: dict[str, Any], params: list[Tensor], algorithm: type[Algorithm]) -> None:
+    def __init__(self, group: dict[str, Any], params: list[Tensor], h: Hyperparameters) -> None:
         self.group, self.params = group, params
-        self._h = algorithm.hyperparameters(group)
+        self._h = h
         self._rules = self._rules_of(group, self._h)
 
     def has_same_rules(self, group: Mapping[str, Any], h: Hyperparameters) -> bool:

@@ -36,6 +36,7 @@ class Step:
     Args:
         algorithm: The algorithm whose equations it evaluates.
         groups: The parameter groups of the optimizer.
+        hyperparameters: The hyperparameters of each group.
         states: The state of each layer, by parameter.
         state: How the state is stored between steps.
         shards: How each parameter is sharded.
@@ -50,6 +51,7 @@ class Step:
         self,
         algorithm: type[Algorithm],
         groups: Sequence[dict[str, Any]],
+        hyperparameters: Sequence[Hyperparameters],
         states: States,
         state: PlainState,
         shards: Shards,
@@ -62,6 +64,7 @@ class Step:
         self.plan, self.found = plan, found
         self.algorithm, self.groups, self.states, self.state = algorithm, groups, states, state
         self.shards, self.scratch, self.tables, self.name = shards, scratch, tables, name
+        self.hyperparameters = hyperparameters
         self.is_sharded = any(shards.values())
         self.batches: list[Batch] = []
         self._taken: list[Eager] = []
@@ -93,7 +96,7 @@ class Step:
         if exchange is not None:
             self._move_sharded([backend for backend, _ in waiting], exchange())
         if self.plan is None and self._can_repeat():
-            self.plan = Plan(self.algorithm, self.groups, self.states, self.state, self._taken)
+            self.plan = Plan(self.groups, self.hyperparameters, self.states, self.state, self._taken)
         for backend in self._taken:
             backend.end()
 
@@ -113,7 +116,8 @@ class Step:
 
     def _choose_backends(self) -> Sequence[Eager]:
         """Sort the layers into batches, and return a back end for each."""
-        batches = [batch for group in self.groups for batch in self._sort(group)]
+        pairs = zip(self.groups, self.hyperparameters, strict=True)
+        batches = [batch for group, h in pairs for batch in self._sort(group, h)]
         chosen = [self._choose_backend(batch) for batch in batches]
         self.batches = [
             batch if backend.holds_moments else batch._replace(in_eight_bit=False)
@@ -141,8 +145,7 @@ class Step:
             and not any(is_capturing(batch.weights[0].device) for batch in self.batches)
         )
 
-    def _sort(self, group: dict[str, Any]) -> Iterable[Batch]:
-        h = self.algorithm.hyperparameters(group)
+    def _sort(self, group: dict[str, Any], h: Hyperparameters) -> Iterable[Batch]:
         adapts_direction = group["layer_adaptation"] and self.algorithm.adapts_direction(h)
         is_first = self.state.first_step_test(self.algorithm.used_moments(h))
         shards = self.shards if self.is_sharded else {}
@@ -261,12 +264,13 @@ class Step:
         for backend in backends:
             batch = backend.batch
             self._move(backend, stack_norms(batch.params, norms, batch.weights[0].device))
-        for group in self._adapted_groups:
+        for group, h in zip(self.groups, self.hyperparameters, strict=True):
+            if not group["layer_adaptation"]:
+                continue
             # This rank has no shard of these layers to update, but all ranks report their trust ratios.
             elsewhere = [p for p in group["params"] if is_updated_elsewhere(p, self.shards)]
             if elsewhere:
                 own = stack_norms(elsewhere, norms, elsewhere[0].device)
-                h = self.algorithm.hyperparameters(group)
                 self._ratios(elsewhere, own, group["lr"], h)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import re
 import weakref
 
@@ -292,3 +293,87 @@ def test_state_and_gradients_of_a_previous_shape_are_refused(optimizer_class, fu
     second.grad = torch.ones(shape)
     optimizer.step()
     assert second.lt(1).all()
+
+
+@pytest.mark.parametrize("steps_first", [0, 3])  # without and with a plan to repeat
+@pytest.mark.parametrize(
+    ("optimizer_class", "name", "value", "message"),
+    [
+        (LARS, "lr", "x", "lr must be at least 0 and finite, got 'x'"),
+        (LARS, "lr", None, "lr must be at least 0 and finite, got None"),
+        (LARS, "lr", math.nan, "lr must be at least 0 and finite, got nan"),
+        (LAMB, "lr", -0.1, "lr must be at least 0 and finite, got -0.1"),
+        (LAMB, "lr", [0.1], "lr must be at least 0 and finite, got [0.1]"),
+        (LAMB, "lr", torch.tensor([0.1, 0.2]), "lr must be a number or a tensor of one element"),
+        (LARS, "weight_decay", torch.ones(2), "weight_decay must be at least 0 and finite, got tensor"),
+        (LARS, "momentum", "x", "momentum must be in [0, 1), got 'x'"),
+        (LAMB, "betas", 0.9, "betas must be two numbers in [0, 1), got 0.9"),
+        (LARS, "max_grad_norm", 0.5, "max_grad_norm must be the same in every group (None)"),
+        (LAMB8bit, "min_8bit_size", "x", "min_8bit_size must be"),
+    ],
+)
+def test_a_hyperparameter_made_invalid_by_hand_raises_before_any_layer_moves(
+    optimizer_class, name, value, message, steps_first
+):
+    params = [Parameter(torch.ones(3, 4)), Parameter(torch.ones(3, 4))]
+    optimizer = optimizer_class([{"params": [p]} for p in params], lr=0.1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    for _ in range(steps_first):
+        optimizer.step()
+    before = [p.detach().clone() for p in params]
+    valid = optimizer.param_groups[1][name]
+    optimizer.param_groups[1][name] = value
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+    optimizer.param_groups[1][name] = valid
+    optimizer.step()
+    assert not torch.equal(params[0], before[0])
+
+
+def test_a_schedule_to_zero_that_ends_below_it_by_rounding_steps_and_resumes():
+    p = Parameter(torch.ones(3))
+    optimizer = LARS([p], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-3, 0.0, 10)
+    for _ in range(10):
+        p.grad = torch.ones(3)
+        optimizer.step()
+        scheduler.step()
+    assert -1e-16 < optimizer.param_groups[0]["lr"] < 0
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.step()
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+
+
+@both
+def test_a_group_that_is_replaced_after_some_steps_gets_the_defaults_of_what_it_lacks(optimizer_class):
+    p, other = layer(3, 4), layer(3, 4)
+    optimizer = optimizer_class([p], lr=0.1, weight_decay=0.5)
+    expected = optimizer_class([other], lr=0.2, weight_decay=0.5)
+    for step in range(5):
+        for each in (p, other):
+            give_gradient(each, step)
+        if step == 0:
+            optimizer.param_groups[0]["lr"] = 0.2
+        if step == 3:
+            optimizer.param_groups[0] = {"params": [p], "lr": 0.2}
+        optimizer.step()
+        expected.step()
+        assert torch.equal(p, other)
+
+
+def test_state_without_its_number_of_steps_is_refused_before_any_layer_moves():
+    params = [layer(3, 4), layer(5)]
+    optimizer = LAMB(params)
+    for p in params:
+        give_gradient(p, 0)
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+    del optimizer.state[params[1]]["step"]
+    with pytest.raises(RuntimeError, match="parameter '1' must hold 'step' beside"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+    optimizer.state.pop(params[1])
+    optimizer.step()

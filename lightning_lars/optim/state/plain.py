@@ -185,7 +185,7 @@ def checked_moments(
     That layout may have changed since the last step (``channels_last``): the state is then copied.
 
     Raises:
-        RuntimeError: If the state has another device or shape than its layer.
+        RuntimeError: If the state has another device or shape than its layer, or lacks the number of steps.
     """
     device = batch.weights[0].device
     moments = []
@@ -220,4 +220,9 @@ def checked_moments(
                     state[key] = laid_out_as(p, laid_out)
                     shard = laid_out
             own.append(shard)
+        if own and algorithm.counts_steps and "step" not in state:
+            raise RuntimeError(
+                f"the state of parameter {name(p)!r} must hold 'step' beside {list(state)}: delete all of "
+                "its state to start anew"
+            )
     return moments
