@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_lars.optim.algorithm import Algorithm
 from lightning_lars.optim.backends.eager import dtype_of_step
 from lightning_lars.optim.parameters import named_params
-from lightning_lars.optim.step import Ratios
+from lightning_lars.optim.step_ratios import Ratios
 from lightning_lars.optim.trust_ratio import (
     TrustRatios,
     at_clip,

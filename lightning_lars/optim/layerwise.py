@@ -127,7 +127,7 @@ class LayerwiseOptimizer(LastTrustRatios, Algorithm, Optimizer):
         step.take()
         # In place, because torch.compile does not keep attributes that are assigned to an optimizer.
         self._last_trust_ratios.clear()
-        self._last_trust_ratios.extend(step.ratios)
+        self._last_trust_ratios.extend(step.ratios.recorded)
         self._storage.end_step(chain.from_iterable(batch.params for batch in step.batches))
         if found is not None:
             torch.autograd.graph.increment_version(found.modified)

@@ -5,13 +5,12 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_lars.optim.algorithm import Algorithm, Hyperparameters
-from lightning_lars.optim.backends.choice import uses_triton, warn_of_triton_failure, why_not_fused
-from lightning_lars.optim.backends.eager import Eager, dtype_of_step
+from lightning_lars.optim.backends.eager import Eager
 from lightning_lars.optim.backends.scratch import Scratch
+from lightning_lars.optim.backends.selection import select_backend
 from lightning_lars.optim.backends.triton_table import LayerTables, is_capturing
 from lightning_lars.optim.batches import Batch, Shards, sort_layers
 from lightning_lars.optim.distributed_norms import (
@@ -22,12 +21,9 @@ from lightning_lars.optim.distributed_norms import (
     start_exchange,
 )
 from lightning_lars.optim.plan import Plan, Unchanged
-from lightning_lars.optim.state.plain import PlainState, States, checked_moments, number_of
+from lightning_lars.optim.state.plain import PlainState, States
+from lightning_lars.optim.step_ratios import StepRatios
 from lightning_lars.optim.trust_ratio import TrustRatios
-
-Ratios = tuple[Tensor, ...] | list[TrustRatios[float]]
-"""The trust ratios of several layers; those in tensors are a plain tuple, because torch 2.11 cannot compile a
-step that stores a generic named tuple."""
 
 
 class Step:
@@ -68,8 +64,7 @@ class Step:
         self.is_sharded = any(shards.values())
         self.batches: list[Batch] = []
         self._taken: list[Eager] = []
-        self.ratios: list[tuple[list[Tensor], Ratios]] = []
-        """The adapted layers of each batch, and their trust ratios."""
+        self.ratios = StepRatios(algorithm, states)
 
     def take(self) -> None:
         """Update the layers that have a gradient.
@@ -118,7 +113,7 @@ class Step:
         """Sort the layers into batches, and return a back end for each."""
         pairs = zip(self.groups, self.hyperparameters, strict=True)
         batches = [batch for group, h in pairs for batch in self._sort(group, h)]
-        chosen = [self._choose_backend(batch) for batch in batches]
+        chosen = [select_backend(batch, self.algorithm, self.state, self.name) for batch in batches]
         self.batches = [
             batch if backend.holds_moments else batch._replace(in_eight_bit=False)
             for batch, backend in zip(batches, chosen, strict=True)
@@ -155,43 +150,6 @@ class Step:
         moments = self.algorithm.used_moments(h)
         return chain.from_iterable(self.state.split(batch, moments) for batch in batches)
 
-    def _choose_backend(self, batch: Batch) -> type[Eager]:
-        """Return a fused back end if one supports the step, else the unfused one.
-
-        Raises:
-            RuntimeError: If no fused back end supports the step and ``fused=True``.
-        """
-        part, fused = batch.weights[0], batch.group["fused"]
-        is_compiled = torch.compiler.is_compiling()
-        moments = [] if is_compiled else checked_moments(batch, self.algorithm, self.name)
-        if fused is False:
-            return Eager
-        on_gpu = uses_triton(part)
-        if on_gpu:
-            reason = self.state.why_not_in_triton(batch)
-        elif self.algorithm.cpu is None:
-            reason = f"torch has no fused CPU kernel for {self.algorithm.__name__}"
-        else:
-            reason = self.algorithm.cpu.why_not(batch.h)
-        moments = self.state.plain_moments(moments)
-        reason = reason or why_not_fused(batch.weights, batch.grads, moments)
-        if reason is not None and fused:
-            names = ", ".join(repr(self.name(p)) for p in batch.params[:3])
-            raise RuntimeError(
-                f"fused=True, but {reason} (parameters {names} ...): pass fused=None, which uses fused "
-                "kernels where they are supported"
-            )
-        if reason is not None:
-            if on_gpu and not is_compiled:
-                warn_of_triton_failure(part.device, part.dtype)
-            return Eager
-        if on_gpu:
-            from lightning_lars.optim.backends.triton import Triton
-
-            return Triton
-        backend: type[Eager] | None = self.algorithm.cpu
-        return backend or Eager
-
     def _unpacked_throughout(self, backend: Eager) -> AbstractContextManager[None]:
         """Hold the moments of a batch in float32 or wider, if its back end needs them in both phases."""
         # In the layers of a plan, nothing needs to be unpacked.
@@ -214,41 +172,13 @@ class Step:
             if norms is None:
                 backend.move(None)
             elif isinstance(norms, TrustRatios):
-                self.ratios.append((batch.params, tuple(norms)))
-                backend.move(norms.ratio)
+                backend.move(self.ratios.record(batch.params, norms))
             elif backend.in_floats:
-                backend.move(self._ratios_in_floats(batch, norms, float(backend.lr)))
+                backend.move(self.ratios.in_floats(batch.params, norms, float(backend.lr), batch.h))
             else:
-                backend.move(self._ratios(batch.params, norms, backend.lr, batch.h))
+                backend.move(self.ratios.from_norms(batch.params, norms, backend.lr, batch.h))
         if batch.in_eight_bit and self.found is None:
             backend.state.end_step()
-
-    def _ratios(self, params: list[Tensor], norms: Norms, lr: float | Tensor, h: Hyperparameters) -> Tensor:
-        """Return the trust ratios of layers of one dtype, and record them."""
-        w_norm, d_norm = norms
-        if self.algorithm.norm_moment is not None:
-            d_norm = self._advance_norm_moment(params, d_norm, self.algorithm.norm_moment, h)
-        ratios = self.algorithm.ratio(w_norm, d_norm, lr, h)
-        ratios = ratios._replace(ratio=ratios.ratio.to(dtype_of_step(params[0])))
-        self.ratios.append((params, tuple(ratios)))
-        return ratios.ratio
-
-    def _advance_norm_moment(
-        self, params: list[Tensor], d_norm: Tensor, key: str, h: Hyperparameters
-    ) -> Tensor:
-        moments = [number_of(self.states, p, key) for p in params]
-        averaged = self.algorithm.next_norm_moment(d_norm, torch.stack(moments).to(d_norm.dtype), h)
-        torch._foreach_copy_(moments, list(averaged.unbind()))
-        return averaged
-
-    def _ratios_in_floats(self, batch: Batch, norms: Norms, lr: float) -> list[float]:
-        """Return the trust ratios as floats, which take a tenth of the time of tensors, and record them."""
-        ratio, h = self.algorithm.ratio, batch.h
-        w_norms, d_norms = norms
-        pairs = zip(w_norms.tolist(), d_norms.tolist(), strict=True)
-        ratios = [ratio(w_norm, d_norm, lr, h) for w_norm, d_norm in pairs]
-        self.ratios.append((batch.params, ratios))
-        return [each.ratio for each in ratios]
 
     def _start_exchange(self, waiting: Sequence[tuple[Eager, Norms]]) -> Callable[[], dict[Tensor, Norms]]:
         """Begin the all-reduce of the norms of all sharded layers."""
@@ -271,7 +201,7 @@ class Step:
             elsewhere = [p for p in group["params"] if is_updated_elsewhere(p, self.shards)]
             if elsewhere:
                 own = stack_norms(elsewhere, norms, elsewhere[0].device)
-                self._ratios(elsewhere, own, group["lr"], h)
+                self.ratios.from_norms(elsewhere, own, group["lr"], h)
 
 
 def _exchanges_norms(batch: Batch) -> bool:
