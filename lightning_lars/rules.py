@@ -1,9 +1,10 @@
 """Rules for arguments, and errors that name the argument, its rule and its value."""
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from numbers import Real
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 
 class Rule(NamedTuple):
@@ -25,6 +26,12 @@ class Rule(NamedTuple):
         """Raise ValueError if the value of this argument breaks the rule."""
         require(argument, self.text, value, self.holds(value))
 
+    def checked_int(self, argument: str, value: Any) -> int:
+        """Return an integer of any type as an int, or raise ValueError if it breaks the rule."""
+        number: int = as_int(value)
+        self.check(argument, number)
+        return number
+
 
 def is_number(value: object) -> TypeGuard[float]:
     """Return whether the value is a real number; bools do not count."""
@@ -32,8 +39,24 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Return whether the value is an int; bools do not count."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Return whether the value is an integer, also of NumPy or a 0-d tensor; bools do not count."""
+    return isinstance(as_int(value), int) and not isinstance(value, bool)
+
+
+_T = TypeVar("_T")
+
+
+def as_int(value: _T) -> _T:
+    """Return an integer of another type, such as NumPy's or a 0-d tensor, as an int; others unchanged."""
+    given: Any = value
+    if isinstance(value, bool) or getattr(given, "ndim", 0) > 0 or "bool" in str(getattr(given, "dtype", "")):
+        return value
+    try:
+        given = operator.index(given)
+    except TypeError:
+        return value
+    number: _T = given
+    return number
 
 
 def is_positive(value: object) -> bool:
@@ -47,8 +70,8 @@ FRACTION = Rule("in [0, 1)", lambda value: is_number(value) and 0 <= value < 1)
 FLAG = Rule("True or False", lambda value: isinstance(value, bool))
 NONE_OR_FLAG = Rule("None, True or False", lambda value: value is None or isinstance(value, bool))
 NONE_OR_POSITIVE = Rule("None or above 0", lambda value: value is None or is_positive(value))
-WHOLE = Rule("a whole number, at least 0", lambda value: is_whole(value) and value >= 0)
-POSITIVE_WHOLE = Rule("a whole number above 0", lambda value: is_whole(value) and value > 0)
+WHOLE = Rule("an integer, at least 0", lambda value: is_whole(value) and value >= 0)
+POSITIVE_WHOLE = Rule("an integer above 0", lambda value: is_whole(value) and value > 0)
 
 
 def is_pair(value: object) -> TypeGuard[tuple[float, float]]:

@@ -320,7 +320,7 @@ BY_BATCH_SIZE = {
 @pytest.mark.parametrize("value", [0, -5, "2048", 2048.0, True, None])
 @pytest.mark.parametrize("name", BY_BATCH_SIZE)
 def test_a_batch_size_is_a_whole_number(name, value):
-    with pytest.raises(ValueError, match=f"batch_size must be a whole number above 0, got {value!r}"):
+    with pytest.raises(ValueError, match=f"batch_size must be an integer above 0, got {value!r}"):
         BY_BATCH_SIZE[name](value)
 
 
@@ -343,7 +343,7 @@ def test_a_batch_size_is_a_whole_number(name, value):
     ],
 )
 def test_the_steps_of_an_epoch_are_a_whole_number(build, value):
-    with pytest.raises(ValueError, match=f"steps_per_epoch must be a whole number above 0, got {value!r}"):
+    with pytest.raises(ValueError, match=f"steps_per_epoch must be an integer above 0, got {value!r}"):
         build(steps_per_epoch=value)
 
 

@@ -2,13 +2,28 @@
 
 import re
 from math import inf, nan
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import Parameter
 
-from lightning_lars import LAMB, LARS
+from lightning_lars import (
+    LAMB,
+    LARS,
+    BatchSizeScaling,
+    BatchSizeSchedule,
+    GradientNoiseScale,
+    LearningRateWarmup,
+    ParamGroupSummary,
+    PercentileGradientClipping,
+    PreciseBatchNorm,
+    WarmupDecayLR,
+    recipes,
+)
 from lightning_lars.rules import FLAG
+from lightning_lars.trainer.batch_size import _batch_size_of
 from tests.support.layers import layers, walk
 
 both = pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
@@ -241,3 +256,42 @@ def test_groups_do_not_share_a_tensor_lr(optimizer_class):
     for _ in range(3):
         scheduler.step(1.0)
     assert [float(group["lr"]) for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+INTEGERS = [np.int64(4), np.uint8(4), torch.tensor(4), np.array(4)]
+NO_INTEGERS = [True, np.True_, torch.tensor(True), 4.0, np.float64(4), torch.tensor(4.0), "4", [4], None]
+
+
+@pytest.mark.parametrize("four", INTEGERS, ids=lambda four: type(four).__name__)
+def test_an_integer_of_any_type_is_one_wherever_a_count_is_asked_for(four):
+    counts = [
+        BatchSizeScaling(base_batch_size=four).base_batch_size,
+        BatchSizeScaling(batch_size=four).batch_size,
+        BatchSizeSchedule({0: four, 4: 8}).batch_sizes,
+        BatchSizeSchedule(start=four, end=16, factor=four, every=four).batch_sizes,
+        BatchSizeSchedule(start=four, end=8, increment=four, every=four).batch_sizes,
+        GradientNoiseScale(every_n_steps=four).every_n_steps,
+        LearningRateWarmup(warmup_steps=four).warmup_steps,
+        ParamGroupSummary(max_rows=four).max_rows,
+        PercentileGradientClipping(history=four).history,
+        PreciseBatchNorm(num_batches=four).num_batches,
+    ]
+    sizes, grown, ramp = {0: 4, 4: 8}, {0: 4, 4: 16}, {0: 4, 4: 8}
+    assert repr(counts) == repr([4, 4, sizes, grown, ramp, 4, 4, 4, 4, 4])  # ints, so that JSON takes them
+    assert repr(recipes.lars(four)) == repr(recipes.lars(4))
+    optimizer = LARS([Parameter(torch.ones(2))])
+    scheduler = WarmupDecayLR(optimizer, four, four * 3, "linear", "step", milestones=[four * 2])
+    length = scheduler.warmup_steps, scheduler.total_steps, scheduler.milestones
+    assert repr(length) == "(4, 12, (8,))"
+    # As a sampler of batches, or a loader that is not torch's, may have it.
+    assert repr(_batch_size_of(SimpleNamespace(batch_size=four))) == "4"
+
+
+@pytest.mark.parametrize("value", NO_INTEGERS, ids=repr)
+def test_what_is_no_integer_is_refused_as_that(value):
+    with pytest.raises(
+        ValueError, match="num_batches must be an integer above 0, got " + re.escape(repr(value))
+    ):
+        PreciseBatchNorm(num_batches=value)
+    with pytest.raises(ValueError, match="warmup_steps must be an integer, at least 0"):
+        WarmupDecayLR(LARS([Parameter(torch.ones(2))]), warmup_steps=value)

@@ -88,10 +88,10 @@ def advise(
         >>> advice.batch_sizes[2].batch_size, advice.batch_sizes[2].lr_sqrt
         (32, 0.02)
     """
-    WHOLE.check("max_steps", max_steps)
+    max_steps = WHOLE.checked_int("max_steps", max_steps)
     FLAG.check("train_copy", train_copy)
     if batch_size is not None:
-        check_batch_size("batch_size", batch_size)
+        batch_size = check_batch_size("batch_size", batch_size)
     by_name = ("best", "last", "hpc")  # among those of callbacks that are left out
     require("ckpt_path", f"a file, and none of {by_name}", ckpt_path, ckpt_path not in by_name)
     # By name, because lightning.pytorch and pytorch_lightning each define both.

@@ -80,9 +80,9 @@ class BatchSizeScaling(Callback):
         batch_size: int | None = None,
         scale_excluded: bool = False,
     ) -> None:
-        check_batch_size("base_batch_size", base_batch_size)
+        base_batch_size = check_batch_size("base_batch_size", base_batch_size)
         if batch_size is not None:
-            check_batch_size("batch_size", batch_size)
+            batch_size = check_batch_size("batch_size", batch_size)
         scaling_exponent(rule)
         FLAG.check("scale_excluded", scale_excluded)
         self.base_batch_size = base_batch_size

@@ -110,7 +110,7 @@ class BatchSizeSchedule(Callback):
         noise_scale: float | None = None,
     ) -> None:
         if batch_size is not None:
-            check_batch_size("batch_size", batch_size)
+            batch_size = check_batch_size("batch_size", batch_size)
         if batch_sizes is None:
             batch_sizes = growth(start, end, increment, factor, every)
         else:

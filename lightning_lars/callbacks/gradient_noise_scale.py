@@ -89,11 +89,10 @@ class GradientNoiseScale(Callback):
     """
 
     def __init__(self, every_n_steps: int = 10, decay: float = 0.99, batch_size: int | None = None) -> None:
-        POSITIVE_WHOLE.check("every_n_steps", every_n_steps)
+        self.every_n_steps = POSITIVE_WHOLE.checked_int("every_n_steps", every_n_steps)
         FRACTION.check("decay", decay)
         if batch_size is not None:
-            check_batch_size("batch_size", batch_size)
-        self.every_n_steps = every_n_steps
+            batch_size = check_batch_size("batch_size", batch_size)
         self.decay = decay
         self.batch_size = batch_size
         self._moving = MovingNoiseScale(decay)

@@ -62,7 +62,7 @@ class LearningRateWarmup(Callback):
         if len(given) != 1:
             raise ValueError(f"One of {list(lengths)} must be given, got {given or 'none'}")
         if warmup_steps is not None:
-            POSITIVE_WHOLE.check("warmup_steps", warmup_steps)
+            warmup_steps = POSITIVE_WHOLE.checked_int("warmup_steps", warmup_steps)
         if warmup_epochs is not None:
             POSITIVE.check("warmup_epochs", warmup_epochs)
         if warmup_fraction is not None:

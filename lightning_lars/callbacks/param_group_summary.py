@@ -26,7 +26,7 @@ from lightning_lars.groups.matrices import MATRICES
 from lightning_lars.groups.optimizer_names import kinds
 from lightning_lars.printing.name_folding import fold
 from lightning_lars.printing.tables import is_too_wide, print_table
-from lightning_lars.rules import FLAG, is_whole, require
+from lightning_lars.rules import FLAG, as_int, is_whole, require
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trust_ratios.excluded_rate_peak import ExcludedRatePeak
 from lightning_lars.trust_ratios.protocols import HasTrustRatios
@@ -87,9 +87,9 @@ class ParamGroupSummary(Callback):
     def __init__(self, fold: bool = True, max_rows: int = 100) -> None:
         FLAG.check("fold", fold)
         allowed = is_whole(max_rows) and (max_rows == -1 or max_rows > 0)
-        require("max_rows", "a whole number above 0, or -1 for all", max_rows, allowed)
+        require("max_rows", "an integer above 0, or -1 for all", max_rows, allowed)
         self.fold = fold
-        self.max_rows = max_rows
+        self.max_rows = as_int(max_rows)
         self._excluded: list[ExcludedRatePeak] = []
 
     @override

@@ -18,7 +18,7 @@ from lightning_lars.gradients.percentile_clipping import PercentileClipping
 from lightning_lars.groups.optimizer_names import by_name
 from lightning_lars.optim.parameters import named_params
 from lightning_lars.optim.state.checkpoint import is_checkpoint_dry_run
-from lightning_lars.rules import FLAG, is_number, is_whole, require
+from lightning_lars.rules import FLAG, as_int, is_number, is_whole, require
 from lightning_lars.sharding.shards import Shard, find_shards
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trainer.logging import is_logging, log, publish
@@ -92,11 +92,11 @@ class PercentileGradientClipping(Callback):
     ) -> None:
         holds = is_number(percentile) and 0 <= percentile < 100
         require("percentile", "at least 0 and below 100, where it would clip nothing", percentile, holds)
-        require("history", "a whole number above 1", history, is_whole(history) and history > 1)
+        require("history", "an integer above 1", history, is_whole(history) and history > 1)
         FLAG.check("per_layer", per_layer)
         FLAG.check("starts_full", starts_full)
         self.percentile = percentile
-        self.history = history
+        self.history = as_int(history)
         self.per_layer = per_layer
         self.starts_full = starts_full
         self._clippings: list[PercentileClipping] = []

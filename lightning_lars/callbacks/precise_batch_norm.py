@@ -72,8 +72,7 @@ class PreciseBatchNorm(Callback):
     """
 
     def __init__(self, num_batches: int = 32) -> None:
-        POSITIVE_WHOLE.check("num_batches", num_batches)
-        self.num_batches = num_batches
+        self.num_batches = POSITIVE_WHOLE.checked_int("num_batches", num_batches)
         self._batch_norms: dict[str, _BatchNorm] = {}
         self._trained: dict[str, _BatchNorm] = {}
         self._recomputed_at: int | None = None

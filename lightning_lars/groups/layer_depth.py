@@ -8,7 +8,7 @@ from torch import Size, nn
 
 from lightning_lars.groups.block_stacks import BlockStacks, Stack
 from lightning_lars.groups.parameter_names import Alias, aliases_of, closest, matches
-from lightning_lars.rules import is_number, is_whole
+from lightning_lars.rules import as_int, is_number, is_whole
 
 LayerDepth = Mapping[str, int] | Callable[[str], int | None]
 """Layer ids by fnmatch patterns over parameter names, or a function from a name to a layer id or None."""
@@ -179,10 +179,8 @@ def _own_ids(
         if depth is None:
             continue
         if not is_whole(depth) or depth < 0:
-            raise ValueError(
-                f"layer_depth must give whole numbers, at least 0, got {depth!r} for {alias.name!r}"
-            )
-        ids[parameter] = depth
+            raise ValueError(f"layer_depth must give integers, at least 0, got {depth!r} for {alias.name!r}")
+        ids[parameter] = as_int(depth)
     return ids
 
 

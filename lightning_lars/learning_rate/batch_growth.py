@@ -1,7 +1,7 @@
 """Batch sizes that grow by the same increment, or by the same factor, again and again."""
 
 from lightning_lars.learning_rate.batch_scaling import check_batch_size
-from lightning_lars.rules import POSITIVE_WHOLE, is_whole, require
+from lightning_lars.rules import POSITIVE_WHOLE, as_int, is_whole, require
 
 
 def additive_growth(start: int, end: int, increment: int, every: int) -> dict[int, int]:
@@ -30,8 +30,8 @@ def additive_growth(start: int, end: int, increment: int, every: int) -> dict[in
         >>> additive_growth(start=32, end=128, increment=32, every=1000)
         {0: 32, 1000: 64, 2000: 96, 3000: 128}
     """
-    _check_growth(start, end, every)
-    check_batch_size("increment", increment)
+    start, end, every = _checked_growth(start, end, every)
+    increment = check_batch_size("increment", increment)
     sizes = [*range(start, end, increment), end]
     return {n * every: size for n, size in enumerate(sizes)}
 
@@ -49,7 +49,7 @@ def multiplicative_growth(start: int, end: int, factor: int, every: int) -> dict
     Args:
         start: Effective batch size at first, at least 1.
         end: Effective batch size at last, at least ``start``.
-        factor: A whole number, at least 2.
+        factor: An integer, at least 2.
         every: Steps, or samples, from one multiplication to the next, at least 1.
 
     Returns:
@@ -63,8 +63,9 @@ def multiplicative_growth(start: int, end: int, factor: int, every: int) -> dict
         >>> multiplicative_growth(start=32, end=256, factor=2, every=1000)
         {0: 32, 1000: 64, 2000: 128, 3000: 256}
     """
-    _check_growth(start, end, every)
-    require("factor", "a whole number, at least 2", factor, is_whole(factor) and factor >= 2)
+    start, end, every = _checked_growth(start, end, every)
+    factor = as_int(factor)
+    require("factor", "an integer, at least 2", factor, is_whole(factor) and factor >= 2)
     sizes = []
     while start < end:
         sizes.append(start)
@@ -91,8 +92,7 @@ def growth(
     )
 
 
-def _check_growth(start: int, end: int, every: int) -> None:
-    check_batch_size("start", start)
-    check_batch_size("end", end)
+def _checked_growth(start: int, end: int, every: int) -> tuple[int, int, int]:
+    start, end = check_batch_size("start", start), check_batch_size("end", end)
     require("end", f"at least start={start}", end, end >= start)
-    POSITIVE_WHOLE.check("every", every)
+    return start, end, POSITIVE_WHOLE.checked_int("every", every)

@@ -89,6 +89,6 @@ def scale_adam(betas: tuple[float, float], eps: float, ratio: float) -> tuple[tu
     return (scaled[0], scaled[1]), eps / math.sqrt(ratio)
 
 
-def check_batch_size(argument: str, value: object) -> None:
-    """Raise ValueError unless the value is a whole number above 0."""
-    POSITIVE_WHOLE.check(argument, value)
+def check_batch_size(argument: str, value: object) -> int:
+    """Return a batch size as an int, or raise ValueError unless it is an integer above 0."""
+    return POSITIVE_WHOLE.checked_int(argument, value)

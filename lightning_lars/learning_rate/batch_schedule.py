@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from typing_extensions import override
 
-from lightning_lars.rules import POSITIVE, is_whole, require
+from lightning_lars.rules import POSITIVE, as_int, is_whole, require
 
 
 class Progress(NamedTuple):
@@ -40,10 +40,10 @@ class BatchSizes:
         require("batch_sizes", "a dict with a batch size from 0 on", batch_sizes, holds)
         for begin, size in batch_sizes.items():
             holds = is_whole(begin) and begin >= 0 and is_whole(size) and size > 0
-            rule = f"batch sizes above 0 by the number of {unit}, at least 0, both whole"
+            rule = f"batch sizes above 0 by the number of {unit}, at least 0, both integers"
             require("batch_sizes", rule, {begin: size}, holds)
         self.unit = unit
-        self.batch_sizes = dict(sorted(batch_sizes.items()))
+        self.batch_sizes = dict(sorted((as_int(begin), as_int(size)) for begin, size in batch_sizes.items()))
         """The batch sizes, by the step or sample from which on they apply, in ascending order."""
         self._begins = [*self.batch_sizes]
         self._sizes = [*self.batch_sizes.values()]

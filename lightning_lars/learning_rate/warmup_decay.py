@@ -31,6 +31,7 @@ from lightning_lars.learning_rate.warmup_decay_rules import (
     check_shapes,
     check_steps,
 )
+from lightning_lars.rules import as_int
 
 
 class WarmupDecayLR(LRScheduler):
@@ -120,15 +121,15 @@ class WarmupDecayLR(LRScheduler):
         }
         check_effects(warmup_steps, decay, options)
         is_cycle = decay == "one_cycle"
-        self.warmup_steps, self.total_steps = warmup_steps, total_steps
+        self.warmup_steps, self.total_steps = as_int(warmup_steps), as_int(total_steps)
         self.warmup, self.decay = warmup, decay
         start, end = (1 / 25, 1 / 250_000) if is_cycle else (0.0, 0.0)
         self.start_factor = start if start_factor is None else start_factor
         self.end_factor = end if end_factor is None else end_factor
         self.power = 2.0 if power is None else power
-        self.milestones = tuple(milestones or ())
+        self.milestones = tuple(map(as_int, () if milestones is None else milestones))
         self.gamma = 0.1 if gamma is None else gamma
-        self.cooldown_steps = cooldown_steps
+        self.cooldown_steps = as_int(cooldown_steps)
         self.cooldown = "linear" if cooldown is None else cooldown
         self.momentum_range = tuple((0.85, 0.95) if momentum_range is None else momentum_range)
         check_shapes(vars(self))
@@ -156,7 +157,7 @@ class WarmupDecayLR(LRScheduler):
         if self.decay == "step":
             check_milestones(self.milestones, self.warmup_steps, total_steps)
         check_cooldown(self.cooldown_steps, self.warmup_steps, total_steps)
-        self.total_steps, self.steps_before = total_steps, steps_before
+        self.total_steps, self.steps_before = as_int(total_steps), as_int(steps_before)
 
     @override
     def step(self, epoch: int | None = None) -> None:

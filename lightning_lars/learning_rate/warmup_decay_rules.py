@@ -40,11 +40,11 @@ def check_optimizer(optimizer: Any) -> None:
 
 def check_steps(warmup_steps: int, total_steps: int | None) -> None:
     """Raise ValueError unless the warmup is shorter than the run."""
-    rule = "an int of at least 0 (0 is no warmup)"
+    rule = "an integer, at least 0 (0 is no warmup)"
     require("warmup_steps", rule, warmup_steps, is_whole(warmup_steps) and warmup_steps >= 0)
     if total_steps is None:
         return
-    rule = "an int of at least 1, the optimizer steps of the whole run"
+    rule = "an integer, at least 1: the optimizer steps of the whole run"
     require("total_steps", rule, total_steps, is_whole(total_steps) and total_steps >= 1)
     rule = f"below total_steps={total_steps} (warm up for fewer steps or train for more)"
     require("warmup_steps", rule, warmup_steps, warmup_steps < total_steps)
@@ -82,7 +82,7 @@ def check_milestones(milestones: Sequence[int], warmup_steps: int, total_steps: 
 
 def check_cooldown(cooldown_steps: int | None, warmup_steps: int, total_steps: int | None) -> None:
     """Raise ValueError unless the cooldown fits behind the warmup."""
-    rule = "an int of at least 0 (0 is no cooldown yet)"
+    rule = "an integer, at least 0 (0 is no cooldown yet)"
     is_length = cooldown_steps is None or (is_whole(cooldown_steps) and cooldown_steps >= 0)
     require("cooldown_steps", rule, cooldown_steps, is_length)
     longest = math.inf if total_steps is None else total_steps - warmup_steps

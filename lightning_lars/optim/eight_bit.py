@@ -8,6 +8,7 @@ from lightning_lars.optim.lars import LARS
 from lightning_lars.optim.layerwise import LayerwiseOptimizer
 from lightning_lars.optim.state.eight_bit import EightBitState
 from lightning_lars.optim.state.torchao import import_eight_bit_tensor
+from lightning_lars.rules import as_int
 
 
 class _EightBitOptimizer(LayerwiseOptimizer):
@@ -15,7 +16,7 @@ class _EightBitOptimizer(LayerwiseOptimizer):
 
     def __init__(self, params: Iterable[Any], *args: Any, min_8bit_size: int = 4096, **kwargs: Any) -> None:
         import_eight_bit_tensor()
-        self._storage = EightBitState(min_8bit_size)
+        self._storage = EightBitState(as_int(min_8bit_size))
         super().__init__(params, *args, **kwargs)
 
 

@@ -58,16 +58,14 @@ def linear_rule(lr: float, batch_size: int) -> float:
     """Return the learning rate for a batch size by the linear rule, from that at batch 256.
 
     Raises:
-        ValueError: If ``batch_size`` is not a whole number above 0.
+        ValueError: If ``batch_size`` is not an integer above 0.
     """
-    check_batch_size("batch_size", batch_size)
-    return lr * batch_size / 256
+    return lr * check_batch_size("batch_size", batch_size) / 256
 
 
 def steps_of(epochs: int, steps_per_epoch: int) -> int:
-    """Return the optimizer steps of some epochs, or raise ValueError unless an epoch has a whole number."""
-    POSITIVE_WHOLE.check("steps_per_epoch", steps_per_epoch)
-    return epochs * steps_per_epoch
+    """Return the optimizer steps of some epochs, or raise ValueError unless an epoch has an integer."""
+    return epochs * POSITIVE_WHOLE.checked_int("steps_per_epoch", steps_per_epoch)
 
 
 _Key = TypeVar("_Key", int, str)

@@ -65,5 +65,4 @@ def lamb(batch_size: int, warmup_steps: int = 20) -> Recipe:
 
 
 def _square_root_of_128(batch_size: int) -> float:
-    check_batch_size("batch_size", batch_size)
-    return scaling_factor(batch_size, 128, "sqrt")
+    return scaling_factor(check_batch_size("batch_size", batch_size), 128, "sqrt")

@@ -84,7 +84,7 @@ def _step(path: Path, text: str) -> int:
         step = float(text)
         if step.is_integer():
             return int(step)
-    raise ValueError(f"{path} must hold whole numbers in the column 'step', got {text!r}")
+    raise ValueError(f"{path} must hold integers in the column 'step', got {text!r}")
 
 
 def _hyperparameters(path: Path) -> dict[str, str]:

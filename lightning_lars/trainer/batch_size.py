@@ -7,6 +7,7 @@ from lightning.pytorch import Trainer
 
 from lightning_lars.class_names import has_class_named
 from lightning_lars.learning_rate.batch_scaling import check_batch_size
+from lightning_lars.rules import as_int
 
 
 def effective_batch_size(trainer: Trainer, batch_size: int | None = None) -> int:
@@ -29,7 +30,7 @@ def effective_batch_size(trainer: Trainer, batch_size: int | None = None) -> int
         The number of samples.
 
     Raises:
-        ValueError: If a loader has no batch size, or ``batch_size`` is not a whole number above 0.
+        ValueError: If a loader has no batch size, or ``batch_size`` is not an integer above 0.
 
     Example:
         >>> import lightning
@@ -44,7 +45,7 @@ def effective_batch_size(trainer: Trainer, batch_size: int | None = None) -> int
         4
     """
     per_device = per_device_batch_size(trainer) if batch_size is None else batch_size
-    check_batch_size("batch_size", per_device)
+    per_device = check_batch_size("batch_size", per_device)
     return per_device * data_parallel_replicas(trainer) * accumulated_batches(trainer)
 
 
@@ -114,7 +115,7 @@ def _batch_size_of(loader: Any) -> int:
     # A loader batches itself, or through its batch sampler, a sampler of batches, or its dataset.
     sources = [loader, *(getattr(loader, name, None) for name in ("batch_sampler", "sampler", "dataset"))]
     for source in sources:
-        batch_size = getattr(source, "batch_size", None)
+        batch_size = as_int(getattr(source, "batch_size", None))
         if isinstance(batch_size, int):
             return batch_size
     raise ValueError(

@@ -98,7 +98,7 @@ def check_has_micro_batches(
 
 
 def check_multiples(batch_sizes: Sequence[int], per_device: int, replicas: int) -> None:
-    """Check that effective batch sizes are whole numbers of batches on all replicas.
+    """Check that effective batch sizes are multiples of a batch on all replicas.
 
     Args:
         batch_sizes: The scheduled effective batch sizes.

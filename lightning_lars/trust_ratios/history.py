@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_lars.rules import is_whole, require
+from lightning_lars.rules import as_int, is_whole, require
 from lightning_lars.trust_ratios.layer_statistics import OverSteps
 
 _DRAWN = ("trust_ratio", "update_to_weight", "effective_lr")
@@ -56,7 +56,7 @@ class TrustRatioHistory:
     def __init__(self, max_records: int = 512) -> None:
         is_even = is_whole(max_records) and max_records > 0 and max_records % 2 == 0
         require("max_records", "an even number above 0", max_records, is_even)
-        self.max_records = max_records
+        self.max_records = as_int(max_records)
         self.steps: list[int] = []
         """The optimizer steps of the records in the series."""
         self.statistics: dict[str, dict[str, OverRun]] = {}

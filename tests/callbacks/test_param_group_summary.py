@@ -296,7 +296,7 @@ def test_is_named_in_yaml(tmp_path, capsys):
 
 @pytest.mark.parametrize("max_rows", [0, -2, 1.5, True])
 def test_a_number_of_rows_that_is_none_raises(max_rows):
-    message = f"max_rows must be a whole number above 0, or -1 for all, got {max_rows!r}"
+    message = f"max_rows must be an integer above 0, or -1 for all, got {max_rows!r}"
     with pytest.raises(ValueError, match=message):
         ParamGroupSummary(max_rows=max_rows)
 

@@ -542,7 +542,7 @@ def test_shows_nothing_without_a_progress_bar(tmp_path, capsys):
 
 @pytest.mark.parametrize("num_batches", [0, -1, 1.5, True, None])
 def test_a_number_of_batches_that_is_none_raises(num_batches):
-    with pytest.raises(ValueError, match=f"num_batches must be a whole number above 0, got {num_batches!r}"):
+    with pytest.raises(ValueError, match=f"num_batches must be an integer above 0, got {num_batches!r}"):
         PreciseBatchNorm(num_batches)
 
 

@@ -306,7 +306,7 @@ def test_given_layers_precede_those_by_order_and_the_first_pattern_wins():
             ValueError,
             "at least 0, got -1 for 'head.weight'",
         ),
-        ({"layer_decay": 0.5, "layer_depth": lambda name: "1"}, ValueError, "whole numbers, .* got '1'"),
+        ({"layer_decay": 0.5, "layer_depth": lambda name: "1"}, ValueError, "integers, .* got '1'"),
     ],
 )
 def test_bad_arguments_are_named(options, error, message):

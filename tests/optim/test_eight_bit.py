@@ -473,7 +473,7 @@ def test_groups_have_sizes_of_their_own(eight_bit_class, optimizer_class):
 @both
 @pytest.mark.parametrize("size", [-1, 1.5, True, "4096", None])
 def test_a_size_that_is_no_whole_number_is_refused(eight_bit_class, optimizer_class, size):
-    with pytest.raises(ValueError, match="min_8bit_size must be a whole number, at least 0, got"):
+    with pytest.raises(ValueError, match="min_8bit_size must be an integer, at least 0, got"):
         eight_bit_class(layers().values(), min_8bit_size=size)
 
 

@@ -291,7 +291,7 @@ def test_the_command_writes_the_report_and_says_what_is_wrong(left, tmp_path, mo
     torch.save(unsafe, tmp_path / "unsafe.ckpt")
     broken = {
         "long.csv": (b"step,loss\n1,2,3\n", "must have a column for every value, got more in line 2"),
-        "half.csv": (b"step,loss\n1.5,2\n", "must hold whole numbers in the column 'step', got '1.5'"),
+        "half.csv": (b"step,loss\n1.5,2\n", "must hold integers in the column 'step', got '1.5'"),
         "wide.csv": ("step,loss\n".encode("utf-16"), r"wide.csv must be a CSV log .* in UTF-8"),
         "quote.csv": (b'step,"' + b"a" * 200_000, "quote.csv must be a CSV log of Lightning"),
         "empty.ckpt": (b"", "empty.ckpt must be a metrics.csv or a checkpoint of Lightning"),

@@ -113,7 +113,7 @@ def test_refuses_a_bad_batch_size(tmp_path, batch_size):
         def on_train_start(self):
             effective_batch_size(self.trainer, batch_size=batch_size)
 
-    with pytest.raises(ValueError, match=f"batch_size must be a whole number above 0, got {batch_size}"):
+    with pytest.raises(ValueError, match=f"batch_size must be an integer above 0, got {batch_size}"):
         walk(tmp_path, Wrong())
 
 
