@@ -169,3 +169,26 @@ def test_loaded_state_takes_the_memory_format_of_its_layer(optimizer_class, fuse
     torch.testing.assert_close(values(own), values(params), rtol=1e-5, atol=1e-6)
     weight = own["conv.weight"]
     assert all(key == "step" or s.stride() == weight.stride() for key, s in resumed.state[weight].items())
+
+
+@pytest.mark.parametrize("path", ["triton"])
+def test_one_batch_at_a_time_keeps_its_directions(path, device, monkeypatch):
+    from lightning_lars.optim import batches
+    from lightning_lars.optim.backends.triton import Triton
+
+    monkeypatch.setattr(batches, "_MAX_BATCH_ELEMENTS_IN_KERNEL", 1)
+    measure, kept, most = Triton.measure, [], []
+
+    def watched(backend):
+        norms = measure(backend)
+        kept.append(weakref.ref(backend.stored_direction))
+        most.append(sum(direction() is not None for direction in kept))
+        return norms
+
+    monkeypatch.setattr(Triton, "measure", watched)
+    params = [Parameter(torch.ones(8, device=device)) for _ in range(3)]
+    optimizer = LAMB(params, fused=True)
+    for step in range(3):
+        give_gradients(params, step)
+        optimizer.step()
+    assert most == [1] * 9

@@ -118,6 +118,7 @@ class Triton(Eager):
         table = self.table
         with device_of(table):
             self._walk("move" if self.stored_direction is None else "apply", None, ratio)
+            self.stored_direction = None  # memory for the next batch
             if self.algorithm.counts_steps and not self._counts_before:
                 self.launches(count, "count", table.layers, table.columns, self.steps_in, table.layers)
 
