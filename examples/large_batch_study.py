@@ -40,10 +40,11 @@ STARTS = {
     "AdamW": Choice("AdamW", 0.0, weight_decay=0.01),
     "LARS": Choice("LARS", 0.0, weight_decay=5e-4, excluded_lr=0.05),
     "LAMB": Choice("LAMB", 0.0, weight_decay=0.01, excluded_lr=0.01),
+    "Bounded LAMB": Choice("Bounded LAMB", 0.0, weight_decay=0.01, excluded_lr=0.01),
     # Takes the rates of AdamW, which has all but the matrices of hidden layers, at the same one.
     "Muon": Choice("Muon", 0.0, weight_decay=0.01),
 }
-LOWEST_RATES = {"SGD": 0.05, "AdamW": 0.002, "LARS": 4.0, "LAMB": 0.005, "Muon": 0.002}
+LOWEST_RATES = {"SGD": 0.05, "AdamW": 0.002, "LARS": 4.0, "LAMB": 0.005, "Bounded LAMB": 0.01, "Muon": 0.002}
 RATES = 5
 # Then one change at a time, most conservative first: the first that is as good as the best is chosen.
 EXCLUDED_RATES = {
@@ -51,6 +52,7 @@ EXCLUDED_RATES = {
     "AdamW": (0.002, None),
     "LARS": (0.02, 0.05, 0.1),
     "LAMB": (0.005, 0.01, 0.02),
+    "Bounded LAMB": (0.005, 0.01, 0.02),
     "Muon": (None,),
 }
 CLIPS = {
@@ -58,6 +60,7 @@ CLIPS = {
     "AdamW": (1.0, None),
     "LARS": (0.02, None),
     "LAMB": (1.0, None),
+    "Bounded LAMB": (1.0, None),
     "Muon": (1.0, None),
 }
 TOLERANCE = 0.25  # points of accuracy that a single seed cannot resolve
@@ -261,7 +264,7 @@ def main() -> None:
         nargs="+",
         choices=list(STARTS),
         default=["SGD", "AdamW", "LARS", "LAMB"],
-        help="Muon is for the matrices of hidden layers, beside AdamW",
+        help="Muon is for the matrices of hidden layers, beside AdamW; Bounded LAMB has a trust_clip",
     )
     parser.add_argument("--batch-sizes", action="store_true", help="also train at four batch sizes")
     parser.add_argument(

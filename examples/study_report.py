@@ -18,6 +18,7 @@ COLORS = {
     "AdamW": "tab:gray",
     "LARS": "tab:red",
     "LAMB": "tab:orange",
+    "Bounded LAMB": "tab:purple",
     "Muon": "tab:green",
 }
 

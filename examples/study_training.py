@@ -30,6 +30,7 @@ OPTIMIZERS = {
     "AdamW": torch.optim.AdamW,
     "LARS": partial(LARS, momentum=0.9),
     "LAMB": LAMB,
+    "Bounded LAMB": partial(LAMB, trust_clip=0.1),
     "Muon": torch.optim.AdamW,  # for all but the matrices
     "Muon in bfloat16": torch.optim.AdamW,
 }

@@ -172,10 +172,10 @@ def test_the_first_choice_that_matches_the_best_is_chosen(module):
 
 def test_the_study_trains_the_optimizers_that_it_is_asked_for(module):
     script, choice = module("large_batch_study"), module("study_training").Choice
-    best = {name: choice(name, 0.01, weight_decay=0.01) for name in ("AdamW", "Muon")}
+    best = {name: choice(name, 0.01, weight_decay=0.01) for name in ("AdamW", "Bounded LAMB", "Muon")}
     of_rule = script.by_rule("mlp", best, 32, range(1))
-    assert [name for name, _ in of_rule] == ["AdamW at 128", "AdamW", "Muon"]
-    assert [run.batch_size for _, (run,) in of_rule] == [128, 32, 32]
+    assert [name for name, _ in of_rule] == ["AdamW at 128", "AdamW", "Bounded LAMB", "Muon"]
+    assert [run.batch_size for _, (run,) in of_rule] == [128, 32, 32, 32]
     assert {name for name, _ in script.by_batch_size("mlp", best, [32], range(1))} == set(best)
     assert {name for name, _ in script.by_rate("mlp", best, 32, range(1))} == set(best)
     of_variants = script.variants("mlp", best, 32, range(1))
