@@ -7,7 +7,7 @@ from torch import Size, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lars.groups.module_kinds import UNKNOWN, kinds_of
-from lightning_lars.groups.no_weight_decay import listed_in
+from lightning_lars.groups.no_weight_decay import is_marked, listed_in
 from lightning_lars.groups.original_shapes import is_flat, original_shape, sharded_shapes
 from lightning_lars.groups.parameter_names import aliases_of, closest, matches
 from lightning_lars.groups.parameter_roles import NORMS, Place, named_norm, running_statistics
@@ -81,7 +81,7 @@ def classify(
             rule = "bias"
         elif exclude_gain and all(gains):
             rule = "gain"
-        elif any(each.holds(place.alias.name) for each in listed for place in places):
+        elif is_marked(parameter) or any(each.holds(place.alias.name) for each in listed for place in places):
             rule = "no_weight_decay"
         else:
             rule = next(

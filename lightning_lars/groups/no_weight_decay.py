@@ -1,11 +1,11 @@
-"""Parameters that a model itself excludes from weight decay, by the convention of timm, Swin and BEiT."""
+"""Parameters that a model itself excludes from weight decay, by the conventions of timm and of Mamba."""
 
 import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_lars.groups.parameter_names import clean_path, without_wrappers
@@ -29,6 +29,11 @@ class Listed(NamedTuple):
         parts = name.split(".")
         beginnings = {".".join(parts[: depth + 1]) for depth in range(len(parts))}
         return bool(beginnings & self.names) or any(keyword in name for keyword in self.keywords)
+
+
+def is_marked(parameter: Tensor) -> bool:
+    """Return whether the model has set ``_no_weight_decay = True`` on the parameter, as Mamba and S4 do."""
+    return getattr(parameter, "_no_weight_decay", False) is True
 
 
 def listed_in(model: nn.Module) -> list[Listed]:

@@ -45,7 +45,8 @@ def param_groups(
        a linear, convolutional, embedding, attention or recurrent layer (layer scale, gates, temperatures,
        slopes), and parameters that other modules broadcast over the batch, with a first dimension of 1 (class
        tokens, position embeddings);
-    4. parameters that the model, or a submodule, lists in ``no_weight_decay()``, by name or by module.
+    4. parameters that the model, or a submodule, lists in ``no_weight_decay()``, by name or by module, or has
+       marked with ``_no_weight_decay = True`` (Mamba), which FSDP2 and tensor parallelism do not keep.
 
     Args:
         module: The model, wrapped or not.

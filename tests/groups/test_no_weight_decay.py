@@ -106,6 +106,19 @@ def test_attributes_of_these_names_that_list_nothing_are_ignored(other):
     assert "excluded" not in names(module)
 
 
+@pytest.mark.parametrize(
+    ("mark", "is_excluded"), [(True, True), (False, False), ("yes", False), (None, False)]
+)
+def test_parameters_that_the_model_has_marked_are_excluded_as_in_mamba(mark, is_excluded):
+    module = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    module[0].weight._no_weight_decay = mark
+    for wrapped in (module, torch.compile(module, backend="eager"), module.double()):
+        groups = names(wrapped)
+        assert groups.get("excluded", []) == (["0.weight"] if is_excluded else [])
+    columns = {column.header: list(column.cells) for column in explain_param_groups(module).columns}
+    assert columns["Rule"] == (["no_weight_decay", ""] if is_excluded else ["", ""])
+
+
 def test_names_inside_a_compiled_part_are_found():
     class FromStateDict(Transformer):
         def no_weight_decay(self):
