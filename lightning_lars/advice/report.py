@@ -1,6 +1,7 @@
 """What :func:`~lightning_lars.advise` returns."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,8 +70,11 @@ class Advice:
                 console.print(bullets(title, sentences), highlight=False)
 
     def to_json(self) -> str:
-        """Return the advice as JSON, with the names of the attributes as keys."""
-        return json.dumps(asdict(self), indent=2, allow_nan=False)
+        """Return the advice as JSON, with the names of the attributes as keys.
+
+        JSON has no infinity and no NaN: such numbers, of an optimizer with ``lr=inf`` for example, are null.
+        """
+        return json.dumps(_finite(asdict(self)), indent=2, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Advice":
@@ -105,3 +109,12 @@ class Advice:
             f"{text} Twice the batch size, {twice.batch_size}, would take {twice.steps_factor:.0%} of the "
             f"steps and {twice.samples_factor:.0%} of the samples."
         )
+
+
+def _finite(value: Any) -> Any:
+    """Return a value of a dict with None for all numbers in it that are not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -90,8 +90,17 @@ def test_json_holds_everything_and_comes_back_equal(advice):
     assert (values["critical"] is None) == (advice.critical is None)
     with pytest.raises(TypeError, match="more"):
         Advice.from_json(json.dumps({**values, "more": 1}))
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        replace(advice, parameter_bytes=math.inf).to_json()
+
+
+def test_a_rate_that_is_not_finite_is_null_in_json_and_printed():
+    sizes = batch_sizes(128, 128, math.inf, 1000, 400.0, is_linear=True)
+    groups = (ParameterGroup("adapted", 4, 6216, math.inf, math.nan, None),)
+    advice = replace(ADVICE, groups=groups, batch_sizes=sizes)
+    back = Advice.from_json(advice.to_json())
+    assert (back.groups[0].lr, back.groups[0].weight_decay, back.batch_sizes[0].lr_sqrt) == (None, None, None)
+    assert (back.batch_sizes[0].lars, back.critical) == (advice.batch_sizes[0].lars, advice.critical)
+    assert "inf" in printed(advice)
+    assert "adapted" in printed(back)
 
 
 def printed(advice):
