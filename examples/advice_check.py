@@ -68,7 +68,11 @@ def main() -> None:
     loader = batches(data.train, arguments.batch_size, shuffle=True)
     warmup_steps = max(1, arguments.epochs * len(loader) // 10)
     table = Table(title=f"Critical batch size, from {arguments.max_steps} steps")
-    for heading in ("Optimizer", "At the beginning", *(f"After {epoch} epochs" for epoch in arguments.after)):
+    for heading in (
+        "Optimizer",
+        "At the beginning",
+        *(f"After {epoch} epoch{'s' * (epoch != 1)}" for epoch in arguments.after),
+    ):
         table.add_column(heading)
     for choice in (each for each in CHOICES if each.optimizer in arguments.optimizers):
         choice = replace(choice, batch_size=arguments.batch_size)

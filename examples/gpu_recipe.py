@@ -138,7 +138,7 @@ def train_part(title: str, rows: Iterator[Row], folder: Path, seconds: float) ->
         rich.print(", ".join(f"{key}={value:.4g}" for key, value in row.items() if isinstance(value, float)))
         save(title, done, folder)
     if not in_time:
-        rich.print(f"{title}: the time is up after {len(done)} runs (--seconds)")
+        rich.print(f"{title}: the time is up after {len(done)} run{'s' * (len(done) != 1)} (--seconds)")
     if done:
         report(title, done, folder)
 

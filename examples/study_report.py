@@ -96,7 +96,7 @@ def _cells(choice: Choice) -> tuple[str, str, str, str]:
 
 
 def table_of_results(rows: Sequence[Row], title: str) -> Table:
-    table = Table(title=f"{title}: test accuracy, {len(rows[0].runs)} seeds")
+    table = Table(title=f"{title}: test accuracy, {len(rows[0].runs)} seed{'s' * (len(rows[0].runs) != 1)}")
     for name in ("", "Batch", "Steps", "Peak lr", "Weight decay", "Train loss", "Test %", "Behind the first"):
         table.add_column(name, justify="right" if name else "left")
     for row in rows:
@@ -167,7 +167,9 @@ def plot_sizes(rows: Sequence[Row], path: Path, epochs: int) -> None:
     axes.set_xticks(sizes, [f"{row.runs[0].batch_size:,}\n{row.outcomes[0].steps:,} steps" for row in of])
     axes.set_xlabel("Batch size")
     axes.set_ylabel("Accuracy on the test images, %")
-    axes.set_title(f"{epochs} epochs at every batch size, everything chosen at batch {sizes[0]}")
+    axes.set_title(
+        f"{epochs} epoch{'s' * (epochs != 1)} at every batch size, everything chosen at batch {sizes[0]}"
+    )
     axes.legend()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -102,6 +102,17 @@ def check(rules: Mapping[str, Rule], values: Mapping[str, Any]) -> None:
         rule.check(name, values[name])
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the singular for 1.
+
+    Example:
+        >>> from lightning_lars.rules import counted
+        >>> counted(1, "step"), counted(2, "step")
+        ('1 step', '2 steps')
+    """
+    return f"{number} {noun if number == 1 else f'{noun}s'}"
+
+
 def require(argument: str, rule: str, value: object, holds: bool) -> None:
     """Raise ValueError naming the argument, its rule and its value unless the rule holds."""
     if not holds:

@@ -15,6 +15,7 @@ from lightning_lars.groups.excluded_rate import is_excluded
 from lightning_lars.groups.introspection import Layer, classify
 from lightning_lars.groups.scheduled_rates import peak
 from lightning_lars.optim.layerwise import LayerwiseOptimizer
+from lightning_lars.rules import counted
 from lightning_lars.sharding.shards import is_distributed
 from lightning_lars.trust_ratios.alerts import LONG_WAY, NEGLIGIBLE
 from lightning_lars.trust_ratios.excluded_rate_peak import GOOD, SELDOM_ABOVE, excluded_as
@@ -94,8 +95,8 @@ def unusual(
     sentences = []
     if lost:
         sentences.append(
-            f"{len(lost)} parameters require a gradient and are in no optimizer{_among(lost)}: pass them to "
-            "one in configure_optimizers, or freeze them with requires_grad_(False)."
+            f"{counted(len(lost), 'parameter')} with requires_grad=True in no optimizer{_among(lost)}: "
+            "pass them to one in configure_optimizers, or freeze them with requires_grad_(False)."
         )
     remaining = iter(rates)
     for optimizer in parts_of(optimizers):
@@ -121,9 +122,10 @@ def _of_layerwise(optimizer: str, groups: _Groups, layers: _Layers, steps: float
         are_decayed = any(_name_if(p, layers, "excluded") for p in decaying)
         nothing = "" if excluded else "nothing is excluded, so that "
         yield (
-            f"{optimizer}: {nothing}{len(small)} norms, biases and gains are adapted{_among(small)}, whose "
-            f"steps a trust ratio makes multiplicative{', and decayed' if are_decayed else ''}: build the "
-            "optimizer over param_groups(module), or add the callback ExcludeNormAndBias."
+            f"{optimizer}: {nothing}norms, biases and gains are adapted, {len(small)} of "
+            f"them{_among(small)}, whose steps a trust ratio makes "
+            f"multiplicative{', and decayed' if are_decayed else ''}: build the optimizer over "
+            "param_groups(module), or add the callback ExcludeNormAndBias."
         )
     tables = [layers[p].name for p in adapted if p in layers and _is_table(layers[p].owner)]
     if tables:
@@ -134,9 +136,9 @@ def _of_layerwise(optimizer: str, groups: _Groups, layers: _Layers, steps: float
     zeros = [name for p in adapted if (name := _name_if(p, layers, "adapted")) and _is_zero(p)]
     if zeros:
         yield (
-            f"{optimizer} adapts {len(zeros)} layers whose weights are all 0{_among(zeros)}: their trust "
-            "ratio is 1 until they have moved, whatever that of the others is. Exclude them, or initialize "
-            "them with small numbers."
+            f"{optimizer} adapts {counted(len(zeros), 'layer')} of weights that are all 0{_among(zeros)}: "
+            "the trust ratio is 1 until they have moved, whatever that of the others is. Exclude them, or "
+            "initialize them with small numbers."
         )
     share = _elements(excluded) / max(1, _elements(adapted) + _elements(excluded))
     if share > LARGE_SHARE:

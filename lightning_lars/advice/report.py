@@ -11,6 +11,7 @@ from rich.console import Console
 from lightning_lars.advice.parts import BatchSize, CriticalBatchSize, ParameterGroup, StartingPoint
 from lightning_lars.advice.table import batch_size_table, bullets, group_table, in_samples, memory_table
 from lightning_lars.printing.tables import print_table
+from lightning_lars.rules import counted
 
 __all__ = ["Advice", "BatchSize", "CriticalBatchSize", "ParameterGroup", "StartingPoint"]
 
@@ -101,7 +102,9 @@ class Advice:
         critical = self.critical
         if critical is None or critical.b_simple is None:
             return "Critical batch size: unknown."
-        text = f"Critical batch size: about {in_samples(critical)}, from {self.measured_steps} steps."
+        text = (
+            f"Critical batch size: about {in_samples(critical)}, from {counted(self.measured_steps, 'step')}."
+        )
         if self.suggested_batch_size != self.batch_size:
             return f"{text} Batch size to try: {self.suggested_batch_size}."
         twice = self.batch_sizes[1]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from lightning_lars.advice.parts import CriticalBatchSize, ParameterGroup
 from lightning_lars.groups.excluded_rate import is_excluded
+from lightning_lars.rules import counted
 
 FEW_STEPS = 100
 WIDE_ERROR = 0.25
@@ -81,15 +82,15 @@ def of_rates(main: ParameterGroup | None, groups: Sequence[ParameterGroup]) -> l
 def _of_measurement(critical: CriticalBatchSize | None, measured_steps: int, max_steps: int) -> Sequence[str]:
     if critical is None:
         return [
-            f"The critical batch size was not measured: none of {measured_steps} steps had finite gradients "
-            "from two or more micro-batches of one size. Raise max_steps, give the train loader two full "
-            "batches or more in an epoch and drop_last=True, or pass batch_size."
+            f"The critical batch size was not measured: of {counted(measured_steps, 'step')}, none had "
+            "finite gradients from two or more micro-batches of one size. Raise max_steps, give the train "
+            "loader two full batches or more in an epoch and drop_last=True, or pass batch_size."
         ]
     sentences = []
     if measured_steps < max_steps:
         sentences.append(f"The run ended after {measured_steps} of {max_steps} steps.")
     if measured_steps < FEW_STEPS:
-        sentences.append(f"{measured_steps} steps are few for a noise scale: raise max_steps.")
+        sentences.append(f"{counted(measured_steps, 'step')}: few for a noise scale. Raise max_steps.")
     if critical.b_simple is None:
         lost, other = ("gradient", "noise") if critical.squared_gradient <= 0 else ("noise", "gradient")
         sentences.append(

@@ -18,7 +18,7 @@ from lightning_lars.learning_rate.batch_scaling import (
     scaling_exponent,
     scaling_factor,
 )
-from lightning_lars.rules import FLAG
+from lightning_lars.rules import FLAG, counted
 from lightning_lars.trainer.batch_size import (
     accumulated_batches,
     data_parallel_replicas,
@@ -203,9 +203,9 @@ class BatchSizeScaling(Callback):
         per_device, replicas, accumulated = counts
         factor = scaling_factor(prod(counts), self.base_batch_size, self.rule)
         found = (
-            f"BatchSizeScaling: effective batch size {prod(counts)} = {per_device} per device x {replicas} "
-            f"replicas x {accumulated} accumulated; {self.rule} from {self.base_batch_size}: "
-            f"learning rate x {factor:.6g}"
+            f"BatchSizeScaling: effective batch size {prod(counts)} = {per_device} per device x "
+            f"{counted(replicas, 'replica')} x {accumulated} accumulated; {self.rule} from "
+            f"{self.base_batch_size}: learning rate x {factor:.6g}"
         )
         if found == self._last_message:
             return
@@ -222,7 +222,7 @@ class BatchSizeScaling(Callback):
                 else:
                     rates.append(f"{before} -> {float(self._scaled(trainer, group)['lr']):.6g}")
             if lower:
-                rates.append(f"likewise {len(lower)} groups with a smaller lr_scale")
+                rates.append(f"likewise {counted(len(lower), 'group')} with a smaller lr_scale")
         rank_zero_info(f"{found} ({', '.join(rates)}).")
 
     def _warn_of_few_samples(self, batch_size: int, factor: float) -> None:

@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_lars.learning_rate.batch_growth import growth
 from lightning_lars.learning_rate.batch_scaling import check_batch_size
 from lightning_lars.learning_rate.batch_schedule import BatchSizes, BatchSizesByNoiseScale, Progress
+from lightning_lars.rules import counted
 from lightning_lars.trainer.accumulation import AccumulatedBatches, give_back
 from lightning_lars.trainer.batch_size import data_parallel_replicas, per_device_batch_size, takes_steps
 from lightning_lars.trainer.batch_size_checks import (
@@ -283,8 +284,8 @@ class BatchSizeSchedule(Callback):
             position = trainer.global_step if self.unit == "steps" else self._samples
             rank_zero_info(
                 f"BatchSizeSchedule: effective batch size {scheduled} = {self._per_device} per device x "
-                f"{self._replicas} replicas x {scheduled // self._samples_per_batch} accumulated, after "
-                f"{position} {self.unit}"
+                f"{counted(self._replicas, 'replica')} x {scheduled // self._samples_per_batch} "
+                f"accumulated, after {counted(position, self.unit.removesuffix('s'))}"
             )
 
     @property

@@ -9,7 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_lars.learning_rate.curves import WARMUPS
-from lightning_lars.rules import POSITIVE, POSITIVE_WHOLE, is_number, require
+from lightning_lars.rules import POSITIVE, POSITIVE_WHOLE, counted, is_number, require
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trainer.learning_rate_owner import LearningRateOwner
 from lightning_lars.trainer.training_length import Beginning, steps_of_epochs, total_steps
@@ -114,7 +114,7 @@ class LearningRateWarmup(Callback):
         )
         rank_zero_info(
             f"LearningRateWarmup: {self.shape}, from {start_factor:g} to 1 times the learning rate in "
-            f"{warmup_steps} optimizer steps."
+            f"{counted(warmup_steps, 'optimizer step')}."
         )
 
     def _length(self, trainer: Trainer, total: float, beginning: Beginning) -> int:

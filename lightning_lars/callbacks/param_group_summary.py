@@ -26,7 +26,7 @@ from lightning_lars.groups.matrices import MATRICES
 from lightning_lars.groups.optimizer_names import kinds
 from lightning_lars.printing.name_folding import fold
 from lightning_lars.printing.tables import is_too_wide, print_table
-from lightning_lars.rules import FLAG, as_int, is_whole, require
+from lightning_lars.rules import FLAG, as_int, counted, is_whole, require
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trust_ratios.excluded_rate_peak import ExcludedRatePeak
 from lightning_lars.trust_ratios.protocols import HasTrustRatios
@@ -123,8 +123,9 @@ class ParamGroupSummary(Callback):
         lost = [entry.name for entry in entries if entry.group == LOST]
         if lost:
             rank_zero_warn(
-                f"{len(lost)} parameters require a gradient and are in no optimizer, among them {lost[:5]}: "
-                "pass them to one in configure_optimizers, or freeze them with requires_grad_(False)"
+                f"{counted(len(lost), 'parameter')} with requires_grad=True in no optimizer, among them "
+                f"{lost[:5]}: pass them to one in configure_optimizers, or freeze them with "
+                "requires_grad_(False)"
             )
 
         self._detach()
@@ -179,7 +180,7 @@ def _parameter_table(entries: Sequence[Entry], folded: bool, max_rows: int, narr
         table.add_row(*(Text(cell) for cell in (*described, str(tensors), group, why)), style=style)
     if names[limit:]:
         hidden = sum(tensors for _, tensors, _ in names[limit:])
-        rest = f"and {len(names) - limit} more rows: see max_rows"
+        rest = f"and {counted(len(names) - limit, 'more row')}: see max_rows"
         table.add_row(rest, *(() if narrow else ("", "")), str(hidden), style="italic")
     return table
 

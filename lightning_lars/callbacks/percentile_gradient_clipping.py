@@ -18,7 +18,7 @@ from lightning_lars.gradients.percentile_clipping import PercentileClipping
 from lightning_lars.groups.optimizer_names import by_name
 from lightning_lars.optim.parameters import named_params
 from lightning_lars.optim.state.checkpoint import is_checkpoint_dry_run
-from lightning_lars.rules import FLAG, as_int, is_number, is_whole, require
+from lightning_lars.rules import FLAG, as_int, counted, is_number, is_whole, require
 from lightning_lars.sharding.shards import Shard, find_shards
 from lightning_lars.trainer.callback import Callback
 from lightning_lars.trainer.logging import is_logging, log, publish
@@ -144,14 +144,14 @@ class PercentileGradientClipping(Callback):
         states, self._states = self._states, []
         if states and len(states) != number:
             raise MisconfigurationException(
-                f"the checkpoint has the gradient norms of {len(states)} optimizers for "
+                f"the checkpoint has the gradient norms of {counted(len(states), 'optimizer')} for "
                 f"PercentileGradientClipping, the module has {number}: resume the module that wrote it"
             )
         for clipping, state, optimizer in zip(self._clippings, states, trainer.optimizers, strict=False):
             count = sum(len(group["params"]) for group in optimizer.param_groups)
             if self.per_layer and state.shape[1] > count:
                 raise MisconfigurationException(
-                    f"the checkpoint has the gradient norms of {state.shape[1]} layers for "
+                    f"the checkpoint has the gradient norms of {counted(state.shape[1], 'layer')} for "
                     f"PercentileGradientClipping, the optimizer has {count}: resume the module that wrote it"
                 )
             clipping.load(state)

@@ -67,7 +67,8 @@ def taken_apart(
         )
     others = saved.get(OTHERS, [{}] * len(optimizers))
     if len(others) != len(optimizers):
-        raise ValueError(f"state_dict must be of {len(optimizers)} optimizers, got one of {len(others)}")
+        expected = f"{len(optimizers)} optimizer{'s' * (len(optimizers) != 1)}"
+        raise ValueError(f"state_dict must be of {expected}, got one of {len(others)}")
     matched = dict(zip(map(id, groups), match_groups(saved["param_groups"], groups, warn), strict=True))
     parts = []
     for optimizer, other in zip(optimizers, others, strict=True):

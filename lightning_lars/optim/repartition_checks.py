@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
+from lightning_lars.rules import counted
+
 
 def dimensions(params: Iterable[Tensor]) -> dict[Tensor, int | None]:
     """Return the number of dimensions of each parameter, None while it is unknown (lazy modules)."""
@@ -37,10 +39,10 @@ def check_not_flattened(
         name, p = named[0]
         raise RuntimeError(
             f"parameter {name!r} of shape {tuple(p.shape)} is not a layer that the optimizer was given: flat "
-            f"tensors ({len(named)}) have replaced its {len(given)} layers, whose norms can no longer be "
-            "computed. DeepSpeed does this: use its ZeRO stage 0, FSDP (use_orig_params=True), fully_shard "
-            "(ModelParallelStrategy), or DDP with ZeroRedundancyOptimizer. To optimize vectors of your own, "
-            "add them with add_param_group()"
+            f"tensors ({len(named)}) have replaced its {counted(len(given), 'layer')}, whose norms can no "
+            "longer be computed. DeepSpeed does this: use its ZeRO stage 0, FSDP (use_orig_params=True), "
+            "fully_shard (ModelParallelStrategy), or DDP with ZeroRedundancyOptimizer. To optimize vectors "
+            "of your own, add them with add_param_group()"
         )
 
 

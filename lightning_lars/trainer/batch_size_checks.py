@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_lars.class_names import has_class_named
+from lightning_lars.rules import counted
 
 
 def check_is_free(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,9 +114,9 @@ def check_multiples(batch_sizes: Sequence[int], per_device: int, replicas: int) 
     if refused:
         raise MisconfigurationException(
             f"BatchSizeSchedule needs effective batch sizes that are multiples of {samples} = {per_device} "
-            f"per device x {replicas} replicas, got {refused}: schedule multiples of it, or set a per-device "
-            f"batch size that divides them all, at most {math.gcd(*batch_sizes)} samples on all replicas "
-            "together"
+            f"per device x {counted(replicas, 'replica')}, got {refused}: schedule multiples of it, or set "
+            "a per-device batch size that divides them all, at most "
+            f"{counted(math.gcd(*batch_sizes), 'sample')} on all replicas together"
         )
 
 
@@ -124,6 +125,7 @@ def warn_of_short_epochs(trainer: Trainer, largest: int, samples_per_batch: int)
     samples = trainer.num_training_batches * samples_per_batch
     if largest > samples and not cast(Any, trainer).fast_dev_run:
         rank_zero_warn(
-            f"BatchSizeSchedule schedules a batch size of {largest}, and an epoch has {samples} samples: "
-            "Lightning steps when an epoch ends, so no batch is larger than that"
+            f"BatchSizeSchedule schedules a batch size of {largest}, and an epoch has "
+            f"{counted(int(samples), 'sample')}: Lightning steps when an epoch ends, so no batch is larger "
+            "than that"
         )

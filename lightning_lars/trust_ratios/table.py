@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_lars.printing.tables import is_too_wide, print_table
+from lightning_lars.rules import counted
 from lightning_lars.trust_ratios.history import TrustRatioHistory
 
 _HIDDEN_FIRST = ("last", "Effective\nlr", "min", "max")
@@ -94,7 +95,7 @@ def trust_ratio_table(
             table.add_row(Text(layer), *cells)
     if hidden:
         low, high = (_number(of_ratio[by_mean[i]].mean) for i in (half, len(by_mean) - (max_rows - half) - 1))
-        table.add_row(Text(f"and {len(hidden)} layers between {low} and {high}", style="italic"))
+        table.add_row(Text(f"and {counted(len(hidden), 'layer')} between {low} and {high}", style="italic"))
     return table
 
 

@@ -329,13 +329,13 @@ def test_says_where_the_run_was_short_or_measured_nothing(tmp_path):
     short = advise(WithAdam(), trainer=trainer(tmp_path), max_steps=100)
     assert short.measured_steps == 4
     assert "The run ended after 4 of 100 steps." in short.unknown
-    assert "4 steps are few for a noise scale: raise max_steps." in short.unknown
+    assert "4 steps: few for a noise scale. Raise max_steps." in short.unknown
     fitting = trainer(tmp_path, limit_train_batches=1)
     with pytest.warns(UserWarning, match="GradientNoiseScale measured no step"):
         nothing = advise(WithAdam(), trainer=fitting, max_steps=2)
     assert (nothing.critical, nothing.suggested_batch_size) == (None, None)
     assert nothing.batch_sizes[0].steps_factor is None
-    assert "none of 1 steps had finite gradients" in nothing.unknown[0]
+    assert "of 1 step, none had finite gradients" in nothing.unknown[0]
     assert "give the train loader two full batches or more in an epoch" in nothing.unknown[0]
     assert Advice.from_json(nothing.to_json()) == nothing
 

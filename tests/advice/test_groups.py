@@ -55,15 +55,15 @@ def test_nothing_is_unusual_in_the_groups_of_the_package(optimizer):
     [
         (["a learning rate of 3. That is plain SGD", "excluded_lr=0.05"], {"optimizer": LARS, "lr": 3.0}),
         (["a learning rate of 0.1. That is plain Adam"], {"optimizer": LAMB, "lr": 0.1}),
-        (["1 layers whose weights are all 0 (head.weight)"], {"optimizer": LAMB, "net": zeroed()}),
+        (["1 layer of weights that are all 0 (head.weight)"], {"optimizer": LAMB, "net": zeroed()}),
         (["LARS adapts no layer: without layer adaptation it is plain SGD"],
          {"optimizer": LARS, "exclude": "*"}),
         (["are excluded from layer adaptation", "['hidden.weight'"],
          {"optimizer": LAMB, "exclude": "hidden.weight"}),
         (["trust_coefficient * lr is 0.0001 at its peak"], {"optimizer": LARS, "lr": 0.1}),
-        (["adapted (hidden.bias, norm.weight, norm.bias, ...)", "nothing is excluded"],
+        (["adapted, 4 of them (hidden.bias, norm.weight, norm.bias, ...)", "nothing is excluded"],
          {"optimizer": LARS, "exclude_norm": False, "exclude_bias": False, "exclude_gain": False}),
-        (["1 norms, biases and gains are adapted (head.bias)"],
+        (["norms, biases and gains are adapted, 1 of them (head.bias)"],
          {"optimizer": lambda groups: LAMB([
              {"params": [*groups[0]["params"], groups[1]["params"][-1]]},
              {"params": groups[1]["params"][:-1], "layer_adaptation": False, "weight_decay": 0.0}])}),
@@ -97,7 +97,7 @@ def test_says_which_parameters_no_optimizer_trains():
     net = Net()
     [sentence, *_] = sentences(net, torch.optim.SGD(net.hidden.parameters(), lr=0.1))
     assert sentence.startswith(
-        "5 parameters require a gradient and are in no optimizer (embed.weight, norm.weight"
+        "5 parameters with requires_grad=True in no optimizer (embed.weight, norm.weight"
     )
     assert "requires_grad_(False)" in sentence
 

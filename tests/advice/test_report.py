@@ -152,7 +152,7 @@ def test_where_the_batch_size_is_critical_the_headline_says_what_twice_of_it_cos
     [
         ({}, None),
         ({"measured_steps": 30}, "The run ended after 30 of 300 steps."),
-        ({"measured_steps": 30, "max_steps": 30}, "30 steps are few"),
+        ({"measured_steps": 30, "max_steps": 30}, "30 steps: few"),
         ({"critical": replace(CRITICAL, standard_error=101.0)}, "The error of the noise scale is large"),
         ({"critical": replace(CRITICAL, standard_error=None)}, "The error of the noise scale is large"),
         (

@@ -266,7 +266,7 @@ def test_adam_sqrt_leaves_the_plain_betas_and_eps_in_checkpoints(tmp_path):
 def test_says_what_it_found_and_did(tmp_path, caplog):
     with caplog.at_level("INFO"):
         walk(tmp_path, Walk(), BatchSizeScaling(BASE, "sqrt"), accumulate_grad_batches=3)
-    found = "effective batch size 6 = 2 per device x 1 replicas x 3 accumulated; sqrt from 3"
+    found = "effective batch size 6 = 2 per device x 1 replica x 3 accumulated; sqrt from 3"
     did = "learning rate x 1.41421 (SGD 0.01 -> 0.0141421, SGD 0.003 -> 0.00424264)"
     (said,) = [record.message for record in caplog.records if "BatchSizeScaling" in record.message]
     assert found in said
@@ -312,7 +312,7 @@ def test_an_epoch_without_steps_is_left_at_the_rate_of_the_one_before(tmp_path, 
     with caplog.at_level("INFO"):
         walk(tmp_path, module, *callbacks[:: 1 if order == "averaging first" else -1], monitor, **options)
     said = [record.message for record in caplog.records if "BatchSizeScaling" in record.message]
-    assert ["2 per device x 1 replicas x 1 accumulated" in each for each in said] == [True]
+    assert ["2 per device x 1 replica x 1 accumulated" in each for each in said] == [True]
     rates = monitor.lrs["lr-SGD/pg1"]
     assert len(rates) == 3 * BATCHES
     assert set(rates[2 * BATCHES :]) == {rates[2 * BATCHES - 1]}

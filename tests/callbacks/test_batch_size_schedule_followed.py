@@ -235,8 +235,8 @@ def test_says_when_the_batch_size_changes(tmp_path, caplog):
     messages = [record.getMessage() for record in caplog.records]
     said = [message.split(": ")[1] for message in messages if message.startswith("BatchSizeSchedule")]
     assert said == [
-        "effective batch size 2 = 2 per device x 1 replicas x 1 accumulated, after 0 samples",
-        "effective batch size 6 = 2 per device x 1 replicas x 3 accumulated, after 10 samples",
+        "effective batch size 2 = 2 per device x 1 replica x 1 accumulated, after 0 samples",
+        "effective batch size 6 = 2 per device x 1 replica x 3 accumulated, after 10 samples",
     ]
 
 

@@ -105,7 +105,7 @@ def test_parameters_in_no_optimizer_come_first_with_a_warning_and_frozen_ones_ar
         return build_optimizer(nn.ModuleList([module.net[1]]), LARS, lr=0.5)
 
     message = (
-        r"4 parameters require a gradient and are in no optimizer, among them \['net.2.weight', 'net.2.bias'"
+        r"4 parameters with requires_grad=True in no optimizer, among them \['net.2.weight', 'net.2.bias'"
     )
     with pytest.warns(UserWarning, match=message):
         out = printed(capsys, tmp_path, Module(build))
@@ -166,7 +166,7 @@ def test_several_optimizers_have_names_of_their_own(tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
-@pytest.mark.filterwarnings("ignore:4 parameters require a gradient and are in no optimizer")
+@pytest.mark.filterwarnings("ignore:4 parameters with requires_grad=True in no optimizer")
 def test_a_module_without_an_optimizer_has_none(tmp_path, capsys):
     out = printed(capsys, tmp_path, Module(lambda module: None, blocks=1), max_steps=-1)
     assert out.startswith("Parameter groups of no optimizer\n")
