@@ -140,3 +140,24 @@ def test_the_ratio_times_the_gradient_is_the_lars_step():
     for name, ratio in optimizer.trust_ratios().items():
         p = params[name]
         torch.testing.assert_close(p.detach(), before[name] - 0.7 * ratio * p.grad, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("of", ["weight", "gradient"])
+@pytest.mark.parametrize("optimizer_class", [LARS, LAMB])
+def test_an_infinite_number_spoils_its_layer_and_no_other(optimizer_class, of, fused):
+    spoiled, other, alone = (Parameter(torch.tensor([3.0, 4.0])) for _ in range(3))
+    if of == "weight":
+        spoiled.data[0] = math.inf
+    optimizer = optimizer_class([spoiled, other], lr=0.1, weight_decay=0.01, fused=fused)
+    expected = optimizer_class([alone], lr=0.1, weight_decay=0.01, fused=fused)
+    for step in range(2):
+        for p in (spoiled, other, alone):
+            p.grad = torch.ones(2)
+        if of == "gradient" and step == 0:
+            spoiled.grad[0] = math.inf
+        optimizer.step()
+        expected.step()
+        assert torch.equal(other, alone)
+    assert spoiled.isnan().all()  # of SGD only the infinite element would be
+    assert not optimizer.trust_ratios()["0"].isfinite()
