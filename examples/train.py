@@ -40,8 +40,10 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="of the Fashion-MNIST files")
     parser.add_argument("--optimizer", choices=[*STARTING_POINTS, *OTHERS], default="lars")
     parser.add_argument("--lr", type=float, help="learning rate (default: one that suits the optimizer)")
-    parser.add_argument("--batch-size", type=int, help="per device (default: 128, or 1024 for fashion-mnist)")
-    parser.add_argument("--epochs", type=int, help="default: 15, or 3 for fashion-mnist")
+    parser.add_argument(
+        "--batch-size", type=positive, help="per device (default: 128, or 1024 for fashion-mnist)"
+    )
+    parser.add_argument("--epochs", type=positive, help="default: 15, or 3 for fashion-mnist")
     parser.add_argument("--accelerator", default="auto", help="as for lightning.Trainer")
     parser.add_argument("--devices", default="auto", help="as for lightning.Trainer")
     parser.add_argument("--num-nodes", type=int, default=1, help="hosts, as for lightning.Trainer")
@@ -82,6 +84,11 @@ def main() -> None:
         callbacks=callbacks,
     )
     on_all_devices = batch_size * trainer.world_size
+    if on_all_devices > len(train):
+        largest = len(train) // trainer.world_size
+        parser.error(
+            f"argument --batch-size: must be at most {largest} for {len(train):,} images, got {batch_size}"
+        )
     warmup_steps = epochs * (len(train) // on_all_devices) // 10
     if has_trust_ratios:
         options = STARTING_POINTS[arguments.optimizer](on_all_devices, warmup_steps)
@@ -100,6 +107,14 @@ def main() -> None:
     if trainer.is_global_zero:
         rich.print(f"Log: {logger.log_dir}/metrics.csv")
         rich.print(f"Test accuracy: {trainer.callback_metrics['test accuracy']:.2%} of {len(test):,} images")
+
+
+def positive(text: str) -> int:
+    """Read an integer of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def strategy_of(arguments: argparse.Namespace) -> str | DDPStrategy | ModelParallelStrategy:

@@ -105,6 +105,30 @@ def test_missing_images_name_the_command_that_installs_them(tmp_path, train):
         train("--dataset", "fashion-mnist", "--data-dir", str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "1438"], "--batch-size: must be at most 1437 for 1,437 images, got 1438"),
+        (["--batch-size", "0"], "--batch-size: must be at least 1, got 0"),
+        (["--epochs", "0"], "--epochs: must be at least 1, got 0"),
+    ],
+)
+def test_a_job_that_would_train_nothing_is_refused(train, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        train("--accelerator", "cpu", *arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["HEAD", "NODES", "DEVICES"])
+def test_the_script_for_several_hosts_names_the_variable_that_it_lacks(missing):
+    given = {"HEAD": "localhost", "NODES": "1", "DEVICES": "1", "PATH": os.environ["PATH"]}
+    script = ROOT / "examples" / "multi_node" / "torchrun.sh"
+    del given[missing]
+    result = subprocess.run(["sh", script], env=given, capture_output=True, text=True)
+    assert result.returncode
+    assert f"{missing}: must be the n" in result.stderr
+
+
 def test_arguments_of_the_trainer_reach_it(train, monkeypatch):
     trainers = []
     fit = lightning.Trainer.fit

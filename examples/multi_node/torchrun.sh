@@ -6,6 +6,8 @@
 # HEAD is the name of the host where the others find each other, NODES the number of hosts, DEVICES that of
 # devices on each. The arguments are those of examples/train.py.
 #
+: "${HEAD:?must be the name of a host}" "${NODES:?must be the number of hosts}"
+: "${DEVICES:?must be the number of devices on each host}"
 # A store that several rounds of meeting share would not tell a host that comes back where the others are.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun \
