@@ -46,7 +46,7 @@ def report(facts: Iterable[Fact]) -> str:
 
 
 def _device(facts: list[Fact], copy: float | None) -> str:
-    session = facts[0]
+    session = next(fact for fact in facts if "device" in fact)
     versions = f"Python {session['python']}, torch {session['torch']}, triton {session['triton']}"
     bandwidth = "" if copy is None else f"; a copy moves {copy:,} GB/s"
     return f"{session['device']}, {versions}, at commit {session['commit']}{bandwidth}."
