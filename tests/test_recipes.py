@@ -169,7 +169,7 @@ CASES = {
     "lamb_2048": (
         recipes.lamb(2048),
         200,
-        (LAMB, {"lr": 0.03, "weight_decay": 0.04, "max_grad_norm": 1.0}),
+        (LAMB, {"lr": 0.03, "weight_decay": 0.04, "trust_clip": 0.5, "max_grad_norm": 1.0}),
         polynomial(0.03, 20, 200, 1),
         0.01 / 0.03,
     ),
