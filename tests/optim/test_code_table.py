@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from lightning_lars.optim.state.code_table import code_table
+from tests.support.eight_bit import needs_torchao
 
+needs_torchao()
 quantization = pytest.importorskip("torchao.optim.quant_utils", reason="there is no torchao for this system")
 INF = float("inf")
 
