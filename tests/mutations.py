@@ -89,8 +89,8 @@ MUTATIONS = (
     # Kernels: factors on the CPU; masks, chunks, sums and factors in Triton.
     Mutation(
         "optim/backends/cpu_sgd.py",
-        "scale / (1 - decay) * input_scale",
-        "scale * input_scale",
+        "in_v / (1 - decay_of_step)",
+        "in_v",
         "tests/optim/test_fused.py -k papers_step",
     ),
     Mutation(

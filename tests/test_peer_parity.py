@@ -533,12 +533,13 @@ def test_novograd_reproduces_torch_optimizer(theirs, ours):
     assert_same_after_every_step(novograd_step(**ours), in_float64(peers))
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_novograd_without_adaptation_is_torch_sgd_bit_for_bit(weight_decay):
+def test_novograd_without_adaptation_is_torch_sgd_bit_for_bit(weight_decay, fused):
     ours, theirs = start(dtype=torch.float32), start(dtype=torch.float32)
     group = {"params": list(ours.values()), "layer_adaptation": False}
-    novograd = NovoGrad([group], lr=0.1, betas=(0.9, 0.98), weight_decay=weight_decay)
-    sgd = SGD(theirs.values(), lr=0.1, momentum=0.9, weight_decay=weight_decay)
+    novograd = NovoGrad([group], lr=0.1, betas=(0.9, 0.98), weight_decay=weight_decay, fused=fused)
+    sgd = SGD(theirs.values(), lr=0.1, momentum=0.9, weight_decay=weight_decay, fused=fused)
     for grads in gradients(dtype=torch.float32):
         for name, grad in grads.items():
             ours[name].grad, theirs[name].grad = grad, grad.clone()

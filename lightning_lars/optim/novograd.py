@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_lars.optim.algorithm import COMMON_RULES, Factors, Hyperparameters, PerLayer, Value
+from lightning_lars.optim.backends.cpu_sgd import CpuSGD
 from lightning_lars.optim.layerwise import LayerwiseOptimizer
 from lightning_lars.optim.trust_ratio import TrustRatios, trust_ratio
 from lightning_lars.rules import FLAG, NON_NEGATIVE, TWO_FRACTIONS
@@ -37,8 +38,8 @@ class NovoGrad(LayerwiseOptimizer):
             not in ``m``.
         max_grad_norm: Bound, above 0, on the norm of all finite gradients of all groups.
         maximize: Whether to maximize the objective.
-        fused: None uses the fused kernel where it is supported (on a GPU), True raises RuntimeError in
-            ``step()`` where it is not, False never uses it.
+        fused: None uses fused kernels where they are supported (docs/performance.md), True raises
+            RuntimeError in ``step()`` where they are not, False never uses them.
 
     Raises:
         ValueError: If an argument, here or in a group, breaks its rule.
@@ -56,6 +57,7 @@ class NovoGrad(LayerwiseOptimizer):
 
     RULES = COMMON_RULES | {"betas": TWO_FRACTIONS, "eps": NON_NEGATIVE, "grad_averaging": FLAG}
     moments = ("exp_avg",)
+    cpu = CpuSGD
     norm_moment = "exp_avg_sq"
 
     def __init__(

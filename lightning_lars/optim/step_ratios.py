@@ -52,6 +52,9 @@ class StepRatios:
 
     def in_floats(self, params: list[Tensor], norms: Norms, lr: float, h: Hyperparameters) -> list[float]:
         """Return the trust ratios as floats, which take a tenth of the time of tensors, and record them."""
+        if self.algorithm.norm_moment is not None:
+            ratios_of_step: list[float] = self.from_norms(params, norms, lr, h).tolist()
+            return ratios_of_step
         ratio = self.algorithm.ratio
         w_norms, d_norms = norms
         pairs = zip(w_norms.tolist(), d_norms.tolist(), strict=True)

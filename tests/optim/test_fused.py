@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from lightning_lars import LAMB, LARS
-from lightning_lars.optim.backends import choice, cpu_sgd
+from lightning_lars import LAMB, LARS, NovoGrad
+from lightning_lars.optim.backends import choice
 from tests.support.layers import give_gradients, groups, layers, values, walk
 from tests.support.slow import slow_unless
 
@@ -40,15 +40,20 @@ OPTIONS = [
         {"denominator": "momentum", "nesterov": True, "decoupled_weight_decay": True, "weight_decay": 0.1},
     ),
     (LARS, {"trust_coefficient": 1e-9, "weight_decay": 0.1}),
+    (LARS, {"denominator": "momentum", "dampening": 1 - 1e-9}),
     (LAMB, {}),
     (LAMB, {"weight_decay": 0.0}),
     (LAMB, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
     (LAMB, {"betas": (0.0, 0.9), "eps": 1e-3, "max_grad_norm": 1.0, "maximize": True}),
     (LAMB, {"trust_clip": (0.1, 2.0), "max_weight_norm": 1.0}),
+    (NovoGrad, {}),
+    (NovoGrad, {"weight_decay": 0.1, "grad_averaging": True}),
+    (NovoGrad, {"weight_decay": 0.1, "decoupled_weight_decay": True, "max_grad_norm": 1.0, "maximize": True}),
 ]
 ONLY_IN_TRITON = [
     (LAMB, {"bias_correction": False}),
     (LAMB, {"grad_averaging": False, "max_grad_norm": 1.0}),
+    (NovoGrad, {"betas": (0.0, 0.9), "weight_decay": 0.1}),
 ]
 # Every kernel in Triton, and every load and store in it. Its interpreter is slow: what depends on dtypes, on
 # sizes or on a tensor lr, but on no other option, is tested with these, with all only among the slow tests.
@@ -391,6 +396,7 @@ def with_gaps(dtype=torch.float32):
 NOT_FUSED = [
     ("torch", LAMB, {"bias_correction": False}, torch.float32, layers, "bias_correction=True"),
     ("torch", LAMB, {"grad_averaging": False}, torch.float32, layers, "grad_averaging=True"),
+    ("torch", NovoGrad, {"betas": (0.0, 0.9)}, torch.float32, layers, "without momentum"),
     *(
         (kernels, optimizer_class, {}, dtype, own, reason)
         for kernels, optimizer_class in BOTH
@@ -452,10 +458,10 @@ def test_a_subclass_of_tensor_takes_unfused_steps():
 
 
 def test_a_layer_whose_decay_would_cancel_the_kernels_first_half_takes_an_unfused_step():
-    # lr * ratio * weight_decay = 1: nesterov's two halves cannot be told apart.
+    # lr * ratio * weight_decay = 1: the first half takes all that v is to be given.
     params = {"layer": Parameter(torch.tensor([3.0, 4.0]))}
     same = {"layer": Parameter(torch.tensor([3.0, 4.0]))}
-    options = {"lr": 2.0, "weight_decay": 0.5, "trust_coefficient": 1.0, "trust_clip": 1.0, "nesterov": True}
+    options = {"lr": 4.0, "weight_decay": 0.5, "trust_coefficient": 1.0, "trust_clip": 0.5, "nesterov": True}
     left, right = LARS(groups(params), **options), LARS(groups(same), fused=False, **options)
     for _ in range(2):
         for p in (*params.values(), *same.values()):
@@ -465,25 +471,55 @@ def test_a_layer_whose_decay_would_cancel_the_kernels_first_half_takes_an_unfuse
         close(values(params), values(same))
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_the_kernel_for_an_adapted_layer_is_the_papers_step(momentum, nesterov):
-    if nesterov and not momentum:
-        pytest.skip("there is nothing to look ahead along")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": 0.0},
+        {"momentum": 0.9, "dampening": 0.3},
+        {"momentum": 0.9, "dampening": 0.3, "nesterov": True},
+        {"momentum": 0.9, "dampening": 0.3, "nesterov": True, "lr_in_momentum": True},
+        {"momentum": 0.9, "dampening": 0.3, "nesterov": True, "layer_adaptation": False},
+        {"momentum": 0.9, "dampening": 0.3, "lr_in_momentum": True, "layer_adaptation": False},
+    ],
+    ids=str,
+)
+def test_torchs_kernel_takes_the_papers_step(options):
     torch.manual_seed(1)
     w, g, v = torch.randn(3, 50, dtype=torch.float64)
-    lr, weight_decay, scale, input_scale = 0.5, 0.1, 0.3, 0.2
-    u = g + weight_decay * w
-    expected_v = momentum * v + input_scale * u
-    ahead = scale * u + momentum * expected_v if nesterov else expected_v
-    expected_w = w - lr * (ahead if momentum else scale * u)
-    weights, held = w.float(), v.float()
-    h = LARS.hyperparameters(
-        {**LARS([Parameter(torch.ones(1))]).defaults, "momentum": momentum, "nesterov": nesterov}
-        | {"weight_decay": weight_decay}
+    lr, weight_decay, scale = 0.5, 0.1, 0.3 if options.get("layer_adaptation", True) else 1.0
+    momentum, scale_in_v = options["momentum"], scale * lr if options.get("lr_in_momentum") else scale
+    u = scale_in_v * (g + weight_decay * w)
+    expected_v = momentum * v + (1 - options.get("dampening", 0.0)) * u
+    ahead = u + momentum * expected_v if options.get("nesterov") else expected_v
+    expected_w = w - (1.0 if options.get("lr_in_momentum") else lr) * ahead
+
+    p = Parameter(w.float())
+    p.grad = g.float()
+    group = {"params": [p], **options}
+    optimizer = LARS(
+        [group], lr=lr, weight_decay=weight_decay, trust_clip=0.3, trust_coefficient=1e9, fused=True
     )
-    halves = cpu_sgd.halves_of_step(h, lr, scale, input_scale / scale)
-    cpu_sgd.take_halves(h, weights, g.float(), held if momentum else None, halves)
-    torch.testing.assert_close(weights.double(), expected_w, rtol=1e-6, atol=1e-6)
     if momentum:
-        torch.testing.assert_close(held.double(), expected_v, rtol=1e-6, atol=1e-6)
+        optimizer.state[p]["momentum_buffer"] = v.float()
+    with Calls("torch") as calls:
+        optimizer.step()
+    assert calls.count > 0
+    torch.testing.assert_close(p.detach().double(), expected_w, rtol=1e-6, atol=1e-6)
+    if momentum:
+        held = optimizer.state[p]["momentum_buffer"].double()
+        torch.testing.assert_close(held, expected_v, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("magnitude", [1e-37, 1e-34, 1e-25, 1e-10, 1e10, 1e25])
+def test_novograd_is_fused_or_not_for_gradients_of_any_magnitude(magnitude):
+    ends = []
+    for fused in (True, False):
+        params = layers()
+        optimizer = NovoGrad(groups(params), eps=0.0, weight_decay=0.1, fused=fused)
+        for step in range(3):
+            give_gradients(params.values(), step)
+            for p in params.values():
+                p.grad *= magnitude
+            optimizer.step()
+        ends.append(values(params))
+    close(*ends)

@@ -168,7 +168,9 @@ def test_a_compiled_step_is_one_graph_equal_to_the_eager_step():
     ends = []
     for compiles in (False, True):
         params = layers()
-        optimizer = NovoGrad(groups(params), lr=torch.tensor(0.1), weight_decay=0.1, max_grad_norm=1.0)
+        optimizer = NovoGrad(
+            groups(params), lr=torch.tensor(0.1), weight_decay=0.1, max_grad_norm=1.0, fused=False
+        )
         step = optimizer.step
         if compiles:
             step = torch.compile(step, fullgraph=True, backend="eager")
@@ -178,14 +180,6 @@ def test_a_compiled_step_is_one_graph_equal_to_the_eager_step():
         ends.append((values(params), optimizer.trust_ratios()))
     torch.compiler.reset()
     torch.testing.assert_close(*ends, rtol=0.0, atol=0.0)
-
-
-def test_fused_is_refused_where_there_is_no_kernel():
-    optimizer = NovoGrad(layers().items(), fused=True)
-    give_gradients(optimizer.param_groups[0]["params"], 0)
-    with pytest.raises(RuntimeError, match=r"fused=True, but torch has no fused CPU kernel for NovoGrad"):
-        optimizer.step()
-    assert not optimizer.state
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_lars.optim.algorithm import Hyperparameters
+from lightning_lars.optim.algorithm import Algorithm, Hyperparameters
 from lightning_lars.optim.backends.cpu import Cpu, subtract_scaled
 from lightning_lars.optim.backends.tensor_list import TensorList
 
@@ -20,7 +20,7 @@ class CpuAdam(Cpu):
     """
 
     @staticmethod
-    def why_not(h: Hyperparameters) -> str | None:
+    def why_not(algorithm: type[Algorithm], h: Hyperparameters) -> str | None:
         """Return which hyperparameters the kernel does not support, None if it supports all."""
         if not (h.bias_correction and h.grad_averaging):
             return "torch's kernel on the CPU needs bias_correction=True and grad_averaging=True"

@@ -1,31 +1,105 @@
-"""A back end for LARS on the CPU, built on torch's fused SGD kernel.
+"""A back end on the CPU for algorithms that scale the gradients of SGD, built on torch's fused kernel.
 
 The kernel makes one pass over memory, where foreach operations make five to ten.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from lightning_lars.optim.algorithm import Hyperparameters
+from lightning_lars.optim.algorithm import Algorithm, Hyperparameters
 from lightning_lars.optim.backends.cpu import Cpu, subtract_scaled
 from lightning_lars.optim.backends.tensor_list import TensorList
+from lightning_lars.optim.batches import Batch
 
 # The smallest scale whose dampening, 1 - scale, keeps it to float32 precision.
 _MIN_SCALE = 1e-8
 
-# The largest decay of the weights in a step after which g + weight_decay * w can still be recovered.
-_MAX_DECAY = 0.5
+# The largest decay of the weights in a step after which g + decay * w can still be recovered.
+_MAX_DECAY_OF_STEP = 0.5
+
+Arguments = tuple[float, float, float, float, bool]
+"""What the kernel takes: ``lr``, ``decay``, ``beta``, ``input_scale`` and ``is_nesterov``."""
+
+
+class SGD(NamedTuple):
+    """What the direction of an algorithm that is SGD, with factors for each layer, does not take as factors.
+
+    ::
+
+        u = scale * g + (decay + scaled_decay * scale) * w
+        v = beta * v + input_scale * u
+        direction = u + beta * v  if is_nesterov  else  v
+    """
+
+    decay: float
+    scaled_decay: float
+    beta: float
+    is_nesterov: bool
+
+    @classmethod
+    def of(cls, algorithm: type[Algorithm], h: Hyperparameters) -> "SGD":
+        """Read the numbers off the direction of an algorithm, by evaluating it at 0 and 1."""
+        direction = algorithm.direction
+        _, decay = direction(1.0, 0.0, 0.0, 0.0, 1.0, h)
+        _, decay_of_both = direction(1.0, 0.0, 0.0, 1.0, 1.0, h)
+        _, beta = direction(0.0, 0.0, 1.0, 1.0, 1.0, h)
+        # A gradient that does not enter v reaches the direction by Nesterov momentum alone.
+        ahead, _ = direction(0.0, 1.0, 0.0, 1.0, 0.0, h)
+        return cls(decay, decay_of_both - decay, beta, ahead != 0)
+
+    def split(self, rate: float, scale: float, input_scale: float) -> tuple[Arguments, ...]:
+        """Split a step along the direction into the fewest steps that the kernel can take.
+
+        Nesterov momentum as the kernel has it is neither scaled nor dampened in its first half. With other
+        factors, that half is ``w = w - rate * u``, which also takes ``rate * u`` times its decay from what
+        ``v`` is still to be given, and the second half is ``w = w - rate * beta * v``.
+
+        Returns:
+            The arguments of one step or two; empty if they are not exact to float32 precision.
+        """
+        decay, scaled_decay, beta, is_nesterov = self
+        in_v = scale * input_scale
+        if not _MIN_SCALE < in_v < math.inf:
+            return ()
+        decay = scaled_decay + decay / scale
+        if beta == 0:
+            return ((rate * in_v, decay, 0.0, 1.0, False),)
+        if scale == 1 or not is_nesterov:
+            return ((rate, decay, beta, in_v, is_nesterov),)
+        decay_of_step = rate * scale * decay
+        if not decay_of_step < _MAX_DECAY_OF_STEP:
+            return ()
+        second = (rate * beta, decay, beta, in_v / (1 - decay_of_step), False)
+        return (rate * scale, decay, 0.0, 1.0, False), second
 
 
 class CpuSGD(Cpu):
-    """The step of :class:`~lightning_lars.optim.lars.LARS`."""
+    """The step of an algorithm whose direction is that of :class:`SGD`."""
+
+    @staticmethod
+    def why_not(algorithm: type[Algorithm], h: Hyperparameters) -> str | None:
+        """Return which hyperparameters the kernel does not support, None if it supports all."""
+        if algorithm.used_moments(h) and SGD.of(algorithm, h).beta == 0:
+            return "torch's kernel on the CPU does not update a momentum buffer without momentum"
+        return None
+
+    def begin(self, batch: Batch) -> None:
+        """Begin a step, with these gradients, hyperparameters and learning rate."""
+        super().begin(batch)
+        self.sgd = SGD.of(self.algorithm, batch.h)
 
     def _direction_in_advance(self) -> TensorList:
         (v,) = self.state.moments()
-        if v is None or self.h.nesterov:  # the kernel has no output for a direction that is not v
+        _, *factors = self._factors(1.0)
+        steps = self.sgd.split(0.0, *factors)
+        # The kernel has no output for a direction that is not v.
+        if v is None or self.sgd.is_nesterov or not steps:
             return super()._direction_in_advance()
-        _, _, input_scale = self._factors(1.0)
-        _sgd(self.w, self.g, v, self.h, lr=0.0, input_scale=input_scale)  # only updates v
+        for step in steps:  # only updates v
+            _call_kernel(self.w, self.g, v, *step)
         return TensorList(v)
 
     def move(self, ratio: list[float] | None) -> None:
@@ -36,87 +110,41 @@ class CpuSGD(Cpu):
             subtract_scaled(self.w, self.stored_direction.value(), [self._factors(each)[0] for each in ratio])
             self._write()
             return
-        h, (v,) = self.h, self.state.moments()
-        lr, is_first, factors_of = self.lr, self.batch.is_first, self.algorithm.factors
-        factors = [factors_of(each, lr, is_first, 0, h) for each in ([1.0] if ratio is None else ratio)]
-        if ratio is None and factors[0][1] == 1:
-            rate, _, input_scale = factors[0]
-            _sgd(self.w, self.g, v, h, lr=rate, input_scale=input_scale, nesterov=h.nesterov)
-            self._write()
-            return
-        halves = [split for each in factors if (split := halves_of_step(h, *each)) is not None]
-        if len(halves) < len(factors):
+        (v,) = self.state.moments()
+        split = self.sgd.split
+        steps = [split(*self._factors(each)) for each in ([1.0] if ratio is None else ratio)]
+        if not all(steps):
             super().move(1.0 if ratio is None else self.w[0].new_tensor(ratio))
             return
-        for i, (w, g) in enumerate(zip(self.w, self.g, strict=True)):
-            take_halves(h, w, g, None if v is None else v[i], halves[0 if ratio is None else i])
+        if ratio is None:
+            for step in steps[0]:
+                _call_kernel(self.w, self.g, v, *step)
+        else:
+            for i, (w, g, steps_of_layer) in enumerate(zip(self.w, self.g, steps, strict=True)):
+                for step in steps_of_layer:
+                    _call_kernel([w], [g], None if v is None else [v[i]], *step)
         self._write()
 
 
-def halves_of_step(
-    h: Hyperparameters, rate: float, scale: float, input_scale: float
-) -> tuple[float | None, float, float] | None:
-    """Split the step of an adapted layer into a step of SGD without momentum and one with it.
-
-    Without Nesterov momentum, the second is the whole step. Nesterov momentum as SGD has it is undampened:
-    here its first half is ``w = w - rate * scale * u``, which also takes ``rate * scale * weight_decay * u``
-    from ``u``, and its second half ``w = w - rate * momentum * v``.
-
-    Args:
-        h: The hyperparameters of the group.
-        rate: Factor on the direction.
-        scale: Factor on the gradient: the trust ratio.
-        input_scale: Factor on ``u`` in the update of ``v``: one minus the dampening.
-
-    Returns:
-        The learning rate of the first half, None if there is none, and that of the second half with its
-        ``input_scale``. None if the two halves are not exact to float32 precision.
-    """
-    if not scale * input_scale > _MIN_SCALE:
-        return None
-    if not h.momentum:
-        return None, rate * scale, input_scale
-    if not h.nesterov:
-        return None, rate, scale * input_scale
-    decay = rate * scale * h.weight_decay
-    if not decay < _MAX_DECAY:
-        return None
-    return rate * scale, rate * h.momentum, scale / (1 - decay) * input_scale
-
-
-def take_halves(
-    h: Hyperparameters,
-    w: Tensor,
-    g: Tensor,
-    v: Tensor | None,
-    halves: tuple[float | None, float, float],
-) -> None:
-    """Take the step of one layer in place, as :func:`halves_of_step` splits it; ``g`` is only read."""
-    first, second, input_scale = halves
-    if first is not None:
-        _sgd([w], [g], None, h, lr=first)
-    _sgd([w], [g], None if v is None else [v], h, lr=second, input_scale=input_scale)
-
-
-def _sgd(
+def _call_kernel(
     weights: list[Tensor],
     grads: list[Tensor],
     v: list[Tensor] | None,
-    h: Hyperparameters,
-    *,
     lr: float,
-    input_scale: float = 1.0,
-    nesterov: bool = False,
+    decay: float,
+    beta: float,
+    input_scale: float,
+    is_nesterov: bool,
 ) -> None:
     torch._fused_sgd_(
         weights,
         grads,
-        v or [],
-        weight_decay=h.weight_decay,
-        momentum=0.0 if v is None else h.momentum,
+        v if v and beta else [],
+        weight_decay=decay,
+        momentum=beta,
         lr=lr,
         dampening=1 - input_scale,
-        nesterov=nesterov,
+        nesterov=is_nesterov,
         maximize=False,
         is_first_step=False,
     )

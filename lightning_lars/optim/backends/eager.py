@@ -76,7 +76,7 @@ class Eager:
         """Release gradients and scratch memory until the next step, if the back end can repeat a step."""
 
     @staticmethod
-    def why_not(h: Hyperparameters) -> str | None:
+    def why_not(algorithm: type[Algorithm], h: Hyperparameters) -> str | None:
         """Return which hyperparameters are not supported, None if all are."""
         return None
 

@@ -56,5 +56,5 @@ def select_backend(
 def _why_not_on_cpu(batch: Batch, algorithm: type[Algorithm]) -> str | None:
     if algorithm.cpu is None:
         return f"torch has no fused CPU kernel for {algorithm.__name__}"
-    reason: str | None = algorithm.cpu.why_not(batch.h)
+    reason: str | None = algorithm.cpu.why_not(algorithm, batch.h)
     return reason
