@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from lightning_lars.sharding.shards import Shard, local, local_gradient
 # Smaller on the CPU, so that the tensors are still in the cache when the weights are updated.
 _MAX_BATCH_ELEMENTS, _MAX_BATCH_ELEMENTS_ON_CPU = 2**24, 2**20
 
-# A kernel keeps nothing but the directions: 256 MiB as well.
+# A kernel keeps nothing but the directions, 256 MiB as well, and with 8-bit state not even these.
 _MAX_BATCH_ELEMENTS_IN_KERNEL = 2**26
 
 Shards = Mapping[Tensor, Shard | None]
@@ -105,7 +106,7 @@ def sort_layers(
         batch, remaining = open_batches.get(key) or (None, [0.0])
         if batch is None or elements > remaining[0]:
             batch = Batch(group, h, [], [], [], [], is_sharded, key[-1], adapts_direction)
-            remaining = [_max_batch_elements(w, batch)]
+            remaining = [_max_elements_to_sort(w, batch)]
             open_batches[key] = batch, remaining
             batches.append(batch)
         remaining[0] -= elements
@@ -116,12 +117,46 @@ def sort_layers(
     return batches
 
 
-def _max_batch_elements(w: Tensor, batch: Batch) -> float:
-    # Batches bound the scratch memory for float32 copies of 8-bit state, and for directions that wait for
-    # their trust ratios. In a compiled step no kernel is launched, and the compiler manages directions.
+def divide(batch: Batch, in_kernel: bool) -> list[Batch]:
+    """Divide a batch into batches that bound the scratch memory of a step.
+
+    Scratch memory holds float32 copies of 8-bit state, and directions that wait for their trust ratios.
+
+    Args:
+        batch: The layers.
+        in_kernel: Whether a Triton kernel runs the step.
+    """
+    if torch.compiler.is_compiling():  # sort_layers has divided what is to be divided
+        return [batch]
+    most: float = _max_elements(batch.weights[0])
+    if in_kernel and (batch.in_eight_bit or "min_8bit_size" not in batch.group):
+        keeps_directions = batch.adapts_direction and not batch.in_eight_bit
+        most = _MAX_BATCH_ELEMENTS_IN_KERNEL if keeps_directions else math.inf
+    starts, elements = [0], 0
+    for i, w in enumerate(batch.weights):
+        elements += w.numel()
+        if elements > most and i > 0:
+            starts.append(i)
+            elements = w.numel()
+    return [
+        batch._replace(
+            params=batch.params[start:end],
+            weights=batch.weights[start:end],
+            grads=batch.grads[start:end],
+            states=batch.states[start:end],
+        )
+        for start, end in pairwise([*starts, len(batch.weights)])
+    ]
+
+
+def _max_elements_to_sort(w: Tensor, batch: Batch) -> float:
+    # Where a kernel may run the step, a batch is divided once it is known whether it does. In a compiled step
+    # no kernel is launched, and the compiler manages all memory but that of 8-bit state.
+    may_be_fused = uses_triton(w) and batch.group["fused"] is not False
     is_compiled = torch.compiler.is_compiling()
-    unpacks = "min_8bit_size" in batch.group
-    may_be_fused = uses_triton(w) and batch.group["fused"] is not False and not unpacks
-    if may_be_fused and (is_compiled or triton_supports(w)):
-        return _MAX_BATCH_ELEMENTS_IN_KERNEL if batch.adapts_direction and not is_compiled else math.inf
+    may_be_whole = "min_8bit_size" not in batch.group if is_compiled else triton_supports(w)
+    return math.inf if may_be_fused and may_be_whole else _max_elements(w)
+
+
+def _max_elements(w: Tensor) -> int:
     return _MAX_BATCH_ELEMENTS_ON_CPU if w.device.type == "cpu" else _MAX_BATCH_ELEMENTS

@@ -12,7 +12,7 @@ from lightning_lars.optim.backends.eager import Eager
 from lightning_lars.optim.backends.scratch import Scratch
 from lightning_lars.optim.backends.selection import select_backend
 from lightning_lars.optim.backends.triton_table import LayerTables, is_capturing
-from lightning_lars.optim.batches import Batch, Shards, sort_layers
+from lightning_lars.optim.batches import Batch, Shards, divide, sort_layers
 from lightning_lars.optim.distributed_norms import (
     Norms,
     gradient_scale,
@@ -113,11 +113,14 @@ class Step:
         """Sort the layers into batches, and return a back end for each."""
         pairs = zip(self.groups, self.hyperparameters, strict=True)
         batches = [batch for group, h in pairs for batch in self._sort(group, h)]
-        chosen = [select_backend(batch, self.algorithm, self.state, self.name) for batch in batches]
-        self.batches = [
-            batch if backend.holds_moments else batch._replace(in_eight_bit=False)
-            for batch, backend in zip(batches, chosen, strict=True)
-        ]
+        self.batches, chosen = [], []
+        for batch in batches:
+            backend = select_backend(batch, self.algorithm, self.state, self.name)
+            if not backend.holds_moments:
+                batch = batch._replace(in_eight_bit=False)
+            parts = divide(batch, in_kernel=backend.holds_moments)
+            self.batches += parts
+            chosen += [backend] * len(parts)
         self.tables.start_step()
         return [
             backend_class(
