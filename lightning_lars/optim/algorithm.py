@@ -58,7 +58,8 @@ COMMON_RULES: dict[str, Rule] = {
 }
 """Rules for the hyperparameters that all layer-wise optimizers share."""
 
-_OF_PYTHON = frozenset({float, int, bool, str, type(None)})
+# A tuple, as torch.compile of torch 2.7 cannot trace a set of types.
+_OF_PYTHON = (float, bool, type(None), int, str)
 
 
 class Algorithm(ABC):

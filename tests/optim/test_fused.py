@@ -396,7 +396,14 @@ def with_gaps(dtype=torch.float32):
 NOT_FUSED = [
     ("torch", LAMB, {"bias_correction": False}, torch.float32, layers, "bias_correction=True"),
     ("torch", LAMB, {"grad_averaging": False}, torch.float32, layers, "grad_averaging=True"),
-    ("torch", NovoGrad, {"betas": (0.0, 0.9)}, torch.float32, layers, "without momentum"),
+    (
+        "torch",
+        NovoGrad,
+        {"betas": (0.0, 0.9)},
+        torch.float32,
+        layers,
+        r"needs momentum \(betas\[0\] above 0\)",
+    ),
     *(
         (kernels, optimizer_class, {}, dtype, own, reason)
         for kernels, optimizer_class in BOTH
@@ -510,16 +517,29 @@ def test_torchs_kernel_takes_the_papers_step(options):
         torch.testing.assert_close(held, expected_v, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("magnitude", [1e-37, 1e-34, 1e-25, 1e-10, 1e10, 1e25])
+@pytest.mark.parametrize("magnitude", [1e-38, 1e-34, 1e-25, 1e-10, 1e10, 1e25])
 def test_novograd_is_fused_or_not_for_gradients_of_any_magnitude(magnitude):
     ends = []
     for fused in (True, False):
         params = layers()
-        optimizer = NovoGrad(groups(params), eps=0.0, weight_decay=0.1, fused=fused)
+        optimizer = NovoGrad(groups(params), eps=0.0, weight_decay=1e-4, fused=fused)
         for step in range(3):
             give_gradients(params.values(), step)
             for p in params.values():
                 p.grad *= magnitude
+                p.grad.view(-1)[0] = 0.0
             optimizer.step()
-        ends.append(values(params))
-    close(*ends)
+        ends.append((values(params), [optimizer.state[p]["exp_avg"] for p in params.values()]))
+    (fused_values, fused_moments), (unfused_values, unfused_moments) = ends
+    close(fused_values, unfused_values)
+    torch.testing.assert_close(fused_moments, unfused_moments, rtol=1e-5, atol=1e-8)
+
+
+@both_kernels
+def test_a_rate_beyond_float32_raises_nothing(kernels, device, optimizer_class):
+    options = {"denominator": "momentum", "eps": 0.0} if optimizer_class is LARS else {}
+    w = Parameter(torch.full((3,), 1e30, device=device))
+    optimizer = optimizer_class([w], lr=1e30, fused=True, **options)
+    w.grad = torch.tensor([1e-30, 0.0, 0.0], device=device)
+    optimizer.step()
+    assert w[0].isneginf()

@@ -1,12 +1,17 @@
 """The common base of the back ends on torch's fused CPU kernels."""
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_lars.optim.backends.eager import Eager
 from lightning_lars.optim.batches import Batch
+
+# torch refuses larger numbers, but not infinity, as a factor on float32.
+_MAX_RATE = torch.finfo(torch.float32).max
 
 
 class Cpu(Eager):
@@ -30,4 +35,4 @@ class Cpu(Eager):
 def subtract_scaled(weights: Sequence[Tensor], d: Sequence[Tensor], rates: Sequence[float]) -> None:
     """Apply ``w = w - rate * d`` in place, in one pass over each layer."""
     for w, direction, rate in zip(weights, d, rates, strict=True):
-        w.add_(direction, alpha=-rate)
+        w.add_(direction, alpha=-math.inf if rate > _MAX_RATE else -rate)

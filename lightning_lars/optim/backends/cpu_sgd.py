@@ -1,4 +1,4 @@
-"""A back end on the CPU for algorithms that scale the gradients of SGD, built on torch's fused kernel.
+"""A back end for LARS and NovoGrad on the CPU, built on torch's fused SGD kernel.
 
 The kernel makes one pass over memory, where foreach operations make five to ten.
 """
@@ -17,7 +17,11 @@ from lightning_lars.optim.batches import Batch
 # The smallest scale whose dampening, 1 - scale, keeps it to float32 precision.
 _MIN_SCALE = 1e-8
 
-# The largest decay of the weights in a step after which g + decay * w can still be recovered.
+# The smallest decay whose product with a weight is not a subnormal number in float32.
+_MIN_DECAY = 1e-30
+
+# The largest fraction of g + decay * w that the first half of a step may take, so that the second half can
+# recover it without much rounding.
 _MAX_DECAY_OF_STEP = 0.5
 
 Arguments = tuple[float, float, float, float, bool]
@@ -25,9 +29,9 @@ Arguments = tuple[float, float, float, float, bool]
 
 
 class SGD(NamedTuple):
-    """What the direction of an algorithm that is SGD, with factors for each layer, does not take as factors.
+    """The numbers in the direction of an SGD-like algorithm that are the same for all layers.
 
-    ::
+    ``scale`` and ``input_scale`` are factors of each layer::
 
         u = scale * g + (decay + scaled_decay * scale) * w
         v = beta * v + input_scale * u
@@ -41,7 +45,7 @@ class SGD(NamedTuple):
 
     @classmethod
     def of(cls, algorithm: type[Algorithm], h: Hyperparameters) -> "SGD":
-        """Read the numbers off the direction of an algorithm, by evaluating it at 0 and 1."""
+        """Find the numbers by evaluating the direction of an algorithm at 0 and 1."""
         direction = algorithm.direction
         _, decay = direction(1.0, 0.0, 0.0, 0.0, 1.0, h)
         _, decay_of_both = direction(1.0, 0.0, 0.0, 1.0, 1.0, h)
@@ -53,9 +57,9 @@ class SGD(NamedTuple):
     def split(self, rate: float, scale: float, input_scale: float) -> tuple[Arguments, ...]:
         """Split a step along the direction into the fewest steps that the kernel can take.
 
-        Nesterov momentum as the kernel has it is neither scaled nor dampened in its first half. With other
-        factors, that half is ``w = w - rate * u``, which also takes ``rate * u`` times its decay from what
-        ``v`` is still to be given, and the second half is ``w = w - rate * beta * v``.
+        The kernel can neither scale nor dampen the ``u`` in Nesterov's direction. Such a step takes two:
+        ``w = w - rate * u`` without momentum, after which ``g + decay * w`` is smaller by the factor
+        ``1 - rate * scale * decay``, and then ``w = w - rate * beta * v``.
 
         Returns:
             The arguments of one step or two; empty if they are not exact to float32 precision.
@@ -65,6 +69,8 @@ class SGD(NamedTuple):
         if not _MIN_SCALE < in_v < math.inf:
             return ()
         decay = scaled_decay + decay / scale
+        if 0 < decay < _MIN_DECAY:
+            return ()
         if beta == 0:
             return ((rate * in_v, decay, 0.0, 1.0, False),)
         if scale == 1 or not is_nesterov:
@@ -83,7 +89,7 @@ class CpuSGD(Cpu):
     def why_not(algorithm: type[Algorithm], h: Hyperparameters) -> str | None:
         """Return which hyperparameters the kernel does not support, None if it supports all."""
         if algorithm.used_moments(h) and SGD.of(algorithm, h).beta == 0:
-            return "torch's kernel on the CPU does not update a momentum buffer without momentum"
+            return "torch's kernel on the CPU needs momentum (betas[0] above 0)"
         return None
 
     def begin(self, batch: Batch) -> None:
@@ -98,7 +104,7 @@ class CpuSGD(Cpu):
         # The kernel has no output for a direction that is not v.
         if v is None or self.sgd.is_nesterov or not steps:
             return super()._direction_in_advance()
-        for step in steps:  # only updates v
+        for step in steps:  # with lr=0, to update v
             _call_kernel(self.w, self.g, v, *step)
         return TensorList(v)
 
