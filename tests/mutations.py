@@ -94,6 +94,18 @@ MUTATIONS = (
         "tests/optim/test_fused.py -k papers_step",
     ),
     Mutation(
+        "optim/backends/cpu_sgd.py",
+        "scaled_decay + decay / scale",
+        "scaled_decay + decay",
+        "tests/optim/test_fused.py -k 'unfused and NovoGrad'",
+    ),
+    Mutation(
+        "optim/batches.py",
+        "_MAX_BATCH_ELEMENTS_IN_KERNEL if keeps_directions else math.inf",
+        "math.inf",
+        "tests/optim/test_batches.py",
+    ),
+    Mutation(
         "optim/backends/cpu_adam.py",
         "if decay == 0:  # 0 * w is not 0 where w is not finite",
         "if decay == 1:",

@@ -30,6 +30,7 @@ OPTIONS = [
     (LARS, {"nesterov": True, "weight_decay": 0.1, "dampening": 0.3, "lr_in_momentum": True}),
     (LARS, {"nesterov": True, "weight_decay": 0.5, "trust_coefficient": 0.5, "trust_clip": 10.0}),
     (LARS, {"momentum": 0.0, "weight_decay": 0.1}),
+    (LARS, {"momentum": 0.0, "trust_coefficient": 1e-9}),
     (LARS, {"denominator": "decayed_gradient", "weight_decay": 0.1}),
     (LARS, {"denominator": "decayed_gradient", "nesterov": True, "trust_clip": "larc"}),
     (LARS, {"denominator": "momentum", "weight_decay": 0.1, "dampening": 0.3}),

@@ -66,13 +66,15 @@ class SGD(NamedTuple):
         """
         decay, scaled_decay, beta, is_nesterov = self
         in_v = scale * input_scale
-        if not _MIN_SCALE < in_v < math.inf:
+        if not 0 < in_v < math.inf:
             return ()
         decay = scaled_decay + decay / scale
         if 0 < decay < _MIN_DECAY:
             return ()
         if beta == 0:
             return ((rate * in_v, decay, 0.0, 1.0, False),)
+        if in_v < _MIN_SCALE:
+            return ()
         if scale == 1 or not is_nesterov:
             return ((rate, decay, beta, in_v, is_nesterov),)
         decay_of_step = rate * scale * decay
