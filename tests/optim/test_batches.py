@@ -30,7 +30,7 @@ def test_a_batch_is_divided_in_order_into_the_largest_parts_within_the_bound(siz
     counts = [[w.numel() for w in part.weights] for part in parts]
     assert all(sum(of_part) <= most or len(of_part) == 1 for of_part in counts)
     assert all(sum(first) + then[0] > most for first, then in pairwise(counts))
-    assert all(part._replace(**whole._asdict()) == whole for part in parts)
+    assert all(part.adapts_direction and part.is_first and part.group is whole.group for part in parts)
 
 
 @pytest.fixture
